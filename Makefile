@@ -1,0 +1,35 @@
+# `make` shows what there is. Everything runs in an environment of its own, .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test quality style clean
+
+help:  ## Show this help
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
+
+demo: $(VENV)/demo  ## Make a long film with the embedded model: outputs/demo/film.mp4 and a contact sheet
+	$(BIN)/python examples/demo.py --output_dir outputs/demo
+
+test: $(VENV)/test  ## Run the tests
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/test  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/test  ## Mend style and format where that can be done by a program
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment and everything made here
+	rm -rf $(VENV) outputs build src/*.egg-info .pytest_cache .ruff_cache
+
+# One environment; a file in it for each set of extras that is installed.
+# torch comes first and by its exact version, so that nothing else brings another build of it.
+$(VENV)/%: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	touch $@

@@ -1,0 +1,253 @@
+"""Train the transformer and the text encoder of svi-tiny from scratch, as Wan image-to-video models are trained.
+
+    python examples/svi_tiny/train_transformer.py --output_dir models/svi-tiny
+
+Clean conditions only: the first frame of a clip, followed by grey frames, through the VAE; the prompt; the mask. The
+result is a complete pipeline folder for `SVIPipeline.from_pretrained`. Nothing here knows of chains or errors: that
+the model drifts when it is chained is the point.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from tqdm.auto import tqdm
+from train_vae import HELD_OUT
+from training import Record, checkpoint, cosine_schedule, resume, sample_clip, to_pixels
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from diffusers_svi import PixelMotion, SVIPipeline
+from diffusers_svi.conditioning import first_frame_mask
+from diffusers_svi.latents import encode_video
+from diffusers_svi.tiny import world
+
+
+FLOW_SHIFT = 5.0
+PROMPT_TOKENS = 32  # the longest prompt of the world has 25
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Model folder, with the trained `vae` in it.")
+    parser.add_argument("--cache_dir", type=Path, default=Path("outputs/svi-tiny-latents"), help="Encoded clips.")
+    parser.add_argument("--checkpoint_dir", type=Path, default=Path("outputs/svi-tiny"), help="For interrupted runs.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_clips", type=int, default=32768, help="Clips to train on.")
+    parser.add_argument("--max_train_steps", type=int, default=14000)
+    parser.add_argument("--train_batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--prompt_dropout", type=float, default=0.1, help="Share of clips trained without a prompt.")
+    parser.add_argument("--ema_decay", type=float, default=0.999)
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--validation_steps", type=int, default=500)
+    return parser.parse_args()
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word: the words of the world's captions, read off a sample in which each occurs many times."""
+    words = set()
+    for index in range(20000):
+        state, (action,) = world.sample_story(0, index)
+        words.update(world.caption(state, action).replace(",", " ,").split())
+    vocabulary = ["<pad>", "</s>", "<unk>", *sorted(words)]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def build_text_encoder(vocab_size: int) -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=vocab_size, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    return UMT5EncoderModel(config)
+
+
+def build_transformer(z_dim: int) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=4,
+        attention_head_dim=64,
+        in_channels=z_dim + 4 + z_dim,
+        out_channels=z_dim,
+        text_dim=128,
+        freq_dim=128,
+        ffn_dim=768,
+        num_layers=6,
+        rope_max_seq_len=64,
+    )
+
+
+def encode_clips(args, vae: AutoencoderKLWan, tokenizer, device, batch_size: int = 16) -> dict[str, np.ndarray]:
+    """Latents, condition latents and tokens of the training clips, in files; an interrupted run goes on."""
+    args.cache_dir.mkdir(parents=True, exist_ok=True)
+    shape = (vae.config.z_dim, (world.CLIP_FRAMES - 1) // 4 + 1, world.SIZE // 8, world.SIZE // 8)
+    layout = {
+        "latents": (shape, np.float16),
+        "conditions": (shape, np.float16),
+        "tokens": ((PROMPT_TOKENS,), np.int64),
+    }
+    files = {name: args.cache_dir / f"{name}.npy" for name in layout}
+    exists = all(file.exists() for file in files.values())
+    arrays = {
+        name: np.lib.format.open_memmap(files[name], "r+" if exists else "w+", dtype, (args.num_clips, *size))
+        for name, (size, dtype) in layout.items()
+    }
+    done_file = args.cache_dir / "clips_done"
+    done = int(done_file.read_text()) if exists and done_file.exists() else 0
+    for first in tqdm(range(done, args.num_clips, batch_size), desc="Encoding clips"):
+        rows = slice(first, min(first + batch_size, args.num_clips))
+        prompts, clips = zip(*(sample_clip(args.seed, index) for index in range(rows.start, rows.stop)), strict=True)
+        pixels = to_pixels(np.stack(clips)).to(device)
+        with torch.no_grad():
+            arrays["latents"][rows] = encode_video(vae, pixels).cpu().half()
+            condition = PixelMotion().condition(vae, pixels[:, :, 0], num_frames=world.CLIP_FRAMES)
+            arrays["conditions"][rows] = condition.cpu().half()
+        arrays["tokens"][rows] = tokenizer(list(prompts), padding="max_length", max_length=PROMPT_TOKENS).input_ids
+        done_file.write_text(str(rows.stop))
+    return arrays
+
+
+def embed_prompts(text_encoder: UMT5EncoderModel, tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """As `WanImageToVideoPipeline.encode_prompt`: zeros behind the last token, up to `length`."""
+    mask = tokens.ne(0)
+    embeds = text_encoder(tokens, mask).last_hidden_state * mask.unsqueeze(-1)
+    return torch.nn.functional.pad(embeds, (0, 0, 0, length - tokens.shape[1]))
+
+
+def validation_error(pipe: SVIPipeline, seed: int, num_clips: int = 12) -> dict[str, torch.Tensor]:
+    """Root mean square error of sampled latents of held-out clips, in units of the latents' standard deviation."""
+    errors = []
+    for index in range(num_clips):
+        prompt, clip = sample_clip(seed, HELD_OUT + index)
+        pixels = to_pixels(clip[None])
+        size = {"height": world.SIZE, "width": world.SIZE, "num_frames": world.CLIP_FRAMES}
+        latents = pipe(
+            image=pixels[:, :, 0] / 2 + 0.5,
+            prompts=prompt,
+            num_inference_steps=10,
+            guidance_scale=1.0,
+            max_sequence_length=PROMPT_TOKENS,
+            seeds=[index],
+            output_type="latent",
+            **size,
+        ).frames[0]
+        with torch.no_grad():
+            truth = encode_video(pipe.vae, pixels.to(pipe.device)).cpu()
+        errors.append((latents.cpu() - truth).square().mean(dim=(0, 1, 3, 4)))
+    rms = torch.stack(errors).mean(dim=0).sqrt()
+    return {"latent_rms": rms.mean(), "last_latent_rms": rms[-1]}
+
+
+def main():
+    args = parse_args()
+    set_seed(args.seed)
+    accelerator = Accelerator(mixed_precision="bf16")
+    device = accelerator.device
+    vae = AutoencoderKLWan.from_pretrained(args.output_dir / "vae").to(device).requires_grad_(False)
+    tokenizer = build_tokenizer()
+    arrays = encode_clips(args, vae, tokenizer, device)
+
+    text_encoder = build_text_encoder(len(tokenizer)).to(device)
+    transformer = build_transformer(vae.config.z_dim).to(device)
+    accelerator.print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters")
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT, num_train_timesteps=1000
+    )
+    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
+    chosen = set(map(id, matrices))
+    others = [p for p in (*transformer.parameters(), *text_encoder.parameters()) if id(p) not in chosen]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    schedules = [cosine_schedule(optimizer, 200, args.max_train_steps) for optimizer in optimizers]
+    text_encoder, transformer, *prepared = accelerator.prepare(text_encoder, transformer, *optimizers, *schedules)
+    optimizers, schedules = prepared[:2], prepared[2:]
+    parameters = [*transformer.parameters(), *text_encoder.parameters()]
+    ema = EMAModel(parameters, decay=args.ema_decay)
+    accelerator.register_for_checkpointing(ema)
+    first_step = resume(accelerator, args.checkpoint_dir)
+    ema.to(device)
+    accelerator.unwrap_model(transformer).compile_repeated_blocks()
+
+    pipe = SVIPipeline(
+        tokenizer=tokenizer,
+        text_encoder=accelerator.unwrap_model(text_encoder),
+        vae=vae,
+        scheduler=scheduler,
+        transformer=accelerator.unwrap_model(transformer),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    record = Record(args.output_dir / "training" / "transformer.json", args.seed)
+    progress = tqdm(
+        range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Wan"
+    )
+    running_loss = None
+    for step in progress:
+        rng = np.random.default_rng([args.seed, step])
+        rows = np.sort(rng.integers(args.num_clips, size=args.train_batch_size))
+        latents, conditions = (
+            torch.from_numpy(arrays[name][rows]).to(device).float() for name in ("latents", "conditions")
+        )
+        tokens = torch.from_numpy(arrays["tokens"][rows]).to(device)
+        dropped = torch.from_numpy(rng.random(len(rows)) < args.prompt_dropout).to(device)
+        tokens[dropped] = torch.tensor([tokenizer.eos_token_id] + [0] * (PROMPT_TOKENS - 1), device=device)
+        u = torch.from_numpy(rng.random(len(rows), dtype=np.float32)).to(device).view(-1, 1, 1, 1, 1)
+        sigma = FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(args.seed + step)).to(device)
+        noisy = (1 - sigma) * latents + sigma * noise
+        # The pipeline pads prompts to 512 tokens unless told otherwise; now and then training does too.
+        length = 512 if step % 8 == 0 else PROMPT_TOKENS
+        with accelerator.autocast():
+            velocity = transformer(
+                torch.cat([noisy, first_frame_mask(conditions), conditions], dim=1),
+                sigma.flatten() * 1000,
+                embed_prompts(text_encoder, tokens, length),
+                return_dict=False,
+            )[0]
+        loss = torch.nn.functional.mse_loss(velocity.float(), noise - latents)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        ema.step(parameters)
+
+        running_loss = loss.detach() if running_loss is None else torch.lerp(running_loss, loss.detach(), 0.02)
+        if (step + 1) % args.validation_steps == 0 or step + 1 == args.max_train_steps:
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            figures = {"loss": running_loss, **validation_error(pipe, args.seed)}
+            ema.restore(parameters)
+            record.add(step + 1, **figures)
+            progress.set_postfix({name: f"{float(value):.4g}" for name, value in figures.items()})
+        if (step + 1) % args.checkpointing_steps == 0:
+            checkpoint(accelerator, args.checkpoint_dir, step + 1)
+
+    ema.copy_to(parameters)
+    # Half the bytes; loading turns them into float32 again. What Wan keeps in float32 stays so.
+    for name, parameter in pipe.transformer.named_parameters():
+        if not any(module in name for module in pipe.transformer._keep_in_fp32_modules):
+            parameter.data = parameter.data.bfloat16()
+    pipe.save_pretrained(args.output_dir)
+    record.write(parameters=sum(p.numel() for p in transformer.parameters()))
+    accelerator.print(f"Saved {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Train the VAE of svi-tiny, an `AutoencoderKLWan`, on the procedural world.
+
+    python examples/svi_tiny/train_vae.py --output_dir models/svi-tiny
+
+Besides reconstruction it learns to bear its own round trip: once it is halfway good, a share of every batch is what it
+made of a clip itself, one to three times over, to be turned into the clip as it was. Chained clips are decoded and
+encoded again and again, and a VAE that drifts on its own would hide everything else.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, unpatchify
+from tqdm.auto import tqdm
+from training import Record, checkpoint, cosine_schedule, resume, sample_clip, to_pixels
+
+
+Z_DIM = 48
+HELD_OUT = 2**31  # clips with an index from here on are never trained on
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Model folder; the VAE goes into its `vae`.")
+    parser.add_argument(
+        "--checkpoint_dir", type=Path, default=Path("outputs/svi-tiny-vae"), help="For interrupted runs."
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_train_steps", type=int, default=8000)
+    parser.add_argument("--train_batch_size", type=int, default=4, help="Clips a step.")
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--kl_weight", type=float, default=1e-4, help="Weight of the KL divergence, mean over latents."
+    )
+    parser.add_argument(
+        "--round_trips_from", type=float, default=0.3, help="Share of the run before round trips begin."
+    )
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--validation_steps", type=int, default=250)
+    return parser.parse_args()
+
+
+def build_vae() -> AutoencoderKLWan:
+    """A small relative of the Wan 2.2 VAE: residual, 8x in space, 4x in time, 48 channels."""
+    vae = AutoencoderKLWan(
+        base_dim=32,
+        decoder_base_dim=32,
+        z_dim=Z_DIM,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=8,
+        latents_mean=[0.0] * Z_DIM,
+        latents_std=[1.0] * Z_DIM,
+    )
+    # Residual branches start at zero, so that the averaging shortcuts carry the image from the first step on.
+    for module in vae.modules():
+        if isinstance(module, WanResidualBlock):
+            torch.nn.init.zeros_(module.conv2.weight)
+            torch.nn.init.zeros_(module.conv2.bias)
+    # Latents are small at first: with the default log-variance of about 0, sampling would drown them.
+    torch.nn.init.constant_(vae.quant_conv.bias[Z_DIM:], -6.0)
+    return vae
+
+
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """`vae.decode` without its clamp to [-1, 1], which would stop the gradient."""
+    vae.clear_cache()
+    hidden, frames = vae.post_quant_conv(latents), []
+    for index in range(latents.shape[2]):
+        vae._conv_idx = [0]
+        frames.append(
+            vae.decoder(hidden[:, :, index : index + 1], vae._feat_map, vae._conv_idx, first_chunk=index == 0)
+        )
+    vae.clear_cache()
+    return unpatchify(torch.cat(frames, dim=2), vae.config.patch_size)
+
+
+def flat_convolutions(vae: AutoencoderKLWan) -> dict[torch.nn.Parameter, torch.nn.Parameter]:
+    """Convolution kernels as matrices in the same memory: `torch.optim.Muon` takes no other shape."""
+    kernels = [p for p in vae.parameters() if p.ndim >= 4 and p.shape[0] > 3]
+    return {kernel: torch.nn.Parameter(kernel.data.view(kernel.shape[0], -1)) for kernel in kernels}
+
+
+@torch.no_grad()
+def own_output(vae: AutoencoderKLWan, pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """What is left of `pixels` after one to three round trips through the VAE and 8 bits a channel."""
+    for _ in range(rng.integers(1, 4)):
+        pixels = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float()
+        pixels = (pixels * 127.5).round() / 127.5
+    return pixels
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
+    """Of the reconstruction, for every clip and frame, in dB: `(clips, frames)`."""
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float()
+    return 10 * torch.log10(4 / (decoded - pixels).square().mean(dim=(1, 3, 4)))
+
+
+@torch.no_grad()
+def set_latent_statistics(vae: AutoencoderKLWan, seed: int, num_clips: int = 256, batch_size: int = 16) -> None:
+    """Write the mean and standard deviation of the latents of training clips into the VAE's config."""
+    latents = []
+    for first in range(0, num_clips, batch_size):
+        clips = [sample_clip(seed, index)[1] for index in range(first, first + batch_size)]
+        latents.append(vae.encode(to_pixels(np.stack(clips))).latent_dist.mode())
+    latents = torch.cat(latents)
+    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+
+def main():
+    args = parse_args()
+    set_seed(args.seed)
+    accelerator = Accelerator(mixed_precision="bf16")
+    vae = build_vae().to(accelerator.device)
+    accelerator.print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
+    flat = flat_convolutions(vae)
+    others = [p for p in vae.parameters() if p not in flat]
+    optimizers = [
+        torch.optim.Muon(flat.values(), lr=args.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    schedules = [cosine_schedule(optimizer, 100, args.max_train_steps) for optimizer in optimizers]
+    vae, *prepared = accelerator.prepare(vae, *optimizers, *schedules)
+    optimizers, schedules = prepared[:2], prepared[2:]
+    first_step = resume(accelerator, args.checkpoint_dir)
+
+    record = Record(args.output_dir / "training" / "vae.json", args.seed)
+    held_out = to_pixels(np.stack([sample_clip(args.seed, HELD_OUT + i)[1] for i in range(16)]))
+    progress = tqdm(
+        range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="VAE"
+    )
+    for step in progress:
+        rng = np.random.default_rng([args.seed, step])
+        first = step * args.train_batch_size
+        clips = np.stack([sample_clip(args.seed, first + i)[1] for i in range(args.train_batch_size)])
+        target = to_pixels(clips).to(accelerator.device)
+        with accelerator.autocast():
+            inputs = target
+            if step >= args.round_trips_from * args.max_train_steps and step % 2:
+                inputs = own_output(vae, target, rng)
+                if step % 4 == 3:
+                    # A still clip of one frame, as the end of one clip becomes the beginning of the next.
+                    frame = rng.integers(target.shape[2])
+                    inputs = inputs[:, :, frame : frame + 1].expand_as(target)
+                    target = target[:, :, frame : frame + 1].expand_as(target)
+            posterior = vae.encode(inputs).latent_dist
+            decoded = decode(vae, posterior.sample())
+        error = decoded.float() - target
+        reconstruction = error.abs().mean() + 2 * error.square().mean()
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        accelerator.backward(reconstruction + args.kl_weight * kl)
+        accelerator.clip_grad_norm_(vae.parameters(), 1.0)
+        for kernel, matrix in flat.items():
+            matrix.grad = kernel.grad.view_as(matrix)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        vae.zero_grad()
+
+        if (step + 1) % args.validation_steps == 0 or step + 1 == args.max_train_steps:
+            held_out_psnr = psnr(vae, held_out.to(accelerator.device)).mean(dim=0)
+            figures = {
+                "loss": reconstruction.detach(),
+                "kl": kl.detach(),
+                "psnr": held_out_psnr.mean(),
+                "psnr_worst_frame": held_out_psnr.min(),
+            }
+            record.add(step + 1, **figures)
+            progress.set_postfix({name: f"{float(value):.4g}" for name, value in figures.items()})
+        if (step + 1) % args.checkpointing_steps == 0:
+            checkpoint(accelerator, args.checkpoint_dir, step + 1)
+
+    vae = accelerator.unwrap_model(vae).cpu()
+    set_latent_statistics(vae, args.seed)
+    vae.save_pretrained(args.output_dir / "vae")
+    record.write(parameters=sum(p.numel() for p in vae.parameters()))
+    accelerator.print(f"Saved {args.output_dir / 'vae'}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What the training scripts of svi-tiny share: films of the world, the record beside the weights, checkpoints."""
+
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import accelerate
+import diffusers
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+
+from diffusers_svi.tiny import world
+
+
+def sample_clip(seed: int, index: int) -> tuple[str, np.ndarray]:
+    """Prompt and frames `(CLIP_FRAMES, SIZE, SIZE, 3)`, uint8, of clip `index`."""
+    state, (action,) = world.sample_story(seed, index)
+    return world.caption(state, action), world.render(world.film(state, [action]))
+
+
+def to_pixels(frames: np.ndarray) -> torch.Tensor:
+    """`(batch, frames, height, width, 3)` uint8 to `(batch, 3, frames, height, width)` in [-1, 1]."""
+    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int):
+    """Linear warm-up, then a cosine down to a fiftieth of the learning rate."""
+
+    def factor(step):
+        progress = min(step / max_steps, 1.0)
+        return min(1.0, (step + 1) / warmup_steps) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * progress)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Record:
+    """What was run, on what, for how long, and how it went: a JSON file that grows with the run."""
+
+    def __init__(self, path: Path, seed: int):
+        self.path = path
+        self.started = time.time()
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+        self.minutes_before = earlier.get("minutes", 0.0)
+        self.values = {
+            "command": "python " + shlex.join(sys.argv),
+            "seed": seed,
+            "minutes": self.minutes_before,
+            "machine": f"{_processor()}, {torch.get_num_threads()} threads",
+            "versions": {
+                "python": platform.python_version(),
+                **{module.__name__: module.__version__ for module in (torch, diffusers, transformers, accelerate)},
+            },
+            "curve": earlier.get("curve", []),
+        }
+
+    def add(self, step: int, **figures: float) -> None:
+        self.values["curve"] = [point for point in self.values["curve"] if point["step"] < step]
+        self.values["curve"].append(
+            {"step": step, **{name: round(float(value), 5) for name, value in figures.items()}}
+        )
+        self.write()
+
+    def write(self, **values) -> None:
+        self.values.update(values, minutes=round(self.minutes_before + (time.time() - self.started) / 60, 1))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.values, indent=1) + "\n")
+
+
+def resume(accelerator: Accelerator, folder: Path) -> int:
+    """Load the last checkpoint under `folder`, if any, and return the step to go on from."""
+    checkpoints = sorted(folder.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    if not checkpoints:
+        return 0
+    accelerator.load_state(str(checkpoints[-1]))
+    accelerator.print(f"Going on from {checkpoints[-1]}.")
+    return int(checkpoints[-1].name.split("-")[1])
+
+
+def checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Save everything under `folder/step-<step>` and drop the checkpoint before it."""
+    unfinished = folder / "unfinished"
+    accelerator.save_state(str(unfinished))
+    earlier = list(folder.glob("step-*"))
+    unfinished.rename(folder / f"step-{step}")
+    for path in earlier:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+install_requires = [
+    "torch>=2.6",
+    "diffusers>=0.42,<0.43",
+    "transformers>=5.0,<6",
+    "peft>=0.17",
+    "accelerate>=1.1",
+    "huggingface-hub>=1.0",
+    "safetensors>=0.5",
+    "numpy>=1.26",
+    "pillow>=10",
+    "ftfy>=6.1",
+    "tqdm>=4.60",
+]
+
+extras = {
+    "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
+    "train": ["datasets>=4.0", "av>=12", "tensorboard>=2.15"],
+    "test": ["pytest>=8", "av>=12"],
+    "quality": ["ruff>=0.11"],
+}
+extras["test"] += extras["demo"] + extras["quality"]
+
+setup(
+    name="diffusers_svi",
+    version="0.1.0.dev0",
+    description="Stable Video Infinity for diffusers: videos of any length that do not fall apart",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=install_requires,
+    extras_require=extras,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

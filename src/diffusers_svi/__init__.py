@@ -1,0 +1,29 @@
+"""Stable Video Infinity for diffusers: videos of any length that do not fall apart."""
+
+import importlib
+
+
+__version__ = "0.1.0.dev0"
+
+_MODULES = {
+    "SVIPipeline": "pipeline",
+    "PixelMotion": "conditioning",
+    "LatentMotion": "conditioning",
+    "HeldLatents": "conditioning",
+    "SVIEulerScheduler": "scheduler",
+    "ChainState": "chain",
+    "Clip": "chain",
+    "load_prompts": "prompts",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    # Nothing heavy is imported until it is asked for.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,48 @@
+"""Where the noise of every clip comes from."""
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def clip_noise(
+    generator: torch.Generator | None,
+    seeds: Iterable[int] | None,
+    latents: torch.Tensor | None,
+    num_clips: int | None,
+    latent_shape: tuple[int, int, int, int],
+) -> Iterable[dict]:
+    """The arguments of the parent pipeline that make the noise, one dictionary a clip.
+
+    `generator` is drawn from again for every clip, `seeds` make a fresh generator for each, `latents` are the noise.
+    """
+    sources = {"generator": generator, "seeds": seeds, "latents": latents}
+    given = [f"`{name}`" for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"The noise comes from one source, but {' and '.join(given)} are given.")
+    if latents is not None:
+        shape = (num_clips, *latent_shape)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must hold the noise of every clip, {shape}, got {tuple(latents.shape)}.")
+        return ({"latents": clip[None]} for clip in latents)
+    if seeds is not None:
+        _check_seeds(seeds, num_clips)
+        return ({"generator": torch.Generator("cpu").manual_seed(seed)} for seed in seeds)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"`generator` must be one `torch.Generator` for the whole film, got {generator!r}.")
+    return itertools.repeat({"generator": generator})
+
+
+def _check_seeds(seeds: Iterable[int], num_clips: int | None) -> None:
+    if isinstance(seeds, (int, str)) or not isinstance(seeds, Iterable):
+        raise ValueError(f"`seeds` must hold one seed a clip, as a list or an iterator, got {seeds!r}.")
+    if isinstance(seeds, (list, tuple, range)):
+        if num_clips is not None and len(seeds) < num_clips:
+            raise ValueError(f"`seeds` must hold one seed for each of the {num_clips} clips, got {len(seeds)}.")
+        if len(set(seeds)) < len(seeds):
+            logger.warning("`seeds` repeats itself: the same noise in several clips accumulates artifacts.")

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from diffusers_svi import ChainState, HeldLatents, LatentMotion, PixelMotion
+from diffusers_svi.chain import carried_frames, carried_latents, kept_frames
+
+
+def make_state(**values) -> ChainState:
+    values = {
+        "conditioning": PixelMotion(5, "reference"),
+        "num_frames": 17,
+        "image": torch.rand(1, 3, 8, 8) * 2 - 1,
+        "frames": torch.randint(256, (1, 3, 5, 8, 8), dtype=torch.uint8),
+        "num_clips": 3,
+        "generator": torch.Generator().manual_seed(0).get_state(),
+        **values,
+    }
+    return ChainState(**values)
+
+
+def same(one: ChainState, other: ChainState) -> bool:
+    fields = one.__dataclass_fields__
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in ((getattr(one, name), getattr(other, name)) for name in fields)
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"conditioning": LatentMotion(), "frames": None, "latents": torch.randn(1, 16, 1, 2, 2)},
+        {"generator": None},
+    ],
+)
+def test_save_and_load_give_the_same_state(tmp_path, values):
+    state = make_state(**values)
+    state.save(tmp_path / "film.state")
+    assert same(ChainState.load(tmp_path / "film.state"), state)
+    assert [path.name for path in tmp_path.iterdir()] == ["film.state"]
+
+
+def test_a_failed_save_leaves_the_state_before(tmp_path, monkeypatch):
+    path = tmp_path / "film.state"
+    before = make_state()
+    before.save(path)
+
+    def fail(tensors, filename, metadata):
+        filename.write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("diffusers_svi.chain.save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        make_state(num_clips=4).save(path)
+    assert same(ChainState.load(path), before)
+
+
+def test_what_is_no_state_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(ValueError, match="missing"):
+        ChainState.load(tmp_path / "missing")
+    (tmp_path / "text").write_text("no tensors here")
+    with pytest.raises(ValueError, match="is not a chain state"):
+        ChainState.load(tmp_path / "text")
+    torch.save({"image": torch.zeros(1)}, tmp_path / "pickled")
+    with pytest.raises(ValueError, match="is not a chain state"):
+        ChainState.load(tmp_path / "pickled")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="`format`"):
+        ChainState.load(tmp_path / "weights")
+    make_state().save(tmp_path / "whole")
+    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is not a chain state"):
+        ChainState.load(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kept"),
+    [
+        (PixelMotion(1), [(0, 80), (0, 80), (0, 81)]),
+        (PixelMotion(5), [(0, 76), (0, 76), (0, 81)]),
+        (LatentMotion(1), [(0, 81), (5, 81), (5, 81)]),
+        (HeldLatents(0), [(0, 81), (1, 81), (1, 81)]),
+    ],
+)
+def test_what_is_trimmed_where_clips_meet(scheme, kept):
+    slices = [kept_frames(scheme, 81, index == 0, index == 2) for index in range(3)]
+    assert [(s.start, s.stop) for s in slices] == kept
+    starts = [make_state(conditioning=scheme, num_frames=81, num_clips=n).start for n in range(4)]
+    lengths = [stop - start for start, stop in kept]
+    assert starts[:3] == [0, lengths[0], lengths[0] + lengths[1]]
+    assert sum(lengths) == scheme.film_length(3, 81)
+
+
+def test_what_is_carried():
+    video = torch.linspace(-1, 1, 9).view(1, 1, 9, 1, 1).repeat(1, 3, 1, 2, 2)
+    latents = torch.arange(5.0).view(1, 1, 5, 1, 1)
+    assert carried_frames(PixelMotion(2), video)[0, 0, :, 0, 0].tolist() == [223, 255]
+    assert carried_latents(PixelMotion(2), latents) is None
+    assert carried_frames(LatentMotion(2), video) is None
+    assert carried_latents(LatentMotion(2), latents).flatten().tolist() == [3.0, 4.0]
+    assert carried_latents(HeldLatents(0), latents) is None

@@ -1,0 +1,149 @@
+import pytest
+import torch
+
+from conftest import make_vae
+from diffusers_svi import HeldLatents, LatentMotion, PixelMotion
+from diffusers_svi.conditioning import first_frame_mask, num_latent_frames, scheme_from_dict
+from diffusers_svi.latents import encode_video
+
+
+NUM_FRAMES = 17
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return make_vae().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Batch 2: start image, last frames and last latents of the clip before."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "image": torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1,
+        "frames": torch.rand(2, 3, 6, 32, 32, generator=generator) * 2 - 1,
+        "latents": torch.randn(2, 16, 5, 4, 4, generator=generator),
+    }
+
+
+def test_zeros_are_grey_pixels_encoded_with_the_frames(vae, known):
+    condition = PixelMotion(5).condition(vae, **known, num_frames=NUM_FRAMES)
+    video = torch.cat([known["frames"][:, :, -5:], torch.zeros(2, 3, NUM_FRAMES - 5, 32, 32)], dim=2)
+    assert torch.equal(condition, encode_video(vae, video))
+    assert condition.shape == (2, 16, 5, 4, 4)
+
+
+def test_the_reference_fills_the_rest_of_the_clip(vae, known):
+    condition = PixelMotion(1, padding="reference").condition(vae, **known, num_frames=NUM_FRAMES)
+    reference = known["image"].unsqueeze(2).repeat(1, 1, NUM_FRAMES - 1, 1, 1)
+    video = torch.cat([known["frames"][:, :, -1:], reference], dim=2)
+    assert torch.equal(condition, encode_video(vae, video))
+
+
+def test_the_first_clip_has_one_condition_frame(vae, known):
+    condition = PixelMotion(5).condition(vae, known["image"], num_frames=NUM_FRAMES)
+    video = torch.cat([known["image"].unsqueeze(2), torch.zeros(2, 3, NUM_FRAMES - 1, 32, 32)], dim=2)
+    assert torch.equal(condition, encode_video(vae, video))
+
+
+@pytest.mark.parametrize("num_latents", [0, 1, 2])
+def test_pro_concatenates_anchor_motion_and_zero_latents(vae, known, num_latents):
+    condition = LatentMotion(num_latents).condition(vae, **known, num_frames=NUM_FRAMES)
+    assert condition.shape == (2, 16, 5, 4, 4)
+    assert torch.equal(condition[:, :, :1], encode_video(vae, known["image"].unsqueeze(2)))
+    assert torch.equal(condition[:, :, 1 : 1 + num_latents], known["latents"][:, :, 5 - num_latents :])
+    assert condition[:, :, 1 + num_latents :].abs().max() == 0
+
+
+def test_pro_starts_from_the_anchor_alone(vae, known):
+    condition = LatentMotion(1).condition(vae, known["image"], num_frames=NUM_FRAMES)
+    assert torch.equal(condition[:, :, :1], encode_video(vae, known["image"].unsqueeze(2)))
+    assert condition[:, :, 1:].abs().max() == 0
+
+
+def test_held_latents_are_anchor_and_motion(vae, known):
+    held = HeldLatents(2).held(vae, **known)
+    anchor = encode_video(vae, known["image"].unsqueeze(2))
+    assert torch.equal(held, torch.cat([anchor, known["latents"][:, :, -2:]], dim=2))
+    assert torch.equal(HeldLatents(2).held(vae, known["image"]), anchor)
+
+
+def test_pixel_motion_can_be_held_too(vae, known):
+    held = PixelMotion(5).held(vae, **known)
+    assert torch.equal(held, encode_video(vae, known["frames"][:, :, -5:]))
+    assert held.shape[2] == num_latent_frames(5) == 2
+
+
+def test_the_mask_marks_the_first_latent_frame_only():
+    mask = first_frame_mask(torch.randn(2, 16, 5, 4, 4))
+    assert mask.shape == (2, 4, 5, 4, 4)
+    assert torch.equal(mask[:, :, 0], torch.ones(2, 4, 4, 4))
+    assert mask[:, :, 1:].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overlap"),
+    [(PixelMotion(1), 1), (PixelMotion(5), 5), (LatentMotion(0), 1), (LatentMotion(1), 5), (HeldLatents(2), 9)],
+)
+def test_length_of_a_film(scheme, overlap):
+    assert scheme.overlap == overlap
+    for num_clips in (1, 2, 7):
+        assert scheme.film_length(num_clips, 81) == num_clips * (81 - overlap) + overlap
+
+
+@pytest.mark.parametrize(
+    "scheme", [PixelMotion(), PixelMotion(5, "reference"), LatentMotion(), LatentMotion(2), HeldLatents(1)]
+)
+def test_schemes_are_values_that_survive_a_dictionary(scheme):
+    assert scheme_from_dict(scheme.to_dict()) == scheme
+    assert hash(scheme_from_dict(scheme.to_dict())) == hash(scheme)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"scheme": "os.system"},
+        {"scheme": "PixelMotion", "frames": 3},
+        {"scheme": "LatentMotion", "num_latents": -1},
+    ],
+)
+def test_unknown_schemes_are_refused(values):
+    with pytest.raises(ValueError, match="No scheme"):
+        scheme_from_dict(values)
+
+
+def test_condition_frames():
+    assert PixelMotion(1, "reference").with_frames(5) == PixelMotion(5, "reference")
+    assert LatentMotion(1).with_frames(9) == LatentMotion(2)
+    assert HeldLatents(1).with_frames(1) == HeldLatents(0)
+    with pytest.raises(ValueError, match=r"`condition_frames` of LatentMotion .* got 4"):
+        LatentMotion().with_frames(4)
+    with pytest.raises(ValueError, match=r"`condition_frames` must be .* at least 1, got 0"):
+        PixelMotion().with_frames(0)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "1", True, None])
+def test_bad_counts(value):
+    with pytest.raises(ValueError, match=r"`num_frames` must be a whole number of at least 1"):
+        PixelMotion(value)
+
+
+def test_bad_padding():
+    with pytest.raises(ValueError, match=r"`padding` must be 'zeros' or 'reference', got 'mirror'"):
+        PixelMotion(1, padding="mirror")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "num_frames", "expand_timesteps", "message"),
+    [
+        (PixelMotion(9), 9, False, "leaves nothing new in a clip of `num_frames`=9"),
+        (LatentMotion(2), 9, False, "re-tells 9 frames"),
+        (LatentMotion(), 81, True, "Use `HeldLatents`"),
+        (HeldLatents(), 81, False, "Use `LatentMotion`"),
+        (PixelMotion(2), 81, True, "must be 1, 5, 9"),
+    ],
+)
+def test_schemes_that_do_not_fit(scheme, num_frames, expand_timesteps, message):
+    with pytest.raises(ValueError, match=message):
+        scheme.check(num_frames, expand_timesteps)

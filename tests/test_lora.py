@@ -1,0 +1,393 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
+
+from conftest import CLIP, make_components, make_transformer, quiet, seeded
+from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
+from diffusers_svi.lora import lora_metadata, read_lora
+
+
+# The layers an SVI LoRA has, in the original names and in diffusers'.
+NAMES = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+FILM_OPT = "svi-film-opt-10212025.safetensors"
+
+
+def make_lora(transformer, seed=0, rank=4, layout="official", alpha=None) -> dict[str, torch.Tensor]:
+    """A random LoRA for every layer in `NAMES`, in one of the layouts met in the wild."""
+    generator, state_dict = seeded(seed), {}
+    layers = dict(transformer.named_modules())
+    for block in range(len(transformer.blocks)):
+        for original, ours in NAMES.items():
+            layer = layers[f"blocks.{block}.{ours}"]
+            device = layer.weight.device
+            shapes = (rank, layer.in_features), (layer.out_features, rank)
+            if device.type == "meta":
+                down, up = (torch.empty(shape, device="meta") for shape in shapes)
+            else:
+                down, up = (torch.randn(shape, generator=generator) / 4 for shape in shapes)
+            name = f"blocks.{block}.{original}"
+            a, b, prefix = {
+                "official": ("lora_A.default", "lora_B.default", ""),
+                "pipe.dit": ("lora_A.default", "lora_B.default", "pipe.dit."),
+                "dit": ("lora_A.default", "lora_B.default", "dit."),
+                "diffusion_model": ("lora_A", "lora_B", "diffusion_model."),
+                "diffusion_model.default": ("lora_A.default", "lora_B.default", "diffusion_model."),
+                "bare": ("lora_A", "lora_B", ""),
+                "kohya": ("lora_down", "lora_up", "diffusion_model."),
+                "kohya bare": ("lora_down", "lora_up", ""),
+                "musubi": ("lora_down", "lora_up", "lora_unet_"),
+                "diffusers": ("lora_A", "lora_B", "transformer."),
+                "diffusers bare": ("lora_A", "lora_B", ""),
+                "peft": ("lora_A", "lora_B", "base_model.model."),
+            }[layout]
+            if layout.startswith(("diffusers", "peft")):
+                name = f"blocks.{block}.{ours}"
+            if layout == "musubi":
+                name = name.replace(".", "_")
+            state_dict[f"{prefix}{name}.{a}.weight"] = down
+            state_dict[f"{prefix}{name}.{b}.weight"] = up
+            if alpha is not None:
+                state_dict[f"{prefix}{name}.alpha"] = torch.tensor(float(alpha))
+    return state_dict
+
+
+LAYOUTS = [
+    "official",
+    "pipe.dit",
+    "dit",
+    "diffusion_model",
+    "diffusion_model.default",
+    "bare",
+    "kohya",
+    "kohya bare",
+    "musubi",
+    "diffusers",
+    "diffusers bare",
+    "peft",
+]
+
+
+def merged(transformer, lora: dict, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """W + scale * B A for an official LoRA, by hand."""
+    weights = {key: value.clone() for key, value in transformer.state_dict().items()}
+    for key, down in lora.items():
+        if ".lora_A." in key:
+            up = lora[key.replace(".lora_A.", ".lora_B.")]
+            block, original = re.fullmatch(r"blocks\.(\d+)\.(.+)\.lora_A\.default\.weight", key).groups()
+            weights[f"blocks.{block}.{NAMES[original]}.weight"] += scale * up @ down
+    return weights
+
+
+def first_clip(pipe, image, **options):
+    options = {"prompts": "a cat sits", "generator": seeded(), "output_type": "latent", **CLIP, **options}
+    return pipe(image=image, **options).frames[0]
+
+
+@pytest.mark.parametrize("kind", ["wan2.1", "i2v"], indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_loads_and_does_the_same(kind, pipe, image, layout, tmp_path):
+    reference = quiet(SVIPipeline(**make_components(kind)))
+    reference.transformer.load_state_dict(merged(reference.transformer, make_lora(reference.transformer)))
+    expected, base = first_clip(reference, image), first_clip(pipe, image)
+    assert not torch.allclose(expected, base, atol=1e-2)
+
+    alpha = 4 if layout in ("kohya", "musubi") else None  # alpha = rank: scale 1, as without one
+    save_file(make_lora(pipe.transformer, layout=layout, alpha=alpha), tmp_path / "lora.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    torch.testing.assert_close(first_clip(pipe, image), expected, atol=2e-4, rtol=2e-4)
+    pipe.unload_lora_weights()
+    assert torch.equal(first_clip(pipe, image), base)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "kohya bare", "musubi"])
+def test_alpha_scales(i2v, image, layout):
+    lora = make_lora(i2v.transformer)
+    reference = quiet(SVIPipeline(**make_components("i2v")))
+    reference.transformer.load_state_dict(merged(reference.transformer, lora, scale=0.5))
+    i2v.load_lora_weights(make_lora(i2v.transformer, layout=layout, alpha=2))  # of rank 4
+    torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=2e-4, rtol=2e-4)
+
+
+def test_fused_and_partly_weighted(i2v, image):
+    lora = make_lora(i2v.transformer)
+    reference = quiet(SVIPipeline(**make_components("i2v")))
+    reference.transformer.load_state_dict(merged(reference.transformer, lora, scale=0.5))
+    i2v.load_lora_weights(lora, adapter_name="svi")
+    i2v.set_adapters("svi", 0.5)
+    i2v.fuse_lora()
+    i2v.unload_lora_weights()
+    torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=2e-4, rtol=2e-4)
+
+
+def test_the_alpha_of_diffusers_metadata_counts(i2v, image, tmp_path):
+    """A LoRA of rank 4 saved by diffusers with alpha 2 has scale 0.5."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    trained = make_transformer()
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False)
+    torch.manual_seed(0)
+    trained.add_adapter(config)
+    SVIPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(trained),
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )
+    i2v.load_lora_weights(tmp_path)
+    reference = quiet(SVIPipeline(**{**make_components("i2v"), "transformer": trained}))
+    torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=1e-5, rtol=1e-5)
+
+
+# The scheme
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("version-1.0/svi-shot.safetensors", PixelMotion(1, "reference")),
+        ("version-1.0/svi-film.safetensors", PixelMotion(5, "zeros")),
+        (f"version-1.0/{FILM_OPT}", PixelMotion(5, "zeros")),
+        ("version-1.0/svi-film-transitions.safetensors", PixelMotion(5, "zeros")),
+        ("version-1.0/svi-tom.safetensors", PixelMotion(1, "zeros")),
+        ("version-2.0/SVI_Wan2.1-I2V-14B_lora_v2.0.safetensors", PixelMotion(5, "reference")),
+        ("version-2.0/SVI_Wan2.2-I2V-A14B_high_noise_lora_v2.0.safetensors", PixelMotion(1, "reference")),
+        ("version-2.0/SVI_Wan2.2-I2V-A14B_low_noise_lora_v2.0.safetensors", PixelMotion(1, "reference")),
+        ("version-2.0/SVI_Wan2.2-I2V-A14B_high_noise_lora_v2.0_pro.safetensors", LatentMotion(1)),
+        ("SVI_v2_PRO_Wan2.2-I2V-A14B_LOW_lora_rank_128_fp16.safetensors", LatentMotion(1)),
+        ("svi-shot_lora_rank_128_fp16.safetensors", PixelMotion(1, "reference")),
+        ("wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors", None),
+        ("my-style.safetensors", None),
+    ],
+)
+def test_the_scheme_of_published_files_is_known(tmp_path, name, scheme):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    save_file(make_lora(make_transformer()), tmp_path / name)
+    lora = read_lora(tmp_path, name)
+    assert lora.conditioning == scheme
+    assert lora.expert == ("high" if "high" in name else "low" if "low" in name.lower() else None)
+
+
+def test_the_scheme_in_the_metadata_comes_first(tmp_path):
+    file = tmp_path / "svi-film.safetensors"
+    save_file(make_lora(make_transformer()), file, metadata=lora_metadata(LatentMotion(2), expert="low"))
+    lora = read_lora(file)
+    assert lora.conditioning == LatentMotion(2) and lora.expert == "low"
+
+
+def test_the_pipeline_uses_the_scheme_of_the_lora(i2v, image, tmp_path):
+    save_file(make_lora(i2v.transformer), tmp_path / "svi-film.safetensors")
+    assert i2v.lora_conditioning is None
+    i2v.load_lora_weights(tmp_path, weight_name="svi-film.safetensors")
+    assert i2v.lora_conditioning == PixelMotion(5)
+    assert first_clip(i2v, image, num_clips=2, output_type="np").shape[0] == 13
+    assert first_clip(i2v, image, num_clips=2, condition_frames=5, output_type="np").shape[0] == 13
+    i2v.unload_lora_weights()
+    assert i2v.lora_conditioning is None
+    assert first_clip(i2v, image, num_clips=2, output_type="np").shape[0] == 17
+
+
+@pytest.mark.parametrize("options", [{"condition_frames": 1}, {"conditioning": PixelMotion(5, "reference")}])
+def test_another_scheme_than_the_loras_is_refused_unless_meant(i2v, image, options):
+    i2v.load_lora_weights(make_lora(i2v.transformer), conditioning=PixelMotion(5))
+    with pytest.raises(ValueError, match=r"trained for PixelMotion\(num_frames=5.*`ignore_lora_conditioning=True`"):
+        first_clip(i2v, image, **options)
+    first_clip(i2v, image, ignore_lora_conditioning=True, **options)
+
+
+def test_a_fused_lora_keeps_its_scheme(i2v):
+    i2v.load_lora_weights(make_lora(i2v.transformer), conditioning=PixelMotion(5))
+    i2v.fuse_lora()
+    i2v.unload_lora_weights()
+    assert i2v.lora_conditioning == PixelMotion(5)
+
+
+def test_a_second_lora_beside_it(i2v):
+    """A few-step LoRA, say: it has no scheme and changes none. Two SVI LoRAs must agree."""
+    i2v.load_lora_weights(make_lora(i2v.transformer), adapter_name="svi", conditioning=PixelMotion(5))
+    i2v.load_lora_weights(make_lora(i2v.transformer, seed=1), adapter_name="fast")
+    i2v.set_adapters(["svi", "fast"], [1.0, 0.5])
+    assert i2v.lora_conditioning == PixelMotion(5)
+    i2v.load_lora_weights(
+        make_lora(i2v.transformer, seed=2), adapter_name="shot", conditioning=PixelMotion(1, "reference")
+    )
+    i2v.set_adapters(["svi", "shot"])
+    with pytest.raises(ValueError, match="different schemes"):
+        _ = i2v.lora_conditioning
+    i2v.set_adapters("shot")
+    assert i2v.lora_conditioning == PixelMotion(1, "reference")
+
+
+# Two experts
+
+
+HIGH = "SVI_Wan2.2-I2V-A14B_high_noise_lora_v2.0_pro.safetensors"
+LOW = "SVI_Wan2.2-I2V-A14B_low_noise_lora_v2.0_pro.safetensors"
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """A pipeline with two experts, and a folder with a LoRA for each."""
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    save_file(make_lora(pipe.transformer, seed=0), tmp_path / HIGH)
+    save_file(make_lora(pipe.transformer_2, seed=1), tmp_path / LOW)
+    return pipe, tmp_path
+
+
+def test_both_experts_in_one_call_or_in_two(experts, image):
+    pipe, folder = experts
+    pipe.load_lora_weights(folder, weight_name=HIGH, weight_name_2=LOW)
+    assert pipe.lora_conditioning == LatentMotion(1)
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"], "transformer_2": ["default_0"]}
+    in_one = first_clip(pipe, image, num_inference_steps=4)
+
+    two = quiet(SVIPipeline(**make_components("a14b")))
+    two.load_lora_weights(folder, weight_name=HIGH)
+    two.load_lora_weights(folder, weight_name=LOW, load_into_transformer_2=True)
+    assert torch.equal(first_clip(two, image, num_inference_steps=4), in_one)
+
+    reference = quiet(SVIPipeline(**make_components("a14b")))
+    for name, seed in (("transformer", 0), ("transformer_2", 1)):
+        expert = getattr(reference, name)
+        expert.load_state_dict(merged(expert, make_lora(expert, seed=seed)))
+    expected = first_clip(reference, image, num_inference_steps=4, conditioning=LatentMotion(1))
+    torch.testing.assert_close(in_one, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_a_lora_of_the_other_expert_is_refused(experts):
+    pipe, folder = experts
+    with pytest.raises(ValueError, match=r"low-noise expert.*`weight_name_2` or with `load_into_transformer_2=True`"):
+        pipe.load_lora_weights(folder, weight_name=LOW)
+    with pytest.raises(ValueError, match=r"high-noise expert.*pass it as `weight_name`"):
+        pipe.load_lora_weights(folder, weight_name=HIGH, load_into_transformer_2=True)
+    with pytest.raises(ValueError, match="leave out `load_into_transformer_2"):
+        pipe.load_lora_weights(folder, weight_name=HIGH, weight_name_2=LOW, load_into_transformer_2=True)
+    assert pipe.get_list_adapters() == {}
+
+
+def test_a_second_expert_that_is_not_there(i2v):
+    with pytest.raises(ValueError, match=r"`transformer_2`, which this pipeline does not have"):
+        i2v.load_lora_weights(make_lora(i2v.transformer), load_into_transformer_2=True)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("member", ["talk", "dance"])
+def test_talk_and_dance_are_named(i2v, tmp_path, member):
+    extra = {"talk": "audio_proj.proj1.weight", "dance": "dwpose_embedding.0.weight"}[member]
+    state_dict = {**make_lora(i2v.transformer), extra: torch.zeros(2, 2)}
+    save_file(state_dict, tmp_path / f"svi-{member}.safetensors")
+    save_file(state_dict, tmp_path / "renamed.safetensors")
+    with pytest.raises(ValueError, match=rf"not supported yet: SVI-{member.title()} needs modules.*{extra}"):
+        i2v.load_lora_weights(tmp_path, weight_name=f"svi-{member}.safetensors")
+    with pytest.raises(ValueError, match=r"not supported yet: It needs modules beside the LoRA"):
+        i2v.load_lora_weights(tmp_path, weight_name="renamed.safetensors")
+
+
+def test_a_lora_of_another_size(i2v):
+    wider = make_transformer(seed=3)
+    lora = make_lora(wider)
+    lora["blocks.1.ffn.0.lora_A.default.weight"] = torch.zeros(4, 99)
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.ffn\.net\.0\.proj\.lora_A` is \(4, 99\), but the layer is 32 x 24"
+    ):
+        i2v.load_lora_weights(lora)
+    assert i2v.get_list_adapters() == {}
+
+
+def test_a_lora_of_a_deeper_model(i2v):
+    lora = {key.replace("blocks.1.", "blocks.7."): value for key, value in make_lora(i2v.transformer).items()}
+    with pytest.raises(ValueError, match=r"weights for `blocks\.7\..*does not have"):
+        i2v.load_lora_weights(lora)
+
+
+def test_files_that_are_no_lora(i2v, tmp_path):
+    save_file({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors.* holds no LoRA: none of its 1 keys"):
+        i2v.load_lora_weights(tmp_path, weight_name="model.safetensors")
+    save_file({"unet.down.0.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors.* layout that is not known"):
+        i2v.load_lora_weights(tmp_path, weight_name="other.safetensors")
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pt", "ckpt"])
+def test_pickles_are_never_opened(i2v, tmp_path, suffix):
+    torch.save(make_lora(i2v.transformer), tmp_path / f"lora.{suffix}")
+    for source, weight_name in ((tmp_path, f"lora.{suffix}"), (tmp_path / f"lora.{suffix}", None)):
+        with pytest.raises(ValueError, match="is not a safetensors file. Other formats can run code"):
+            i2v.load_lora_weights(source, weight_name=weight_name)
+
+
+def test_a_pickle_by_another_name_and_other_damage(i2v, tmp_path):
+    torch.save(make_lora(i2v.transformer), tmp_path / "pickled.safetensors")
+    save_file(make_lora(i2v.transformer), tmp_path / "whole.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-64])
+    for name in ("pickled.safetensors", "cut.safetensors", "missing.safetensors"):
+        with pytest.raises(ValueError, match=f"No LoRA could be read from '.*{name}'.*Give a safetensors file"):
+            i2v.load_lora_weights(tmp_path, weight_name=name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="No LoRA could be read"):
+        i2v.load_lora_weights(tmp_path / "empty")
+
+
+def test_metadata_that_describes_no_scheme(i2v, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    save_file(make_lora(i2v.transformer), file, metadata={"svi_conditioning": json.dumps({"scheme": "Unknown"})})
+    with pytest.raises(ValueError, match="No scheme of"):
+        i2v.load_lora_weights(file)
+
+
+# At the true size
+
+
+@pytest.mark.parametrize("image_dim", [1280, None], ids=["wan2.1", "wan2.2"])
+def test_the_official_layout_at_the_true_14b_shapes(image_dim, tmp_path):
+    """400 layers of rank 128, on the meta device: nothing is computed, every name and shape is."""
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(
+            num_attention_heads=40,
+            attention_head_dim=128,
+            in_channels=36,
+            out_channels=16,
+            ffn_dim=13824,
+            num_layers=40,
+            image_dim=image_dim,
+            added_kv_proj_dim=None if image_dim is None else 5120,
+        )
+        lora = make_lora(transformer, rank=128, layout="official")
+    assert len(lora) == 800
+    pipe = SVIPipeline(**{**make_components("i2v"), "transformer": transformer})
+    pipe.load_lora_weights(lora, conditioning=PixelMotion(5))
+    layers = [module for name, module in transformer.named_modules() if name.endswith("lora_A.default_0")]
+    # Wan 2.1 gets zero matrices for the image projections, which the official files leave out.
+    assert len(layers) == 400 + (80 if image_dim else 0)
+    assert all(tuple(layer.weight.shape) in ((128, 5120), (128, 13824)) for layer in layers)
+    scalings = {module.scaling["default_0"] for module in transformer.modules() if hasattr(module, "scaling")}
+    assert scalings == {1.0}
+    with pytest.raises(ValueError, match="made for a model of another size"):
+        SVIPipeline(**make_components("i2v")).load_lora_weights(lora)
+
+
+def test_held_latents_survive_the_metadata(tmp_path):
+    file = tmp_path / "lora.safetensors"
+    save_file(make_lora(make_transformer()), file, metadata=lora_metadata(HeldLatents(1)))
+    assert read_lora(file).conditioning == HeldLatents(1)
+    assert np.array_equal(
+        sorted(read_lora(file).state_dict), sorted(make_lora(make_transformer(), layout="diffusers"))
+    )

@@ -1,0 +1,123 @@
+"""What this package relies on inside diffusers, by name: a release that breaks it is caught here."""
+
+import inspect
+
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+
+from conftest import CLIP, KINDS, make_components, quiet, seeded
+from diffusers_svi import SVIPipeline
+
+
+OWN_ARGUMENTS = {
+    "prompts",
+    "num_clips",
+    "condition_frames",
+    "conditioning",
+    "seeds",
+    "state",
+    "ignore_lora_conditioning",
+}
+# Replaced by `prompts`, or of no meaning for a film: one film a call, its images come from the chain.
+PARENT_ONLY = {"prompt", "num_videos_per_prompt", "image_embeds", "last_image"}
+
+
+def test_prepare_latents_has_the_signature_that_is_overridden():
+    parent = list(inspect.signature(WanImageToVideoPipeline.prepare_latents).parameters)
+    assert list(inspect.signature(SVIPipeline.prepare_latents).parameters) == parent
+
+
+def test_the_call_keeps_the_parents_names_and_defaults():
+    parent = inspect.signature(WanImageToVideoPipeline.__call__).parameters
+    ours = inspect.signature(SVIPipeline.__call__).parameters
+    assert set(parent) - set(ours) == PARENT_ONLY
+    assert set(ours) - set(parent) == OWN_ARGUMENTS
+    for name in set(parent) & set(ours) - {"self", "image"}:
+        assert ours[name].default == parent[name].default, name
+
+
+def test_the_stream_takes_the_arguments_of_the_call():
+    call, stream = (inspect.signature(f).parameters for f in (SVIPipeline.__call__, SVIPipeline.stream))
+    assert set(call) - set(stream) == {"return_dict"}
+    assert all(call[name].default == stream[name].default for name in stream if name != "self")
+
+
+class Spy(WanImageToVideoPipeline):
+    """The parent, keeping what it hands to `prepare_latents` and gets back."""
+
+    def prepare_latents(self, *args, **kwargs):
+        self.seen = args, kwargs
+        self.returned = super().prepare_latents(*args, **kwargs)
+        return self.returned
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prepare_latents_is_called_and_returns_as_assumed(kind, image):
+    pipe = quiet(Spy(**make_components(kind)))
+    latents = pipe(image=image, prompt="a cat", generator=seeded(), output_type="latent", **CLIP).frames
+    (pixels, *_), kwargs = pipe.seen
+    assert not kwargs and pixels.shape == (1, 3, 32, 32) and pixels.dtype == torch.float32
+    z_dim, size = pipe.vae.config.z_dim, latents.shape[3:]
+    if kind == "ti2v-5b":
+        noise, condition, mask = pipe.returned
+        assert condition.shape == (1, z_dim, 1, *size)
+        assert mask.shape == (1, 1, 3, *size) and mask[:, :, 0].max() == 0 and mask[:, :, 1:].min() == 1
+        # The held latents are put back at the end.
+        assert torch.equal(latents[:, :, :1], condition)
+    else:
+        noise, condition = pipe.returned
+        assert condition.shape == (1, 4 + z_dim, 3, *size)
+        assert condition[:, :4, 0].min() == 1 and condition[:, :4, 1:].abs().max() == 0
+    assert noise.shape == (1, z_dim, 3, *size) and noise.dtype == torch.float32
+
+
+def test_the_experts_are_switched_by_the_parent(image):
+    pipe = quiet(WanImageToVideoPipeline(**make_components("a14b")))
+    seen = {"transformer": [], "transformer_2": []}
+    for name, timesteps in seen.items():
+        getattr(pipe, name).register_forward_pre_hook(
+            lambda module, args, kwargs, timesteps=timesteps: timesteps.append(float(kwargs["timestep"][0])),
+            with_kwargs=True,
+        )
+    pipe(image=image, prompt="a cat", **{**CLIP, "num_inference_steps": 6})
+    assert min(seen["transformer"]) >= 900 > max(seen["transformer_2"])
+
+
+def test_clip_sees_the_image_that_is_passed(image):
+    pipe = quiet(WanImageToVideoPipeline(**make_components("wan2.1")))
+    seen = []
+    encode_image = pipe.encode_image
+    pipe.encode_image = lambda image, device: seen.append(image) or encode_image(image, device)
+    pipe(image=image, prompt="a cat", **CLIP)
+    assert seen == [image]
+
+
+def test_the_interrupt_is_reset_by_every_call(image):
+    pipe = quiet(WanImageToVideoPipeline(**make_components("i2v")))
+    pipe._interrupt = True
+    pipe(image=image, prompt="a cat", **CLIP)
+    assert pipe.interrupt is False
+
+
+def test_embeddings_stand_for_a_prompt(image):
+    pipe = quiet(WanImageToVideoPipeline(**make_components("i2v")))
+    with torch.no_grad():
+        positive, nothing = pipe.encode_prompt("a cat", None, False, max_sequence_length=512)
+    assert positive.shape == (1, 512, 16) and nothing is None
+
+
+def test_diffusers_does_not_load_the_official_layout_by_itself():
+    """The reason for `_with_prefix`; when this fails, it can go."""
+    key = "blocks.0.self_attn.q.lora_A.default.weight"
+    assert list(WanLoraLoaderMixin.lora_state_dict({key: torch.zeros(1, 1)})) == [key]
+
+
+def test_private_names_that_are_used():
+    assert {"use_safetensors", "allow_pickle", "return_file_metadata"} <= set(
+        inspect.signature(_fetch_state_dict).parameters
+    )
+    assert isinstance(LoraBaseMixin._merged_adapters, set) and isinstance(LoraBaseMixin.fused_loras, property)
+    assert callable(WanLoraLoaderMixin._maybe_expand_t2v_lora_for_i2v)

@@ -1,0 +1,186 @@
+import csv
+
+import av
+import numpy as np
+import pytest
+
+from diffusers_svi.tiny import world
+from diffusers_svi.tiny.tracker import displacement, track
+from diffusers_svi.tiny.videos import write_videos
+from diffusers_svi.tiny.world import Action, Sprite, State, caption, film, render
+
+
+BALL = State("blue sky", 0, Sprite("circle", "red", "small", 20, 30))
+
+
+def story(seed: int, setting: str = "creative", num_clips: int = 4):
+    rng = np.random.default_rng(seed)
+    state = world.sample_state(rng)
+    return state, world.sample_actions(rng, state, num_clips, setting)
+
+
+def test_the_same_seed_gives_the_same_film():
+    for setting in ("creative", "consistent"):
+        films = [render(film(*story(3, setting))) for _ in range(2)]
+        assert np.array_equal(*films)
+    assert not np.array_equal(render(film(*story(3))), render(film(*story(4))))
+
+
+def test_a_film_continues_where_a_clip_ends():
+    """Whatever happens, the state after a clip is one from which the next can start: a film has no seams."""
+    for seed in range(200):
+        state, actions = story(seed)
+        states = film(state, actions)
+        assert len(states) == 1 + 4 * 16
+        assert all(states[16 * i].settled for i in range(5))
+        for i, action in enumerate(actions):
+            assert film(states[16 * i], [action])[1:] == states[16 * i + 1 : 16 * i + 17]
+
+
+def test_actions_may_be_as_short_as_the_longest_change():
+    state, actions = story(0)
+    assert all(states.settled for states in film(state, actions, 12)[::12])
+    with pytest.raises(ValueError, match=r"`durations` must be at least 12 frames"):
+        film(state, actions, 11)
+
+
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [
+        (Action("left"), "a small red circle moves left over a blue sky"),
+        (Action(), "a small red circle stays still over a blue sky"),
+        (
+            Action("up", pan="right", colour="green"),
+            "a small red circle moves up over a blue sky, it turns green, the camera pans right",
+        ),
+        (Action(shape="cross"), "a small red circle stays still over a blue sky, it becomes a cross"),
+        (
+            Action(scene="orange dusk"),
+            "a small red circle stays still over a blue sky, the scene fades to an orange dusk",
+        ),
+        (
+            Action(pan="left", scene="grey city"),
+            "a small red circle stays still over a blue sky, the camera pans left to a grey city",
+        ),
+        (Action("leaves", side="up"), "a small red circle leaves to the top over a blue sky"),
+    ],
+)
+def test_captions_tell_what_happens(action, text):
+    assert caption(BALL, action) == text
+
+
+def test_captions_of_empty_scenes():
+    empty = State("orange dusk", 3)
+    assert caption(empty, Action(pan="left")) == "an empty orange dusk, the camera pans left"
+    enters = Action("enters", side="left", sprite=Sprite("cross", "white", "large", 32, 32))
+    assert caption(empty, enters) == "a large white cross enters from the left over an orange dusk"
+
+
+@pytest.mark.parametrize(
+    ("motion", "dx", "dy"), [("left", -24, 0), ("right", 24, 0), ("up", 0, -24), ("down", 0, 24), ("still", 0, 0)]
+)
+def test_motion_is_what_the_prompt_says(motion, dx, dy):
+    first, last = track(render(film(BALL, [Action(motion)]))[[0, -1]])
+    np.testing.assert_allclose(displacement(first, last), (dx, dy), atol=0.1)
+
+
+def test_changes_end_in_what_the_prompt_says():
+    def after(action, state=BALL):
+        return film(state, [action])[-1]
+
+    assert after(Action(colour="green")).sprite.colour == "green"
+    assert after(Action(shape="cross")).sprite.shape == "cross"
+    assert after(Action(scene="grey city")).scene == "grey city"
+    assert after(Action(pan="left", scene="grey city")) == State("grey city", 0, BALL.sprite)
+    assert after(Action(pan="right")).offset == 16
+    assert after(Action("leaves", side="left")).sprite is None
+    sprite = Sprite("cross", "white", "large", 32, 32)
+    assert after(Action("enters", side="down", sprite=sprite), State("blue sky", 0)).sprite == sprite
+
+
+def test_a_sprite_enters_from_outside_and_leaves_completely():
+    sprite = Sprite("square", "black", "large", 32, 32)
+    for side in world.DIRECTIONS:
+        entering = film(State("blue sky", 0), [Action("enters", side=side, sprite=sprite)])
+        assert np.array_equal(render(entering[0]), render(State("blue sky", 0)))
+        assert 0 < world.coverage(entering[3].sprite).sum() < world.coverage(sprite).sum()
+        leaving = film(State("blue sky", 0, sprite), [Action("leaves", side=side)])
+        assert world.coverage(leaving[11].sprite).sum() < 0.5 * world.coverage(sprite).sum()
+        assert np.array_equal(render(leaving[12]), render(State("blue sky", 0)))
+
+
+def test_sprites_wrap_around_the_screen():
+    centred = render(State("blue sky", 0, Sprite("triangle", "white", "large", 32, 32)))
+    wrapped = render(State("blue sky", 0, Sprite("triangle", "white", "large", 0, 0)))
+    difference = np.roll(wrapped.astype(int) - render(State("blue sky", 0)), (32, 32), axis=(0, 1))
+    where = world.coverage(Sprite("triangle", "white", "large", 32, 32)) == 1
+    assert (np.abs(difference).sum(axis=-1) > 0)[where].all()
+    assert (centred[where] == 250).all()
+
+
+def test_the_tracker_reads_the_world_exactly():
+    for seed in range(60):
+        state, actions = story(seed, num_clips=1)
+        states = film(state, actions)[::4]
+        for truth, seen in zip(states, track(render(states)), strict=True):
+            if not truth.settled:
+                continue
+            assert (seen.scene, seen.offset, seen.found) == (truth.scene, truth.offset, truth.sprite is not None)
+            assert seen.background_error < 0.003
+            if truth.sprite is None:
+                continue
+            sprite = truth.sprite
+            assert (seen.shape, seen.colour, seen.size) == (sprite.shape, sprite.colour, sprite.size)
+            np.testing.assert_allclose(seen.rgb, sprite.rgb, atol=1)
+            dx = (seen.x - sprite.x + 32) % 64 - 32
+            dy = (seen.y - sprite.y + 32) % 64 - 32
+            assert (
+                np.hypot(dx, dy) < 0.15
+                and seen.overlap > 0.95
+                and abs(seen.radius / world.SIZES[sprite.size] - 1) < 0.02
+            )
+
+
+def test_the_tracker_measures_what_is_wrong():
+    frame = render(BALL)
+    (clean,) = track(frame[None])
+    (darker,) = track(np.clip(frame[None].astype(int) - 20, 0, 255).astype(np.uint8))
+    assert darker.background_error == pytest.approx(20 / 255, abs=0.005) and darker.scene == "blue sky"
+    (as_float,) = track(frame[None] / 255.0)
+    assert as_float == clean
+    recoloured = BALL.sprite.__class__("circle", "yellow", "small", 20, 30)
+    (seen,) = track(render(State("blue sky", 0, recoloured))[None])
+    assert seen.colour == "yellow" and seen.overlap > 0.95
+    (gone,) = track(render(State("blue sky", 0))[None])
+    assert not gone.found and gone.shape is None
+    with pytest.raises(ValueError, match=r"`frames` must be \(frames, 64, 64, 3\), got \(64, 64, 3\)"):
+        track(frame)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="`scene` must be one of"):
+        render(State("pink moon", 0))
+    with pytest.raises(ValueError, match="`shape` must be one of"):
+        render(State("blue sky", 0, Sprite("star", "red", "small", 0, 0)))
+    with pytest.raises(ValueError, match="`setting` must be 'creative' or 'consistent'"):
+        world.sample_actions(np.random.default_rng(0), BALL, 3, "wild")
+
+
+def test_as_videos_and_captions(tmp_path):
+    """The layout of the authors' training data: a folder of mp4 files and a CSV with their columns."""
+    write_videos(tmp_path, num_videos=3, seed=0, num_clips=2)
+    with open(tmp_path / f"{tmp_path.name}.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["Video Title", "Video Description", "Video URL", "Download URL", "Filename"]
+    assert len(rows) == 3
+    for index, row in enumerate(rows):
+        with av.open(str(tmp_path / row["Filename"])) as container:
+            video = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        state, actions = world.sample_story(seed=0, index=index, num_clips=2)
+        truth = render(film(state, actions))
+        assert video.shape == truth.shape == (33, 64, 64, 3)
+        assert np.abs(video.astype(int) - truth).mean() < 2
+        assert row["Video Description"].startswith(caption(state, actions[0]))
+    before = (tmp_path / rows[0]["Filename"]).read_bytes()
+    write_videos(tmp_path, num_videos=3, seed=0, num_clips=2)
+    assert (tmp_path / rows[0]["Filename"]).read_bytes() == before
