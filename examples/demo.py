@@ -87,9 +87,8 @@ def main():
             rows.append((f"{clip.index + 1}. {clip.prompt}", frames))
     sheet = args.output_dir / "contact_sheet.png"
     contact_sheet(rows, sheet)
-    print(
-        f"\n{sum(len(frames) for _, frames in rows)} frames in {len(rows)} clips.\nFilm:          {film}\nContact sheet: {sheet}"
-    )
+    num_frames = sum(len(frames) for _, frames in rows)
+    print(f"\n{num_frames} frames in {len(rows)} clips.\nFilm:          {film}\nContact sheet: {sheet}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,9 @@ def parse_args():
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--prompt_dropout", type=float, default=0.1, help="Share of clips trained without a prompt.")
     parser.add_argument("--ema_decay", type=float, default=0.999)
+    parser.add_argument(
+        "--no_compile", action="store_true", help="Leave the blocks uncompiled: slower, starts at once."
+    )
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--validation_steps", type=int, default=500)
     return parser.parse_args()
@@ -182,7 +185,8 @@ def main():
     accelerator.register_for_checkpointing(ema)
     first_step = resume(accelerator, args.checkpoint_dir)
     ema.to(device)
-    accelerator.unwrap_model(transformer).compile_repeated_blocks()
+    if not args.no_compile:
+        accelerator.unwrap_model(transformer).compile_repeated_blocks()
 
     pipe = SVIPipeline(
         tokenizer=tokenizer,

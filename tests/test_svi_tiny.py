@@ -1,0 +1,144 @@
+"""The embedded model, and the scripts that make, measure and show it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5EncoderModel
+
+from conftest import quiet, seeded
+from diffusers_svi import PixelMotion, SVIPipeline
+from diffusers_svi.latents import decode_video, encode_video
+from diffusers_svi.tiny import world
+from diffusers_svi.tiny.tracker import displacement, track
+
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models" / "svi-tiny"
+HELD_OUT_SEED = 1
+SIZE = {"height": 64, "width": 64, "num_frames": 17}
+
+
+@pytest.fixture(scope="module")
+def svi_tiny() -> SVIPipeline:
+    return quiet(SVIPipeline.from_pretrained(MODEL))
+
+
+def run(script: str, *arguments) -> str:
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def test_it_is_real_and_small(svi_tiny):
+    assert isinstance(svi_tiny.vae, AutoencoderKLWan)
+    assert isinstance(svi_tiny.transformer, WanTransformer3DModel)
+    assert isinstance(svi_tiny.text_encoder, UMT5EncoderModel)
+    z_dim = svi_tiny.vae.config.z_dim
+    assert svi_tiny.transformer.config.in_channels == z_dim + 4 + z_dim
+    assert {m.dtype for m in (svi_tiny.vae, svi_tiny.transformer, svi_tiny.text_encoder)} == {torch.float32}
+    assert sum(file.stat().st_size for file in (ROOT / "models").rglob("*.safetensors")) <= 24e6
+    for part in ("vae", "transformer"):
+        record = json.loads((MODEL / "training" / f"{part}.json").read_text())
+        assert {"command", "seed", "minutes", "machine", "versions", "curve"} <= set(record)
+
+
+def test_the_vae_keeps_the_world(svi_tiny):
+    """The committed measurement has 64 videos; eight of them are measured again here."""
+    errors = []
+    for index in range(8):
+        clip = world.render(world.film(*world.sample_story(HELD_OUT_SEED, index)))
+        pixels = torch.from_numpy(clip[None]).permute(0, 4, 1, 2, 3) / 127.5 - 1
+        with torch.no_grad():
+            decoded = decode_video(svi_tiny.vae, encode_video(svi_tiny.vae, pixels))
+        errors.append((decoded - pixels).square().mean(dim=(0, 1, 3, 4)) / 4)
+    psnr = -10 * torch.log10(torch.stack(errors).mean(dim=0))
+    assert psnr.shape == (17,) and psnr.min() >= 33
+
+
+def test_a_first_clip_follows_its_prompt(svi_tiny):
+    for motion, (dx, dy) in world.DIRECTIONS.items():
+        state = world.State("green meadow", 5, world.Sprite("circle", "red", "large", 30, 36))
+        prompt = world.caption(state, world.Action(motion))
+        image = PIL.Image.fromarray(world.render(state))
+        options = {"num_inference_steps": 8, "guidance_scale": 1.0, "generator": seeded(), **SIZE}
+        seen = track(svi_tiny(image=image, prompts=prompt, **options).frames[0])
+        assert all(observation.found for observation in seen)
+        moved = np.array(displacement(seen[0], seen[-1]))
+        np.testing.assert_allclose(moved, 24 * np.array([dx, dy]), atol=4)
+
+
+def test_defaults_of_the_pipeline_work_with_it(svi_tiny):
+    """Guidance of 5, a prompt padded to 512 tokens, two clips: nothing has to be set but the size."""
+    state, (action,) = world.sample_story(HELD_OUT_SEED, 3)
+    frames = svi_tiny(
+        image=PIL.Image.fromarray(world.render(state)),
+        prompts=world.caption(state, action),
+        num_clips=2,
+        num_inference_steps=4,
+        generator=seeded(),
+        **SIZE,
+    ).frames[0]
+    assert frames.shape == (33, 64, 64, 3) and np.isfinite(frames).all()
+
+
+def test_committed_results_meet_the_bars():
+    results = json.loads((ROOT / "docs" / "results" / "svi_tiny.json").read_text())
+    assert results["vae"]["psnr_worst_frame"] >= 33
+    first_clip = results["first_clip"]
+    assert first_clip["prompts"] >= 100
+    assert first_clip["sprite_found"] >= 0.95
+    assert first_clip["background_error"] <= 0.03
+    assert first_clip["direction_followed"] >= 0.9
+    gates = results["gates"]
+    assert gates["chain_drift"] >= 3 * gates["vae_drift"]
+    assert gates["last_latent_rms"] <= 0.3
+
+
+def test_demo(tmp_path):
+    printed = run("demo.py", "--output_dir", tmp_path, "--num_clips", 3, "--num_inference_steps", 2)
+    film, sheet = re.findall(r"^(?:Film|Contact sheet): +(.+)$", printed, re.MULTILINE)
+    with av.open(film) as container:
+        assert sum(1 for _ in container.decode(video=0)) == PixelMotion(1).film_length(3, 17)
+    assert PIL.Image.open(sheet).size[0] > 500
+
+
+def test_evaluation_runs(tmp_path):
+    options = {"num_clips": 2, "num_chains": 1, "num_prompts": 2, "num_videos": 2, "num_inference_steps": 2}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    printed = run("svi_tiny/evaluate.py", f"--model_dir={MODEL}", f"--output_dir={tmp_path}", *arguments)
+    results = json.loads((tmp_path / "svi_tiny.json").read_text())
+    assert "psnr_worst_frame" in printed and len(results["drift"]["re-encoded"]["background_error"]) == 2
+    assert PIL.Image.open(tmp_path / "svi_tiny_drift.png").size[0] > 500
+
+
+def test_training_scripts_run_and_resume(tmp_path):
+    """Two steps of each, two more after a restart; what comes out is a pipeline."""
+    model, cache = tmp_path / "model", tmp_path / "cache"
+
+    def train(part, *options, steps):
+        run(
+            f"svi_tiny/train_{part}.py",
+            f"--output_dir={model}",
+            f"--checkpoint_dir={tmp_path / part}",
+            f"--max_train_steps={steps}",
+            "--train_batch_size=2",
+            "--checkpointing_steps=2",
+            "--validation_steps=2",
+            *options,
+        )
+        return json.loads((model / "training" / f"{part}.json").read_text())["curve"]
+
+    for part, options in (("vae", ()), ("transformer", (f"--cache_dir={cache}", "--num_clips=8", "--no_compile"))):
+        assert [point["step"] for point in train(part, *options, steps=2)] == [2]
+        assert [point["step"] for point in train(part, *options, steps=4)] == [2, 4]
+    assert SVIPipeline.from_pretrained(model).transformer.config.num_layers == 6
