@@ -31,7 +31,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="Where the film goes.")
     parser.add_argument("--num_clips", type=int, default=8, help="Clips of 17 frames, two seconds each.")
-    parser.add_argument("--story", type=int, default=0, help="Which story of the world to tell.")
+    parser.add_argument("--story", type=int, default=5, help="Which story of the world to tell.")
     parser.add_argument(
         "--setting",
         choices=["creative", "consistent"],
@@ -46,13 +46,13 @@ def parse_args():
 
 def contact_sheet(rows: list[tuple[str, np.ndarray]], path: Path, columns: int = 6) -> None:
     """One row of frames for every clip, under its prompt."""
-    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * 1.5, len(rows) * 1.8), squeeze=False)
-    for axes_row, (title, frames) in zip(axes, rows, strict=True):
-        for axis, index in zip(axes_row, np.linspace(0, len(frames) - 1, columns).round().astype(int), strict=True):
-            axis.imshow(frames[index], interpolation="nearest")
-            axis.axis("off")
-        axes_row[0].set_title(title, loc="left", fontsize=9)
-    figure.tight_layout()
+    figure, axes = plt.subplots(len(rows), figsize=(columns * 1.5, len(rows) * 1.75), squeeze=False, layout="tight")
+    for axis, (title, frames) in zip(axes[:, 0], rows, strict=True):
+        chosen = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
+        gaps = np.pad(chosen, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=255)
+        axis.imshow(np.concatenate(list(gaps), axis=1), interpolation="nearest")
+        axis.set_title(title, loc="left", fontsize=9)
+        axis.axis("off")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -42,15 +42,20 @@ def parse_args():
     parser.add_argument("--cache_dir", type=Path, default=Path("outputs/svi-tiny-latents"), help="Encoded clips.")
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("outputs/svi-tiny"), help="For interrupted runs.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_clips", type=int, default=32768, help="Clips to train on.")
-    parser.add_argument("--max_train_steps", type=int, default=14000)
-    parser.add_argument("--train_batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--num_clips", type=int, default=16384, help="Clips to train on.")
+    parser.add_argument("--max_train_steps", type=int, default=7500)
+    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument(
+        "--learning_rate", type=float, default=2e-3, help="Of the matrices in the blocks; all else has half of it."
+    )
+    parser.add_argument(
+        "--two_sided_share",
+        type=float,
+        default=0.4,
+        help="Share of clips whose prompt names both left and right: few in the world, and the hardest to understand.",
+    )
     parser.add_argument("--prompt_dropout", type=float, default=0.1, help="Share of clips trained without a prompt.")
     parser.add_argument("--ema_decay", type=float, default=0.999)
-    parser.add_argument(
-        "--no_compile", action="store_true", help="Leave the blocks uncompiled: slower, starts at once."
-    )
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--validation_steps", type=int, default=500)
     return parser.parse_args()
@@ -76,7 +81,24 @@ def build_text_encoder(vocab_size: int) -> UMT5EncoderModel:
     config = UMT5Config(
         vocab_size=vocab_size, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0
     )
-    return UMT5EncoderModel(config)
+    text_encoder = UMT5EncoderModel(config)
+    look_back(text_encoder)
+    return text_encoder
+
+
+@torch.no_grad()
+def look_back(text_encoder: UMT5EncoderModel) -> None:
+    """Let three heads of every layer begin by looking one, two, and three words back.
+
+    With the usual start all heads take the mean over the prompt, and the order of words goes unnoticed for thousands
+    of steps: "moves left, the camera pans right" is the same as "moves right, the camera pans left".
+    """
+    for block in text_encoder.encoder.block:
+        bias = block.layer[
+            0
+        ].SelfAttention.relative_attention_bias.weight  # (buckets, heads); bucket n is n words back
+        bias[:, :3] = 0
+        bias[1, 0] = bias[2, 1] = bias[3, 2] = 4
 
 
 def build_transformer(z_dim: int) -> WanTransformer3DModel:
@@ -175,18 +197,19 @@ def main():
     others = [p for p in (*transformer.parameters(), *text_encoder.parameters()) if id(p) not in chosen]
     optimizers = [
         torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=args.learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [cosine_schedule(optimizer, 200, args.max_train_steps) for optimizer in optimizers]
     text_encoder, transformer, *prepared = accelerator.prepare(text_encoder, transformer, *optimizers, *schedules)
     optimizers, schedules = prepared[:2], prepared[2:]
     parameters = [*transformer.parameters(), *text_encoder.parameters()]
     ema = EMAModel(parameters, decay=args.ema_decay)
-    accelerator.register_for_checkpointing(ema)
-    first_step = resume(accelerator, args.checkpoint_dir)
+    first_step = resume(accelerator, args.checkpoint_dir, ema)
     ema.to(device)
-    if not args.no_compile:
-        accelerator.unwrap_model(transformer).compile_repeated_blocks()
+    if device.type == "cpu":
+        # At 320 tokens, and kept in bfloat16, twice as fast as PyTorch's fused kernel for CPUs.
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        accelerator.unwrap_model(transformer).set_attention_backend("_native_math")
 
     pipe = SVIPipeline(
         tokenizer=tokenizer,
@@ -201,9 +224,17 @@ def main():
         range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Wan"
     )
     running_loss = None
+    left, right = tokenizer.convert_tokens_to_ids(["left", "right"])
+    two_sided = (arrays["tokens"] == left).any(axis=1) & (arrays["tokens"] == right).any(axis=1)
+    probabilities = np.where(
+        two_sided,
+        args.two_sided_share / max(two_sided.sum(), 1),
+        (1 - args.two_sided_share) / max((~two_sided).sum(), 1),
+    )
+    probabilities /= probabilities.sum()
     for step in progress:
         rng = np.random.default_rng([args.seed, step])
-        rows = np.sort(rng.integers(args.num_clips, size=args.train_batch_size))
+        rows = np.sort(rng.choice(args.num_clips, size=args.train_batch_size, p=probabilities))
         latents, conditions = (
             torch.from_numpy(arrays[name][rows]).to(device).float() for name in ("latents", "conditions")
         )
@@ -241,13 +272,14 @@ def main():
             record.add(step + 1, **figures)
             progress.set_postfix({name: f"{float(value):.4g}" for name, value in figures.items()})
         if (step + 1) % args.checkpointing_steps == 0:
-            checkpoint(accelerator, args.checkpoint_dir, step + 1)
+            checkpoint(accelerator, args.checkpoint_dir, step + 1, ema)
 
     ema.copy_to(parameters)
     # Half the bytes; loading turns them into float32 again. What Wan keeps in float32 stays so.
     for name, parameter in pipe.transformer.named_parameters():
         if not any(module in name for module in pipe.transformer._keep_in_fp32_modules):
             parameter.data = parameter.data.bfloat16()
+    vae.half()
     pipe.save_pretrained(args.output_dir)
     record.write(parameters=sum(p.numel() for p in transformer.parameters()))
     accelerator.print(f"Saved {args.output_dir}.")

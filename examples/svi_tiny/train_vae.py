@@ -185,6 +185,7 @@ def main():
 
     vae = accelerator.unwrap_model(vae).cpu()
     set_latent_statistics(vae, args.seed)
+    vae.half()  # half the bytes: loading turns them into float32 again
     vae.save_pretrained(args.output_dir / "vae")
     record.write(parameters=sum(p.numel() for p in vae.parameters()))
     accelerator.print(f"Saved {args.output_dir / 'vae'}.")

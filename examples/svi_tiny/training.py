@@ -14,8 +14,13 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 
 from diffusers_svi.tiny import world
+
+
+EMA_NAME = "ema.safetensors"
 
 
 def sample_clip(seed: int, index: int) -> tuple[str, np.ndarray]:
@@ -47,8 +52,11 @@ class Record:
         self.started = time.time()
         earlier = json.loads(path.read_text()) if path.exists() else {}
         self.minutes_before = earlier.get("minutes", 0.0)
+        command = "python " + shlex.join(sys.argv)
+        commands = earlier.get("commands", [])
         self.values = {
-            "command": "python " + shlex.join(sys.argv),
+            # More than one where a run was interrupted and went on with other settings.
+            "commands": commands if commands[-1:] == [command] else [*commands, command],
             "seed": seed,
             "minutes": self.minutes_before,
             "machine": f"{_processor()}, {torch.get_num_threads()} threads",
@@ -72,20 +80,30 @@ class Record:
         self.path.write_text(json.dumps(self.values, indent=1) + "\n")
 
 
-def resume(accelerator: Accelerator, folder: Path) -> int:
+def resume(accelerator: Accelerator, folder: Path, ema: EMAModel | None = None) -> int:
     """Load the last checkpoint under `folder`, if any, and return the step to go on from."""
     checkpoints = sorted(folder.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
     if not checkpoints:
         return 0
     accelerator.load_state(str(checkpoints[-1]))
+    if ema is not None:
+        averages = load_file(checkpoints[-1] / EMA_NAME)
+        step = int(checkpoints[-1].name.split("-")[1])
+        ema.load_state_dict(
+            {"shadow_params": [averages[str(i)] for i in range(len(averages))], "optimization_step": step}
+        )
     accelerator.print(f"Going on from {checkpoints[-1]}.")
     return int(checkpoints[-1].name.split("-")[1])
 
 
-def checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+def checkpoint(accelerator: Accelerator, folder: Path, step: int, ema: EMAModel | None = None) -> None:
     """Save everything under `folder/step-<step>` and drop the checkpoint before it."""
     unfinished = folder / "unfinished"
     accelerator.save_state(str(unfinished))
+    if ema is not None:
+        # Not among what accelerate keeps: it would pickle it.
+        averages = {str(index): average.contiguous() for index, average in enumerate(ema.shadow_params)}
+        save_file(averages, unfinished / EMA_NAME)
     earlier = list(folder.glob("step-*"))
     unfinished.rename(folder / f"step-{step}")
     for path in earlier:
