@@ -11,6 +11,7 @@ install_requires = [
     "accelerate>=1.1",
     "huggingface-hub>=1.0",
     "safetensors>=0.5",
+    "psutil>=5.9",
     "numpy>=1.26",
     "pillow>=10",
     "ftfy>=6.1",

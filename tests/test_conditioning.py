@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from conftest import make_vae
+from conftest import CLIP, make_vae, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion
-from diffusers_svi.conditioning import first_frame_mask, num_latent_frames, scheme_from_dict
+from diffusers_svi.conditioning import first_frame_mask, num_latent_frames, scheme_from_dict, transformer_inputs
 from diffusers_svi.latents import encode_video
 
 
@@ -147,3 +147,23 @@ def test_bad_padding():
 def test_schemes_that_do_not_fit(scheme, num_frames, expand_timesteps, message):
     with pytest.raises(ValueError, match=message):
         scheme.check(num_frames, expand_timesteps)
+
+
+def test_training_puts_together_what_the_pipeline_does(pipe, image):
+    """The inputs of the transformer at the first step of a clip, taken apart and put together again."""
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((kwargs["hidden_states"], kwargs["timestep"])), with_kwargs=True
+    )
+    pipe(image, "a cat", generator=seeded(), output_type="latent", **CLIP)
+    hook.remove()
+    hidden_states, timesteps = seen[0]
+    expand = pipe.config.expand_timesteps
+    z_dim = pipe.vae.config.z_dim
+    noisy, condition = (
+        (hidden_states, hidden_states[:, :, :1]) if expand else hidden_states.split([z_dim + 4, z_dim], 1)
+    )
+    sigmas = timesteps.flatten()[-1:] / 1000
+    inputs = transformer_inputs(noisy[:, :z_dim], condition, sigmas, pipe.transformer.config.patch_size, expand)
+    torch.testing.assert_close(inputs[0], hidden_states, rtol=0, atol=0)
+    torch.testing.assert_close(inputs[1], timesteps.to(inputs[1]))

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from conftest import CLIP, make_components, make_transformer, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.lora import lora_metadata, read_lora
+from diffusers_svi.lora import lora_metadata, read_lora, save_lora
 
 
 # The layers an SVI LoRA has, in the original names and in diffusers'.
@@ -391,3 +393,27 @@ def test_held_latents_survive_the_metadata(tmp_path):
     assert np.array_equal(
         sorted(read_lora(file).state_dict), sorted(make_lora(make_transformer(), layout="diffusers"))
     )
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_a_saved_lora_is_read_back(layout, tmp_path):
+    """Scheme, expert, and the change it makes to every weight, with an alpha other than the rank."""
+    transformer = make_transformer()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_out.0", "ffn.net.0.proj", "ffn.net.2"])
+    transformer.add_adapter(config)
+    state_dict = get_peft_model_state_dict(transformer)
+    state_dict = {key: torch.randn(value.shape, generator=seeded()) for key, value in state_dict.items()}
+    save_lora(tmp_path / "lora.safetensors", state_dict, config, LatentMotion(1), "high", layout)
+
+    lora = read_lora(tmp_path / "lora.safetensors")
+    assert lora.conditioning == LatentMotion(1) and lora.expert == "high"
+    assert lora.state_dict.keys() == {f"transformer.{key}" for key in state_dict}
+    alpha = 4 if lora.adapter_metadata is None else lora.adapter_metadata["transformer.lora_alpha"]
+    for key in state_dict:
+        if ".lora_A." in key:
+            up = key.replace(".lora_A.", ".lora_B.")
+            read = alpha / 4 * lora.state_dict[f"transformer.{up}"] @ lora.state_dict[f"transformer.{key}"]
+            torch.testing.assert_close(read, 8 / 4 * state_dict[up] @ state_dict[key])
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        name = {"diffusers": "transformer.blocks.0.attn1.to_out.0", "original": "diffusion_model.blocks.0.self_attn.o"}
+        assert f"{name[layout]}.lora_A.weight" in file.keys()

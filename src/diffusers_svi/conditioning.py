@@ -44,6 +44,41 @@ def first_frame_mask(condition: torch.Tensor) -> torch.Tensor:
     return mask
 
 
+def transformer_inputs(
+    noisy: torch.Tensor,
+    condition: torch.Tensor,
+    sigmas: torch.Tensor,
+    patch_size: tuple[int, int, int],
+    expand_timesteps: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""What a Wan transformer takes: its hidden states and its timesteps.
+
+    At inference the parent pipeline puts these together; training does it here.
+
+    Args:
+        noisy (`torch.Tensor` of shape `(batch, z_dim, latent_frames, h, w)`): Noisy latents.
+        condition (`torch.Tensor` of shape `(batch, z_dim, n, h, w)`):
+            `Scheme.condition`, with n = latent_frames; with `expand_timesteps`, `Scheme.held`.
+        sigmas (`torch.Tensor` of shape `(batch,)`): Noise levels.
+        patch_size (`tuple[int, int, int]`): Of the transformer.
+        expand_timesteps (`bool`): Whether the model holds the condition in place of the first latent frames.
+
+    Returns:
+        `(batch, z_dim + 4 + z_dim, latent_frames, h, w)` and `(batch,)`; with `expand_timesteps`,
+        `(batch, z_dim, latent_frames, h, w)` and `(batch, tokens)`, 0 on the held ones.
+    """
+    # source: the denoising loop of WanImageToVideoPipeline.__call__
+    timesteps = 1000 * sigmas
+    if not expand_timesteps:
+        return torch.cat([noisy, first_frame_mask(condition), condition], dim=1), timesteps
+    held = condition.shape[2]
+    tokens = timesteps.view(-1, 1, 1).repeat(
+        1, noisy.shape[2], noisy[0, 0, 0, :: patch_size[1], :: patch_size[2]].numel()
+    )
+    tokens[:, :held] = 0
+    return torch.cat([condition, noisy[:, :, held:]], dim=2), tokens.flatten(1)
+
+
 class Scheme:
     """Base of the schemes; see the module's docstring for the meaning of `image`, `frames` and `latents`."""
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
-from diffusers.loaders.lora_base import _fetch_state_dict
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, _fetch_state_dict
 from diffusers.utils import get_adapter_name
+from peft import PeftConfig
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from .conditioning import LatentMotion, PixelMotion, Scheme, scheme_from_dict
 
@@ -30,6 +32,19 @@ _PUBLISHED = (
     (r"svi_wan2\.2.*v2\.0", PixelMotion(num_frames=1, padding="reference")),
 )
 _UNSUPPORTED = {r"svi[-_]talk": "SVI-Talk", r"svi[-_]dance": "SVI-Dance"}
+
+# What the trained layers are called in the original code, by their names in diffusers.
+_ORIGINAL_NAMES = {
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+LAYOUTS = ("diffusers", "original")
 
 _MODULE = r"blocks[._](\d+)[._](self_attn|cross_attn)[._](q|k|v|o|k_img|v_img|norm_q|norm_k)\b"
 
@@ -104,6 +119,40 @@ def lora_metadata(conditioning: Scheme, expert: str | None = None) -> dict[str, 
     """What to write into the metadata of a LoRA file so that [`read_lora`] finds its scheme and its expert."""
     metadata = {CONDITIONING_KEY: json.dumps(conditioning.to_dict())}
     return metadata if expert is None else {**metadata, EXPERT_KEY: expert}
+
+
+def save_lora(
+    file: str | os.PathLike,
+    state_dict: dict[str, torch.Tensor],
+    config: PeftConfig,
+    conditioning: Scheme,
+    expert: str | None = None,
+    layout: str = "diffusers",
+) -> None:
+    """Write a LoRA with its scheme to a safetensors file that [`read_lora`] reads.
+
+    Args:
+        file: Where to.
+        state_dict (`dict[str, torch.Tensor]`):
+            Weights as `peft.get_peft_model_state_dict` gives them, such as `blocks.0.attn1.to_q.lora_A.weight`.
+        config (`PeftConfig`): What they were trained with.
+        conditioning (`Scheme`): The scheme it was trained for.
+        expert (`str`, *optional*): "high" or "low", for one expert of Wan 2.2 A14B.
+        layout (`str`, defaults to `"diffusers"`):
+            Or "original": the names of the original code after `diffusion_model.`, as ComfyUI and the authors' loader
+            read them. They apply no alpha, so it is multiplied into the weights.
+    """
+    metadata = {"format": "pt", **lora_metadata(conditioning, expert)}
+    if layout == "diffusers":
+        state_dict = {f"transformer.{key}": value for key, value in state_dict.items()}
+        adapter = {f"transformer.{key}": value for key, value in config.to_dict().items()}
+        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter, default=sorted, sort_keys=True)
+    else:
+        scale = config.lora_alpha / config.r
+        state_dict = {
+            _original_name(key): value * scale if ".lora_B." in key else value for key, value in state_dict.items()
+        }
+    save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, file, metadata=metadata)
 
 
 class SVILoraLoaderMixin:
@@ -269,6 +318,12 @@ def _with_prefix(key: str) -> str:
         return key
     if re.match(r"blocks\.\d+\.(attn[12]\.|ffn\.net\.)|condition_embedder\.|proj_out\.", key):
         return f"transformer.{key}"
+    return f"diffusion_model.{key}"
+
+
+def _original_name(key: str) -> str:
+    for name, original in _ORIGINAL_NAMES.items():
+        key = key.replace(f".{name}.", f".{original}.")
     return f"diffusion_model.{key}"
 
 

@@ -1,0 +1,24 @@
+"""Error-Recycling Fine-Tuning: a model's own errors are banked, injected into its inputs, and trained away."""
+
+from .bank import BankConfig, ErrorBank, StoredError
+from .distributed import ShardedErrorBank
+from .injection import InjectionConfig
+from .objective import clean_side_error, erft_loss, loss_weights, noise_side_error, recycled_velocity
+from .recycler import ErrorRecycler, Injected, RecyclerConfig
+
+
+__all__ = [
+    "BankConfig",
+    "ErrorBank",
+    "ErrorRecycler",
+    "Injected",
+    "InjectionConfig",
+    "RecyclerConfig",
+    "ShardedErrorBank",
+    "StoredError",
+    "clean_side_error",
+    "erft_loss",
+    "loss_weights",
+    "noise_side_error",
+    "recycled_velocity",
+]

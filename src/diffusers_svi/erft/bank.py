@@ -1,0 +1,252 @@
+"""`ErrorBank`: the replay memory of a model's own one-step errors, sorted by timestep."""
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+from .storage import DTYPES, make_storage, slot_bytes
+
+
+REPLACEMENTS = ("l2", "random", "fifo")
+# In a full grid so many errors, the nearest by their sketches, are compared in full.
+CANDIDATES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    """How large an [`ErrorBank`] is and how it is kept.
+
+    Args:
+        num_grids (`int`, defaults to 50): Timesteps that errors are sorted by: those of a schedule of so many steps.
+        capacity (`int`, defaults to 500): Errors a grid holds.
+        replacement (`str`, defaults to `"l2"`):
+            What a new error replaces in a full grid: the nearest ("l2"), any ("random"), or the oldest ("fifo").
+        dtype (`str`, defaults to `"bfloat16"`): "float32", "bfloat16" or "int8" (a scale for every 128 values).
+        byte_budget (`int`, *optional*): Bytes the bank may take; lowers `capacity` to what fits.
+        path (`str`, *optional*): A file to keep the errors in, mapped into memory, instead of memory itself.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    num_grids: int = 50
+    capacity: int = 500
+    replacement: str = "l2"
+    dtype: str = "bfloat16"
+    byte_budget: int | None = None
+    path: str | None = None
+
+    def __post_init__(self):
+        for name in ("num_grids", "capacity", "byte_budget"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        for name, choices in (("replacement", REPLACEMENTS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+
+    def num_bytes(self, error_shape: tuple[int, ...], num_grids: int | None = None) -> int:
+        """Bytes a bank of such errors takes when it is full; of `num_grids` of its grids only, if given."""
+        size = math.prod(error_shape)
+        per_error = slot_bytes(size, self.dtype) + 4 * _sketch_size(size)
+        return (self.num_grids if num_grids is None else num_grids) * self.capacity * per_error
+
+    def fitted(self, error_shape: tuple[int, ...], num_grids: int | None = None) -> "BankConfig":
+        """This configuration with `capacity` lowered to `byte_budget`, if the machine has room for it.
+
+        Raises:
+            ValueError: if not even one error a grid fits the budget, or the bank does not fit the machine; the message
+                says what would.
+        """
+        num_grids = self.num_grids if num_grids is None else num_grids
+        row = replace(self, capacity=1).num_bytes(error_shape, num_grids)
+        capacity = self.capacity if self.byte_budget is None else min(self.capacity, self.byte_budget // row)
+        if capacity < 1:
+            raise ValueError(
+                f"`byte_budget`={self.byte_budget} holds no error: one for each of {num_grids} grids takes {row} "
+                f"bytes in {self.dtype}."
+            )
+        free, where = self._free_bytes()
+        if capacity * row > free:
+            smaller = f"a `capacity` of at most {free // row}" if free >= row else "fewer `num_grids`"
+            raise ValueError(
+                f"The error bank would take {_gigabytes(capacity * row)} ({num_grids} grids of {capacity} errors "
+                f"{tuple(error_shape)} in {self.dtype}), but {where} has {_gigabytes(free)} free. What would fit: "
+                f"{smaller}, a smaller `dtype`, or a `path` on a larger disk."
+            )
+        return replace(self, capacity=capacity, byte_budget=None)
+
+    def _free_bytes(self) -> tuple[int, str]:
+        if self.path is None:
+            return psutil.virtual_memory().available, "memory"
+        folder = Path(self.path).absolute().parent
+        folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        return shutil.disk_usage(folder).free, f"the disk of {os.fspath(self.path)!r}"
+
+
+class StoredError(NamedTuple):
+    """A residual r = v_hat - V, `error_shape` float32, and the sigma it was made at."""
+
+    residual: torch.Tensor
+    sigma: float
+
+
+class ErrorBank:
+    r"""Replay memory of residuals r = v_hat - V, each with its sigma, in grids of neighbouring timesteps.
+
+    Both memories of the published method are readings of it: `-sigma * r` is the error on the clean side, and
+    `(1 - sigma) * r` the one on the noise side. An error that is no residual, but is known on the clean side, is the
+    residual `-error` at sigma 1.
+
+    In a full grid the default replacement looks for the stored error nearest in L2. Large errors are compared by short
+    sketches of them first: restacking and comparing all of a grid, as published, takes seconds at the size of real
+    videos.
+
+    Args:
+        error_shape (`tuple[int, ...]`): Shape of one error, without the batch.
+        grid_sigmas (`torch.Tensor` of shape `(num_grids,)`): Every grid's sigma; an error belongs to the nearest.
+        config (`BankConfig`): Size and form. Its `capacity` is lowered to the `byte_budget`.
+        owned (`list[int]`, *optional*, defaults to all): The grids that are kept here; the others stay empty.
+
+    Raises:
+        ValueError: if the machine has no room for it.
+    """
+
+    # Whether all processes share one bank.
+    shared = False
+
+    def __init__(
+        self,
+        error_shape: tuple[int, ...],
+        grid_sigmas: torch.Tensor,
+        config: BankConfig,
+        owned: list[int] | None = None,
+    ):
+        if grid_sigmas.shape != (config.num_grids,):
+            raise ValueError(f"`grid_sigmas` must be ({config.num_grids},), got {tuple(grid_sigmas.shape)}.")
+        owned = list(range(config.num_grids)) if owned is None else owned
+        self.config = config = config.fitted(error_shape, len(owned))
+        self.error_shape = tuple(error_shape)
+        self.grid_sigmas = grid_sigmas.detach().double().cpu()
+        self.size = math.prod(error_shape)
+        self.first_slot = {grid: config.capacity * index for index, grid in enumerate(owned)}
+        num_slots = config.capacity * len(owned)
+        self.storage = make_storage(num_slots, self.size, config.dtype, config.path)
+        self.slot_sigmas = torch.zeros(num_slots)
+        self.counts = torch.zeros(config.num_grids, dtype=torch.int64)
+        # Errors each grid has ever taken: the place of the oldest follows from it.
+        self.taken = torch.zeros(config.num_grids, dtype=torch.int64)
+        self.sketch = _Sketch(self.size, num_slots)
+        # Called with every slot that is about to be overwritten.
+        self.before_write: Callable[[int], None] | None = None
+
+    def synchronize(self) -> None:
+        """Learn what other processes have: nothing, for a bank of one process."""
+
+    def filled(self) -> torch.Tensor:
+        """Which grids hold an error, `(num_grids,)` bool."""
+        return self.counts > 0
+
+    def describe(self) -> str:
+        """What it takes, in a line."""
+        config, num_grids = self.config, len(self.first_slot)
+        where = "memory" if config.path is None else f"the file {config.path!r}"
+        return (
+            f"Error bank: {num_grids} grids of {config.capacity} errors {self.error_shape} in {config.dtype}, "
+            f"{_gigabytes(config.num_bytes(self.error_shape, num_grids))} of {where} when full."
+        )
+
+    def nearest_grid(self, sigmas: torch.Tensor) -> torch.Tensor:
+        """The grid of every sigma, `(batch,)` int64."""
+        return (sigmas.double().cpu().unsqueeze(1) - self.grid_sigmas).abs().argmin(dim=1)
+
+    def add(
+        self, residuals: torch.Tensor, sigmas: torch.Tensor, keep: torch.Tensor, generator: torch.Generator
+    ) -> None:
+        """Take the residuals `(batch, *error_shape)` of samples at `sigmas` `(batch,)`, those that `keep` marks."""
+        for index, grid in enumerate(self.nearest_grid(sigmas).tolist()):
+            if keep[index]:
+                self.put(grid, residuals[index], float(sigmas[index]), generator)
+
+    def put(self, grid: int, residual: torch.Tensor, sigma: float, generator: torch.Generator) -> int:
+        """Take one residual into `grid` and return its place there."""
+        error = residual.detach().reshape(-1).to(device="cpu", dtype=torch.float32)
+        sketch = self.sketch.of(error)
+        place = int(self.counts[grid])
+        if place == self.config.capacity:
+            place = self._victim(grid, error, sketch, generator)
+        slot = self.first_slot[grid] + place
+        # Read once: a writer that finishes takes it away at any moment.
+        before_write = self.before_write
+        if before_write is not None:
+            before_write(slot)
+        self.storage.write(slot, error)
+        self.slot_sigmas[slot] = sigma
+        self.sketch.rows[slot] = sketch
+        self.counts[grid] = max(int(self.counts[grid]), place + 1)
+        self.taken[grid] += 1
+        return place
+
+    def get(self, grid: int, place: int) -> StoredError:
+        """The error at a place of a grid."""
+        slot = self.first_slot[grid] + place
+        return StoredError(self.storage.read(slot).view(self.error_shape), float(self.slot_sigmas[slot]))
+
+    def draw(self, grids: torch.Tensor, generator: torch.Generator) -> list[StoredError | None]:
+        """An error at random from each of `grids` `(n,)`; `None` where the grid is empty or -1."""
+        # One number a request, asked or not: what is drawn elsewhere does not depend on how full the bank is.
+        shares = torch.rand(len(grids), generator=generator, dtype=torch.float64).tolist()
+        return [
+            self.get(grid, int(share * int(self.counts[grid]))) if grid >= 0 and self.counts[grid] > 0 else None
+            for grid, share in zip(grids.tolist(), shares, strict=True)
+        ]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is kept a slot, one row each: what a snapshot has to copy."""
+        return {**self.storage.tensors, "sketches": self.sketch.rows, "sigmas": self.slot_sigmas}
+
+    def _victim(self, grid: int, error: torch.Tensor, sketch: torch.Tensor, generator: torch.Generator) -> int:
+        """The place that a new error of a full grid takes."""
+        capacity = self.config.capacity
+        if self.config.replacement == "random":
+            return int(torch.randint(capacity, (), generator=generator))
+        if self.config.replacement == "fifo":
+            return int(self.taken[grid]) % capacity
+        first = self.first_slot[grid]
+        distances = (self.sketch.rows[first : first + capacity] - sketch).square().sum(dim=1)
+        places = distances.topk(min(CANDIDATES, capacity), largest=False).indices.tolist()
+        return min(places, key=lambda place: float(torch.dist(self.storage.read(first + place), error)))
+
+
+class _Sketch:
+    """A short linear image of every error, of which the squared distances are those of the errors on average.
+
+    Every value is given a random sign and added to one of m sums (a count sketch): one pass over the error. The
+    relative standard deviation of a squared distance is at most sqrt(2 / m), 2.2% for large errors (m = 4096).
+    """
+
+    def __init__(self, size: int, num_slots: int):
+        # Always the same signs: sketches of one bank are compared after a restart.
+        signs = torch.randint(2, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+        self.signs = signs.float() * 2 - 1
+        self.rows = torch.zeros(num_slots, _sketch_size(size))
+
+    def of(self, error: torch.Tensor) -> torch.Tensor:
+        num_sums = self.rows.shape[1]
+        return F.pad(error * self.signs, (0, -error.numel() % num_sums)).view(-1, num_sums).sum(dim=0)
+
+
+def _sketch_size(size: int) -> int:
+    return min(4096, max(256, math.ceil(size / 16)))
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"

@@ -1,0 +1,107 @@
+"""What of a sample is corrupted with which errors: the switches, and where E_img comes from and goes."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectionConfig:
+    """How samples are corrupted. The defaults are those of SVI-Shot.
+
+    Args:
+        p_vid (`float`, defaults to 0.9): Share of the corrupted samples with an error in the clean latents.
+        p_noi (`float`, defaults to 0.01): Share with an error in the noise.
+        p_img (`float`, defaults to 0.9): Share with an error in the condition.
+        p_clean (`float`, defaults to 0.2): Share of all samples that are left clean.
+        n_img (`int`, defaults to 3): Latent frames of the condition that take an error.
+        first_img (`int`, defaults to 0):
+            The first of them. With an anchor latent in front, 1 leaves it clean, as it is at inference.
+        img_sigmas (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+            Range of the grids that the errors of conditions come from. Those of high sigma are large.
+        img_scale (`tuple[float, float]`, defaults to `(1.0, 1.0)`): Range of a random factor on them.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    p_vid: float = 0.9
+    p_noi: float = 0.01
+    p_img: float = 0.9
+    p_clean: float = 0.2
+    n_img: int = 3
+    first_img: int = 0
+    img_sigmas: tuple[float, float] = (0.0, 1.0)
+    img_scale: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self):
+        for name in ("p_vid", "p_noi", "p_img", "p_clean"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is a probability in [0, 1], got {getattr(self, name)!r}.")
+        for name, least in (("n_img", 1), ("first_img", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        low, high = self.img_sigmas
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"`img_sigmas` must be a range within [0, 1], lower end first, got {self.img_sigmas}.")
+        low, high = self.img_scale
+        if not 0 <= low <= high:
+            raise ValueError(f"`img_scale` must be a range of factors, lower end first, got {self.img_scale}.")
+
+
+class Switches(NamedTuple):
+    """What is done to every sample of a batch: four masks `(batch,)`. Where `clean`, the others are off."""
+
+    clean: torch.Tensor
+    vid: torch.Tensor
+    noi: torch.Tensor
+    img: torch.Tensor
+
+
+def draw_switches(config: InjectionConfig, batch_size: int, generator: torch.Generator) -> Switches:
+    """`clean` with `p_clean`; else three switches, independent of each other."""
+    draws = torch.rand(4, batch_size, generator=generator, dtype=torch.float64)
+    clean = draws[0] < config.p_clean
+    return Switches(clean, *((draws[1:] < torch.tensor([[config.p_vid], [config.p_noi], [config.p_img]])) & ~clean))
+
+
+def draw_img_grids(
+    config: InjectionConfig,
+    grid_sigmas: torch.Tensor,
+    filled: torch.Tensor,
+    batch_size: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """A grid for every sample, `(batch,)` int64, uniform over those in `img_sigmas` that hold errors; -1 if none does.
+
+    Empty grids are passed over, so that `p_img` means the same for an expert of Wan 2.2 A14B, whose timesteps never
+    reach the others, as for a model that fills them all.
+    """
+    low, high = config.img_sigmas
+    shares = torch.rand(batch_size, generator=generator, dtype=torch.float64)
+    grids = ((grid_sigmas >= low) & (grid_sigmas <= high) & filled).nonzero().flatten()
+    if len(grids) == 0:
+        return torch.full((batch_size,), -1)
+    return grids[(shares * len(grids)).long()]
+
+
+def add_to_condition(
+    condition: torch.Tensor, error: torch.Tensor, config: InjectionConfig, generator: torch.Generator
+) -> torch.Tensor:
+    """One condition `(z_dim, latent_frames, h, w)` with a run of latent frames of `error` on its `n_img` frames.
+
+    The run begins anywhere in the error. A shorter condition takes as many frames as it has.
+    """
+    start, scale = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    count = min(config.n_img, condition.shape[1] - config.first_img, error.shape[1])
+    if count < 1:
+        return condition
+    first = int(start * (error.shape[1] - count + 1))
+    low, high = config.img_scale
+    corrupted = condition.clone()
+    corrupted[:, config.first_img : config.first_img + count] += (low + (high - low) * scale) * error[
+        :, first : first + count
+    ].to(condition)
+    return corrupted

@@ -1,0 +1,161 @@
+"""The replay memory: what it holds, what it forgets, what it takes."""
+
+import pytest
+import torch
+
+from conftest import seeded
+from diffusers_svi.erft import BankConfig, ErrorBank
+from diffusers_svi.flow import shifted_sigmas
+
+
+SHAPE = (4, 3, 8, 8)
+
+
+def make_bank(num_grids: int = 5, shape=SHAPE, **config) -> ErrorBank:
+    return ErrorBank(shape, shifted_sigmas(num_grids, 5.0), BankConfig(num_grids=num_grids, **config))
+
+
+def errors(count: int, shape=SHAPE, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, *shape, generator=seeded(seed))
+
+
+def correlated_errors(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Errors of a model: a few directions it often errs in, of random strength, and a little noise."""
+    directions = torch.randn(16, size, generator=generator)
+    strengths = torch.randn(count, 16, generator=generator) * torch.linspace(1, 0.1, 16)
+    return strengths @ directions + 0.1 * torch.randn(count, size, generator=generator)
+
+
+def add(bank: ErrorBank, residuals: torch.Tensor, sigmas, seed: int = 0) -> None:
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64).expand(len(residuals))
+    bank.add(residuals, sigmas, torch.ones(len(residuals), dtype=torch.bool), seeded(seed))
+
+
+@pytest.mark.parametrize("config", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "int8"}])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_goes_in_comes_out(config, mapped, tmp_path):
+    bank = make_bank(capacity=3, **config, path=str(tmp_path / "deep" / "bank") if mapped else None)
+    (residual,) = errors(1)
+    add(bank, residual.unsqueeze(0), 0.9)
+    stored, sigma = bank.get(int(bank.nearest_grid(torch.tensor([0.9]))), 0)
+    assert sigma == pytest.approx(0.9) and stored.shape == SHAPE and stored.dtype == torch.float32
+    tolerance = {"float32": 0, "bfloat16": 2**-8, "int8": 0.02}[config["dtype"]]
+    torch.testing.assert_close(stored, residual, rtol=0, atol=tolerance * residual.abs().max().item())
+
+
+def test_int8_is_as_exact_as_documented():
+    """0.6% of root mean square for normally distributed errors; zeros stay zeros."""
+    bank = make_bank(dtype="int8", capacity=2, shape=(1000, 100))
+    (residual,) = errors(1, (1000, 100))
+    residual[:10] = 0
+    add(bank, residual.unsqueeze(0), 1.0)
+    stored = bank.get(0, 0).residual
+    assert stored[:10].abs().max() == 0
+    assert ((stored - residual).square().mean() / residual.square().mean()).sqrt() == pytest.approx(0.006, abs=5e-4)
+
+
+def test_every_error_goes_to_the_nearest_grid():
+    bank = make_bank(capacity=8)
+    sigmas = torch.tensor([1.0, 0.97, 0.9, 0.7, 0.05])
+    expected = [min(range(5), key=lambda g: abs(float(bank.grid_sigmas[g]) - s)) for s in sigmas.tolist()]
+    add(bank, errors(5), sigmas)
+    assert bank.counts.tolist() == [expected.count(grid) for grid in range(5)]
+
+
+def test_only_what_is_to_be_kept_is_kept():
+    bank = make_bank(capacity=4)
+    bank.add(errors(3), torch.ones(3), torch.tensor([True, False, True]), seeded())
+    assert bank.counts.sum() == 2
+    torch.testing.assert_close(bank.get(0, 1).residual, errors(3)[2], rtol=0, atol=0.02)
+
+
+def test_fifo_replaces_the_oldest_first():
+    bank = make_bank(capacity=3, replacement="fifo", dtype="float32")
+    residuals = errors(5)
+    add(bank, residuals, 1.0)
+    assert bank.counts[0] == 3
+    for place, index in enumerate((3, 4, 2)):
+        assert torch.equal(bank.get(0, place).residual, residuals[index])
+
+
+def test_random_replacement_reaches_every_place():
+    bank = make_bank(capacity=3, replacement="random", dtype="float32")
+    add(bank, torch.zeros(3, *SHAPE), 1.0)
+    add(bank, torch.ones(30, *SHAPE), 1.0)
+    assert all(bank.get(0, place).residual.mean() == 1 for place in range(3))
+
+
+@pytest.mark.parametrize("size", [100, 20000, 300000])
+def test_l2_replaces_the_nearest(size):
+    """The same victim as an exact search over what is stored, for errors as a model makes them."""
+    generator = seeded()
+    bank = make_bank(capacity=40, dtype="float32", shape=(size,))
+    residuals = correlated_errors(70, size, generator)
+    stored, agreed = list(residuals[:40]), 0
+    add(bank, residuals[:40], 1.0)
+    for residual in residuals[40:]:
+        exact = min(range(40), key=lambda place: float((stored[place] - residual).square().sum()))
+        place = bank.put(0, residual, 1.0, generator)
+        agreed += place == exact
+        stored[place] = residual
+    assert agreed == 30
+
+
+def test_draws_come_from_the_grid_asked_for_and_are_uniform():
+    bank = make_bank(capacity=4, dtype="float32")
+    for grid in (0, 3):
+        for value in range(4):
+            bank.put(grid, torch.full(SHAPE, 10.0 * grid + value), 0.5, seeded())
+    drawn = bank.draw(torch.tensor([0, -1, 1, 3] * 500), seeded(1))
+    assert all(error is None for index, error in enumerate(drawn) if index % 4 in (1, 2))
+    for grid, first in ((0, 0), (3, 3)):
+        values = [float(error.residual.mean()) - 10 * grid for error in drawn[first::4]]
+        # 500 draws of 4: 125 each, give or take four standard deviations of 9.7.
+        assert all(abs(values.count(value) - 125) < 39 for value in range(4))
+
+
+def test_an_error_that_is_no_residual():
+    """It is banked as `-error` at sigma 1, and its clean side is the error itself."""
+    from diffusers_svi.erft import clean_side_error
+
+    bank = make_bank(capacity=1, dtype="float32")
+    (error,) = errors(1)
+    bank.put(2, -error, 1.0, seeded())
+    stored = bank.get(2, 0)
+    assert torch.equal(clean_side_error(stored.residual.unsqueeze(0), torch.tensor([stored.sigma]))[0], error)
+
+
+def test_it_says_what_it_takes_and_takes_no_more():
+    shape = (16, 21, 60, 104)
+    config = BankConfig(capacity=500)
+    assert config.num_bytes(shape) == pytest.approx(50 * 500 * 16 * 21 * 60 * 104 * 2, rel=0.005)
+    bank = make_bank(capacity=100, byte_budget=5 * 7 * (2 * 768 + 4 * 256))
+    assert bank.config.capacity == 7
+    assert "5 grids of 7 errors (4, 3, 8, 8) in bfloat16" in bank.describe()
+    assert sum(tensor.nbytes for name, tensor in bank.tensors().items() if name != "sigmas") == 5 * 7 * (1536 + 1024)
+
+
+def test_a_bank_the_machine_has_no_room_for_is_refused():
+    with pytest.raises(ValueError, match=r"would take .* GB \(50 grids of 100000000 errors .* What would fit: a `cap"):
+        make_bank(50, shape=(16, 21, 60, 104), capacity=10**8)
+    with pytest.raises(ValueError, match=r"the disk of '/.*bank' has"):
+        make_bank(50, shape=(16, 21, 60, 104), capacity=10**8, path="/tmp/bank")
+    with pytest.raises(ValueError, match="`byte_budget`=10 holds no error"):
+        make_bank(byte_budget=10)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"capacity": 0}, "`capacity` must be a whole number of at least 1, got 0"),
+        ({"num_grids": 2.5}, "`num_grids` must be"),
+        ({"byte_budget": -1}, "`byte_budget` must be"),
+        ({"replacement": "best"}, r"`replacement` must be one of \('l2', 'random', 'fifo'\), got 'best'"),
+        ({"dtype": "float16"}, "`dtype` must be one of"),
+    ],
+)
+def test_wrong_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        BankConfig(**values)
+    with pytest.raises(ValueError, match=r"`grid_sigmas` must be \(50,\), got \(3,\)"):
+        ErrorBank(SHAPE, torch.zeros(3), BankConfig())

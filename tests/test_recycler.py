@@ -1,0 +1,237 @@
+"""Switches and injection, statistically and exactly, and the recycler in a training loop of a real transformer."""
+
+import pytest
+import torch
+
+from conftest import TEXT_DIM, make_transformer, seeded
+from diffusers_svi.conditioning import first_frame_mask
+from diffusers_svi.erft import (
+    BankConfig,
+    ErrorBank,
+    ErrorRecycler,
+    InjectionConfig,
+    RecyclerConfig,
+    erft_loss,
+    recycled_velocity,
+)
+from diffusers_svi.erft.injection import add_to_condition, draw_img_grids, draw_switches
+from diffusers_svi.erft.snapshot import load_bank, save_bank
+from diffusers_svi.flow import interpolate, shifted_sigmas
+
+
+SHAPE = (16, 3, 4, 4)
+
+
+def make_recycler(seed: int = 0, capacity: int = 4, clean_buffer_update_prob: float = 0.1, **injection):
+    bank = ErrorBank(SHAPE, shifted_sigmas(5, 5.0), BankConfig(num_grids=5, capacity=capacity, dtype="float32"))
+    config = RecyclerConfig(clean_buffer_update_prob=clean_buffer_update_prob)
+    return ErrorRecycler(bank, InjectionConfig(**injection), config, seed)
+
+
+def batch(size: int = 2, seed: int = 0):
+    generator = seeded(seed)
+    return [torch.randn(size, *SHAPE, generator=generator) for _ in range(3)]
+
+
+def test_frequencies_of_the_switches():
+    """Within five standard deviations of 20000 draws, and independent given that a sample is not clean."""
+    config = InjectionConfig(p_vid=0.9, p_noi=0.3, p_img=0.5, p_clean=0.2)
+    switches = draw_switches(config, 20000, seeded())
+    corrupted = ~switches.clean
+    assert switches.clean.double().mean().item() == pytest.approx(0.2, abs=5 * 0.0029)
+    for name, p in (("vid", 0.9), ("noi", 0.3), ("img", 0.5)):
+        on = getattr(switches, name)
+        assert not (on & switches.clean).any()
+        assert on[corrupted].double().mean().item() == pytest.approx(p, abs=5 * 0.004)
+    together = (switches.noi & switches.img)[corrupted].double().mean().item()
+    assert together == pytest.approx(0.15, abs=5 * 0.0029)
+
+
+def test_probabilities_of_zero_and_one_are_exact():
+    always = draw_switches(InjectionConfig(p_vid=1, p_noi=1, p_img=1, p_clean=0), 1000, seeded())
+    never = draw_switches(InjectionConfig(p_vid=0, p_noi=0, p_img=0, p_clean=0), 1000, seeded())
+    assert always.vid.all() and always.noi.all() and always.img.all() and not always.clean.any()
+    assert not (never.vid | never.noi | never.img | never.clean).any()
+
+
+def test_condition_errors_come_from_the_grids_in_range_that_hold_some():
+    sigmas = shifted_sigmas(5, 5.0)
+    filled = torch.tensor([True, False, True, True, True])
+    grids = draw_img_grids(InjectionConfig(), sigmas, filled, 4000, seeded())
+    for grid, expected in enumerate((1000, 0, 1000, 1000, 1000)):
+        # 4000 draws, four standard deviations of 27.
+        assert abs(int((grids == grid).sum()) - expected) < 110
+    low = draw_img_grids(InjectionConfig(img_sigmas=(0.0, float(sigmas[3]))), sigmas, filled, 100, seeded())
+    assert set(low.tolist()) == {3, 4}
+    assert (
+        draw_img_grids(InjectionConfig(), sigmas, torch.zeros(5, dtype=torch.bool), 3, seeded()).tolist() == [-1] * 3
+    )
+
+
+def test_a_run_of_the_error_lands_on_the_first_frames_of_the_condition():
+    error = torch.arange(1.0, 8.0).view(1, 7, 1, 1)
+    starts = set()
+    for seed in range(200):
+        out = add_to_condition(torch.zeros(1, 7, 1, 1), error, InjectionConfig(n_img=3), seeded(seed)).flatten()
+        assert out[3:].abs().max() == 0
+        assert torch.equal(out[:3].diff(), torch.ones(2))
+        starts.add(int(out[0]))
+    assert starts == {1, 2, 3, 4, 5}
+
+
+def test_the_anchor_stays_clean_and_the_scale_is_random():
+    error, scales = torch.ones(1, 7, 1, 1), []
+    config = InjectionConfig(first_img=1, n_img=1, img_scale=(0.25, 0.75))
+    for seed in range(200):
+        out = add_to_condition(torch.zeros(1, 7, 1, 1), error, config, seeded(seed)).flatten()
+        assert out[0] == 0 and out[2:].abs().max() == 0
+        scales.append(float(out[1]))
+    assert 0.25 <= min(scales) < 0.3 and 0.7 < max(scales) <= 0.75
+    # Held latents of a first clip: there is nothing but the anchor.
+    assert torch.equal(add_to_condition(torch.zeros(1, 1, 1, 1), error, config, seeded()), torch.zeros(1, 1, 1, 1))
+
+
+def test_an_empty_bank_injects_nothing():
+    latents, noise, condition = batch()
+    recycler = make_recycler(p_vid=1, p_noi=1, p_img=1, p_clean=0)
+    injected = recycler.inject(latents, noise, condition, torch.tensor([0.5, 0.9]))
+    for before, after in zip((latents, noise, condition), injected, strict=False):
+        assert torch.equal(before, after)
+
+
+def test_every_sample_takes_the_errors_of_its_own_grid():
+    recycler = make_recycler(p_vid=1, p_noi=1, p_img=0, p_clean=0)
+    sigmas = recycler.bank.grid_sigmas[[0, 2, 4]]
+    for grid, sigma in zip((0, 2, 4), sigmas.tolist(), strict=True):
+        recycler.bank.put(grid, torch.full(SHAPE, grid + 1.0), sigma, seeded())
+    latents, noise, condition = batch(3)
+    injected = recycler.inject(latents, noise, condition, sigmas)
+    for sample, (grid, sigma) in enumerate(zip((0, 2, 4), sigmas.tolist(), strict=True)):
+        torch.testing.assert_close(injected.latents[sample] - latents[sample], torch.full(SHAPE, -sigma * (grid + 1)))
+        torch.testing.assert_close(injected.noise[sample] - noise[sample], torch.full(SHAPE, (1 - sigma) * (grid + 1)))
+    assert torch.equal(injected.condition, condition)
+
+
+def test_what_comes_in_is_left_alone():
+    recycler = make_recycler(p_vid=1, p_noi=1, p_img=1, p_clean=0)
+    recycler.bank.put(0, torch.ones(SHAPE), 0.9, seeded())
+    before = batch()
+    inputs = [tensor.clone() for tensor in before]
+    injected = recycler.inject(*inputs, torch.ones(2))
+    for tensor, copy, out in zip(inputs, before, injected, strict=False):
+        assert torch.equal(tensor, copy) and not torch.equal(out, copy)
+
+
+def test_errors_of_clean_samples_are_banked_now_and_then():
+    recycler = make_recycler(p_clean=1, capacity=1000)
+    for _ in range(20):
+        *_, switches = recycler.inject(*batch(100), torch.ones(100))
+        recycler.recycle(torch.zeros(100, *SHAPE), torch.ones(100), switches)
+    # 2000 draws at 0.1, five standard deviations of 13.4; but a grid keeps no more than 1000.
+    assert abs(int(recycler.bank.counts[0]) - 200) < 67
+
+
+def train(recycler: ErrorRecycler, steps: range) -> list[float]:
+    """Steps of a real transformer, which is not updated; the errors it makes go round."""
+    transformer = make_transformer()
+    losses = []
+    for step in steps:
+        latents, noise, condition = batch(seed=step)
+        sigmas = torch.rand(2, generator=seeded(step))
+        injected = recycler.inject(latents, noise, condition, sigmas)
+        noisy = interpolate(injected.latents, injected.noise, sigmas)
+        with torch.no_grad():
+            prediction = transformer(
+                torch.cat([noisy, first_frame_mask(injected.condition), injected.condition], dim=1),
+                sigmas * 1000,
+                torch.zeros(2, 3, TEXT_DIM),
+                return_dict=False,
+            )[0]
+        target = recycled_velocity(latents, injected.noise)
+        losses.append(erft_loss(prediction, target, torch.ones(2)).mean().item())
+        recycler.recycle(prediction - target, sigmas, injected.switches)
+    return losses
+
+
+def contents(bank: ErrorBank) -> list[torch.Tensor]:
+    return [bank.get(grid, place).residual for grid in range(5) for place in range(int(bank.counts[grid]))]
+
+
+def test_a_run_taken_up_again_is_the_same_run(tmp_path):
+    straight = make_recycler(capacity=2)
+    losses = train(straight, range(24))
+    first = make_recycler(capacity=2)
+    train(first, range(12))
+    writer, state = save_bank(first.bank, tmp_path / "bank.safetensors"), first.state_dict()
+    # The run goes on, and overwrites, while the bank is being written.
+    train(first, range(12, 18))
+    writer.wait()
+
+    second = make_recycler(seed=1, capacity=2)
+    load_bank(second.bank, tmp_path / "bank.safetensors")
+    second.load_state_dict(state)
+    assert train(second, range(12, 24)) == losses[12:]
+    assert torch.equal(second.bank.counts, straight.bank.counts) and torch.equal(
+        second.bank.taken, straight.bank.taken
+    )
+    for left, right in zip(contents(straight.bank), contents(second.bank), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_bank_is_saved_as_it_was_when_saving_began(dtype, tmp_path):
+    """Whatever is overwritten in the meantime, at any speed of the disk."""
+
+    def make_bank():
+        return ErrorBank((500,), shifted_sigmas(3, 5.0), BankConfig(num_grids=3, capacity=50, dtype=dtype))
+
+    bank = make_bank()
+    for index in range(120):
+        bank.put(index % 2, torch.full((500,), float(index)), 0.5, seeded())
+    before = [bank.get(grid, place) for grid in (0, 1) for place in range(50)]
+    writer = save_bank(bank, tmp_path / "bank.safetensors")
+    for index in range(300):
+        bank.put(index % 3, torch.full((500,), -1.0 - index), 0.1, seeded())
+    writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["bank.safetensors"]
+    loaded = make_bank()
+    load_bank(loaded, tmp_path / "bank.safetensors")
+    assert loaded.counts.tolist() == [50, 50, 0]
+    for stored, (grid, place) in zip(before, ((g, p) for g in (0, 1) for p in range(50)), strict=True):
+        assert torch.equal(loaded.get(grid, place).residual, stored.residual)
+        assert loaded.get(grid, place).sigma == stored.sigma
+
+
+def test_a_bank_of_another_run_is_refused(tmp_path):
+    recycler = make_recycler(capacity=3)
+    recycler.bank.add(torch.zeros(3, *SHAPE), torch.ones(3), torch.ones(3, dtype=torch.bool), seeded())
+    path = tmp_path / "bank.safetensors"
+    save_bank(recycler.bank, path).wait()
+    with pytest.raises(ValueError, match=r"holds up to 3 errors a grid, but `capacity` is 2"):
+        load_bank(make_recycler(capacity=2).bank, path)
+    other = ErrorBank((1, 2), shifted_sigmas(5, 5.0), BankConfig(num_grids=5, capacity=3, dtype="float32"))
+    with pytest.raises(ValueError, match=r"has error_shape \[16, 3, 4, 4\], but this run \[1, 2\]"):
+        load_bank(other, path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"p_vid": 1.1}, r"`p_vid` is a probability in \[0, 1\], got 1.1"),
+        ({"p_clean": -0.1}, "`p_clean` is a probability"),
+        ({"n_img": 0}, "`n_img` must be a whole number of at least 1, got 0"),
+        ({"first_img": -1}, "`first_img` must be"),
+        ({"img_sigmas": (0.9, 0.1)}, r"`img_sigmas` must be a range within \[0, 1\]"),
+        ({"img_scale": (1, 0)}, "`img_scale` must be a range of factors"),
+    ],
+)
+def test_wrong_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        InjectionConfig(**values)
+
+
+def test_wrong_values_of_the_recycler():
+    with pytest.raises(ValueError, match="`clean_buffer_update_prob` is a probability"):
+        RecyclerConfig(clean_buffer_update_prob=2)
+    with pytest.raises(ValueError, match="`buffer_warmup_iter` must be a whole number, got -1"):
+        RecyclerConfig(buffer_warmup_iter=-1)
