@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import seeded
-from diffusers_svi.erft import BankConfig, ErrorBank
+from diffusers_svi.erft import BankConfig, ErrorBank, clean_side_error
 from diffusers_svi.flow import shifted_sigmas
 
 
@@ -116,8 +116,6 @@ def test_draws_come_from_the_grid_asked_for_and_are_uniform():
 
 def test_an_error_that_is_no_residual():
     """It is banked as `-error` at sigma 1, and its clean side is the error itself."""
-    from diffusers_svi.erft import clean_side_error
-
     bank = make_bank(capacity=1, dtype="float32")
     (error,) = errors(1)
     bank.put(2, -error, 1.0, seeded())

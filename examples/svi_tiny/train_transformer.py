@@ -27,7 +27,8 @@ from training import Record, checkpoint, cosine_schedule, resume, sample_clip, t
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from diffusers_svi import PixelMotion, SVIPipeline
-from diffusers_svi.conditioning import first_frame_mask
+from diffusers_svi.conditioning import transformer_inputs
+from diffusers_svi.flow import interpolate, shift_sigma, velocity
 from diffusers_svi.latents import encode_video
 from diffusers_svi.tiny import world
 
@@ -223,6 +224,7 @@ def main():
     progress = tqdm(
         range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Wan"
     )
+    patch_size = pipe.transformer.config.patch_size
     running_loss = None
     left, right = tokenizer.convert_tokens_to_ids(["left", "right"])
     two_sided = (arrays["tokens"] == left).any(axis=1) & (arrays["tokens"] == right).any(axis=1)
@@ -241,20 +243,19 @@ def main():
         tokens = torch.from_numpy(arrays["tokens"][rows]).to(device)
         dropped = torch.from_numpy(rng.random(len(rows)) < args.prompt_dropout).to(device)
         tokens[dropped] = torch.tensor([tokenizer.eos_token_id] + [0] * (PROMPT_TOKENS - 1), device=device)
-        u = torch.from_numpy(rng.random(len(rows), dtype=np.float32)).to(device).view(-1, 1, 1, 1, 1)
-        sigma = FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+        u = torch.from_numpy(rng.random(len(rows), dtype=np.float32)).to(device)
+        sigmas = shift_sigma(u, FLOW_SHIFT)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(args.seed + step)).to(device)
-        noisy = (1 - sigma) * latents + sigma * noise
+        noisy = interpolate(latents, noise, sigmas)
         # The pipeline pads prompts to 512 tokens unless told otherwise; now and then training does too.
         length = 512 if step % 8 == 0 else PROMPT_TOKENS
         with accelerator.autocast():
-            velocity = transformer(
-                torch.cat([noisy, first_frame_mask(conditions), conditions], dim=1),
-                sigma.flatten() * 1000,
+            prediction = transformer(
+                *transformer_inputs(noisy, conditions, sigmas, patch_size, expand_timesteps=False),
                 embed_prompts(text_encoder, tokens, length),
                 return_dict=False,
             )[0]
-        loss = torch.nn.functional.mse_loss(velocity.float(), noise - latents)
+        loss = torch.nn.functional.mse_loss(prediction.float(), velocity(latents, noise))
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):

@@ -35,7 +35,11 @@ def shifted_sigmas(num_steps: int, shift: float) -> torch.Tensor:
 
     u_i = 1 - i / N,  sigma_i = s * u_i / (1 + (s - 1) * u_i).
     """
-    u = 1 - torch.arange(num_steps, dtype=torch.float64) / num_steps
+    return shift_sigma(1 - torch.arange(num_steps, dtype=torch.float64) / num_steps, shift)
+
+
+def shift_sigma(u: torch.Tensor, shift: float) -> torch.Tensor:
+    """Noise levels `u` in [0, 1], moved towards noise: `shift * u / (1 + (shift - 1) * u)`."""
     return shift * u / (1 + (shift - 1) * u)
 
 

@@ -203,11 +203,9 @@ class ErrorBank:
     def draw(self, grids: torch.Tensor, generator: torch.Generator) -> list[StoredError | None]:
         """An error at random from each of `grids` `(n,)`; `None` where the grid is empty or -1."""
         # One number a request, asked or not: what is drawn elsewhere does not depend on how full the bank is.
-        shares = torch.rand(len(grids), generator=generator, dtype=torch.float64).tolist()
-        return [
-            self.get(grid, int(share * int(self.counts[grid]))) if grid >= 0 and self.counts[grid] > 0 else None
-            for grid, share in zip(grids.tolist(), shares, strict=True)
-        ]
+        shares = torch.rand(len(grids), generator=generator, dtype=torch.float64)
+        places = choose_places(grids.tolist(), shares.tolist(), self.counts)
+        return [None if place is None else self.get(*place) for place in places]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that is kept a slot, one row each: what a snapshot has to copy."""
@@ -224,6 +222,17 @@ class ErrorBank:
         distances = (self.sketch.rows[first : first + capacity] - sketch).square().sum(dim=1)
         places = distances.topk(min(CANDIDATES, capacity), largest=False).indices.tolist()
         return min(places, key=lambda place: float(torch.dist(self.storage.read(first + place), error)))
+
+
+def choose_places(grids: list[int], shares: list[float], counts: torch.Tensor) -> list[tuple[int, int] | None]:
+    """Grid and place of every request: `share` in [0, 1) of the way through its grid, which holds `counts` errors.
+
+    `None` where the grid is empty or -1.
+    """
+    return [
+        (grid, int(share * int(counts[grid]))) if grid >= 0 and counts[grid] > 0 else None
+        for grid, share in zip(grids, shares, strict=True)
+    ]
 
 
 class _Sketch:

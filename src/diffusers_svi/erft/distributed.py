@@ -8,7 +8,7 @@ everyone knows what goes where, then the errors travel.
 import torch
 import torch.distributed as dist
 
-from .bank import BankConfig, ErrorBank, StoredError
+from .bank import BankConfig, ErrorBank, StoredError, choose_places
 
 
 class ShardedErrorBank(ErrorBank):
@@ -49,13 +49,7 @@ class ShardedErrorBank(ErrorBank):
         shares = torch.rand(len(grids), generator=generator, dtype=torch.float64)
         requests = self._gather(torch.stack([grids.double(), shares], dim=1))
         places = [
-            [
-                (int(grid), int(share * int(self.all_counts[int(grid)])))
-                if grid >= 0 and self.all_counts[int(grid)] > 0
-                else None
-                for grid, share in asked
-            ]
-            for asked in requests.tolist()
+            choose_places(asked[:, 0].long().tolist(), asked[:, 1].tolist(), self.all_counts) for asked in requests
         ]
         answers = [
             [torch.cat([error.residual.flatten(), torch.tensor([error.sigma])]) for error in self._own(asked)]
@@ -84,7 +78,7 @@ class ShardedErrorBank(ErrorBank):
             ]
             for rank in range(self.world_size)
         ]
-        mine = [
+        mine = [  # who sends, and where it goes
             (rank, grid)
             for rank, row in enumerate(everyones.tolist())
             for grid in row

@@ -14,12 +14,12 @@ direction from the same x~, is an error at either end:
 
 import torch
 
-from ..flow import like, shifted_sigmas
+from ..flow import like, shifted_sigmas, velocity
 
 
 def recycled_velocity(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """V: from the noise, as it was injected into, to the latents, as they were before."""
-    return noise - clean
+    return velocity(clean, noise)
 
 
 def clean_side_error(residual: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

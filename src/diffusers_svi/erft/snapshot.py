@@ -29,8 +29,7 @@ class BankWriter:
         if bank.before_write is not None:
             raise RuntimeError("The bank is still being written; call `wait` on its writer first.")
         self._bank, self._path = bank, path
-        slots = {grid: range(first, first + int(bank.counts[grid])) for grid, first in bank.first_slot.items()}
-        self._slots = [slot for owned in slots.values() for slot in owned]
+        self._slots = _slots(bank, bank.counts)
         self._pending = set(self._slots)
         self._set_aside: dict[int, dict[str, torch.Tensor]] = {}
         self._lock = threading.Lock()
@@ -125,14 +124,16 @@ def load_bank(bank: ErrorBank, path: str | os.PathLike) -> None:
                 f"{bank.config.capacity}."
             )
         rows = {name: file.get_slice(name) for name in bank.tensors()}
-        index = 0
-        for grid, first in bank.first_slot.items():
-            for slot in range(first, first + int(counts[grid])):
-                for name, target in bank.tensors().items():
-                    target[slot] = rows[name][index]
-                index += 1
+        for index, slot in enumerate(_slots(bank, counts)):
+            for name, target in bank.tensors().items():
+                target[slot] = rows[name][index]
     bank.counts.copy_(counts)
     bank.taken.copy_(torch.tensor(json.loads(metadata["taken"])))
+
+
+def _slots(bank: ErrorBank, counts: torch.Tensor) -> list[int]:
+    """The slots that hold errors when the grids hold `counts` of them, in the order of the file's rows."""
+    return [first + place for grid, first in bank.first_slot.items() for place in range(int(counts[grid]))]
 
 
 def _layout(bank: ErrorBank) -> dict[str, str]:
