@@ -20,11 +20,11 @@ install_requires = [
 
 extras = {
     "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
-    "train": ["datasets>=4.0", "av>=12", "tensorboard>=2.15"],
-    "test": ["pytest>=8", "av>=12"],
+    "train": ["datasets>=4.0", "av>=14.1", "tensorboard>=2.15", "imageio>=2.34", "imageio-ffmpeg>=0.5"],
+    "test": ["pytest>=8", "deepspeed>=0.17"],
     "quality": ["ruff>=0.11"],
 }
-extras["test"] += extras["demo"] + extras["quality"]
+extras["test"] += extras["demo"] + extras["train"] + extras["quality"]
 
 setup(
     name="diffusers_svi",

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from conftest import make_components
-from diffusers_svi import SVIPipeline
+from diffusers_svi import PixelMotion, SVIPipeline
+from diffusers_svi.lora import lora_metadata
 from test_lora import make_lora
 
 
@@ -32,6 +34,11 @@ def folder(tmp_path, monkeypatch):
     lora = tmp_path / "vita-video-gen/svi-model/version-1.0/svi-film-opt-10212025.safetensors"
     lora.parent.mkdir(parents=True)
     save_file(make_lora(wan.transformer), lora)
+    # What the command of docs/training.md leaves behind.
+    tiny = WanTransformer3DModel.from_pretrained(ROOT / "models" / "svi-tiny" / "transformer")
+    (tmp_path / "outputs" / "svi-shot").mkdir(parents=True)
+    trained = tmp_path / "outputs" / "svi-shot" / "pytorch_lora_weights.safetensors"
+    save_file(make_lora(tiny), trained, metadata=lora_metadata(PixelMotion(1, "reference")))
     PIL.Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "kitten.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -91,6 +91,16 @@ def test_the_anchor_stays_clean_and_the_scale_is_random():
     assert torch.equal(add_to_condition(torch.zeros(1, 1, 1, 1), error, config, seeded()), torch.zeros(1, 1, 1, 1))
 
 
+def test_held_latents_have_no_errors_to_give():
+    error, starts = torch.arange(7.0).view(1, 7, 1, 1), set()
+    config = InjectionConfig(first_img=1, n_img=2, first_error=3)
+    for seed in range(200):
+        out = add_to_condition(torch.zeros(1, 7, 1, 1), error, config, seeded(seed)).flatten()
+        assert out[2] == out[1] + 1 and out[0] == 0 and out[3:].abs().max() == 0
+        starts.add(int(out[1]))
+    assert starts == {3, 4, 5}
+
+
 def test_an_empty_bank_injects_nothing():
     latents, noise, condition = batch()
     recycler = make_recycler(p_vid=1, p_noi=1, p_img=1, p_clean=0)
@@ -221,6 +231,7 @@ def test_a_bank_of_another_run_is_refused(tmp_path):
         ({"p_clean": -0.1}, "`p_clean` is a probability"),
         ({"n_img": 0}, "`n_img` must be a whole number of at least 1, got 0"),
         ({"first_img": -1}, "`first_img` must be"),
+        ({"first_error": -1}, "`first_error` must be"),
         ({"img_sigmas": (0.9, 0.1)}, r"`img_sigmas` must be a range within \[0, 1\]"),
         ({"img_scale": (1, 0)}, "`img_scale` must be a range of factors"),
     ],

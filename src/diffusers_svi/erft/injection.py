@@ -18,6 +18,9 @@ class InjectionConfig:
         n_img (`int`, defaults to 3): Latent frames of the condition that take an error.
         first_img (`int`, defaults to 0):
             The first of them. With an anchor latent in front, 1 leaves it clean, as it is at inference.
+        first_error (`int`, defaults to 0):
+            The first latent frame of an error that may go there. Where the first latent frames are held clean, they
+            have no errors.
         img_sigmas (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
             Range of the grids that the errors of conditions come from. Those of high sigma are large.
         img_scale (`tuple[float, float]`, defaults to `(1.0, 1.0)`): Range of a random factor on them.
@@ -32,6 +35,7 @@ class InjectionConfig:
     p_clean: float = 0.2
     n_img: int = 3
     first_img: int = 0
+    first_error: int = 0
     img_sigmas: tuple[float, float] = (0.0, 1.0)
     img_scale: tuple[float, float] = (1.0, 1.0)
 
@@ -39,7 +43,7 @@ class InjectionConfig:
         for name in ("p_vid", "p_noi", "p_img", "p_clean"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is a probability in [0, 1], got {getattr(self, name)!r}.")
-        for name, least in (("n_img", 1), ("first_img", 0)):
+        for name, least in (("n_img", 1), ("first_img", 0), ("first_error", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
@@ -92,13 +96,14 @@ def add_to_condition(
 ) -> torch.Tensor:
     """One condition `(z_dim, latent_frames, h, w)` with a run of latent frames of `error` on its `n_img` frames.
 
-    The run begins anywhere in the error. A shorter condition takes as many frames as it has.
+    The run begins anywhere in the error, from `first_error` on. A shorter condition takes as many frames as it has.
     """
     start, scale = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-    count = min(config.n_img, condition.shape[1] - config.first_img, error.shape[1])
+    available = error.shape[1] - config.first_error
+    count = min(config.n_img, condition.shape[1] - config.first_img, available)
     if count < 1:
         return condition
-    first = int(start * (error.shape[1] - count + 1))
+    first = config.first_error + int(start * (available - count + 1))
     low, high = config.img_scale
     corrupted = condition.clone()
     corrupted[:, config.first_img : config.first_img + count] += (low + (high - low) * scale) * error[

@@ -1,10 +1,14 @@
-"""The world of svi-tiny as a folder of videos with captions, laid out like the authors' training data."""
+"""The world of svi-tiny as training data: a folder of videos laid out like the authors', or films made on the fly."""
 
 import csv
 import os
+from functools import partial
 from pathlib import Path
 
-from .world import FPS, caption, film, render, sample_story
+import numpy as np
+
+from ..data import Video, fingerprint
+from .world import CLIP_FRAMES, FPS, TRAVEL_FRAMES, State, caption, film, render, sample_story
 
 
 COLUMNS = ["Video Title", "Video Description", "Video URL", "Download URL", "Filename"]
@@ -50,3 +54,64 @@ def write_videos(
     with open(file, "w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([COLUMNS, *rows])
     return file
+
+
+def world_videos(
+    num_videos: int,
+    seed: int = 0,
+    clip_frames: int = CLIP_FRAMES,
+    history: int = 0,
+    retold: int = 1,
+    setting: str = "creative",
+) -> list[Video]:
+    """Films for `diffusers_svi.data.Samples`, made on the fly, with one clip each that goes on from what was before.
+
+    That clip is the end of the film. Its first `retold` frames re-tell the end of the action before; the others show
+    the action of the caption. As in a chain, every action takes `clip_frames - retold` frames.
+
+    Args:
+        num_videos (`int`): How many films.
+        seed (`int`, defaults to 0): Film `index` shows `sample_story(seed, index, num_clips, setting)`.
+        clip_frames (`int`, defaults to 17): Frames of a clip.
+        history (`int`, defaults to 0): Frames before the clip that are needed. There is always one more before these.
+        retold (`int`, defaults to 1): Frames of the overlap of two clips.
+        setting (`str`, defaults to `"creative"`): Whether actions differ ("creative") or are the same ("consistent").
+
+    Raises:
+        ValueError: for a negative number, or if a clip has less than 12 new frames.
+    """
+    for name, value, least in (("num_videos", num_videos, 1), ("history", history, 0), ("retold", retold, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+    new = clip_frames - retold
+    if new < TRAVEL_FRAMES:
+        raise ValueError(
+            f"`clip_frames`={clip_frames} less `retold`={retold} must leave at least {TRAVEL_FRAMES} new frames, in "
+            f"which every change is over, got {new}."
+        )
+    # Frames 0 to num_before * new are told when the last action begins; retold + history + 1 of them are needed.
+    num_before = -(-(history + retold) // new)
+    num_frames = (num_before + 1) * new + 1
+    videos = []
+    for index in range(num_videos):
+        story = (seed, index, num_before + 1, setting)
+        videos.append(
+            Video(
+                name=f"svi-tiny {seed}-{index}",
+                caption=caption(_film(story, new)[num_before * new], sample_story(*story)[1][-1]),
+                num_frames=num_frames,
+                fingerprint=fingerprint("svi-tiny world 1", *story, new),
+                read=partial(_render_frames, story, new),
+                starts=(num_frames - clip_frames,),
+            )
+        )
+    return videos
+
+
+def _film(story: tuple, duration: int) -> list[State]:
+    return film(*sample_story(*story), duration)
+
+
+def _render_frames(story: tuple, duration: int, indices: list[int]) -> np.ndarray:
+    states = _film(story, duration)
+    return render([states[index] for index in indices])

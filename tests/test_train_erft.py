@@ -1,0 +1,288 @@
+"""`examples/train_erft.py`, run as a script on tiny real models: what it writes, that it goes on, what it refuses."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import PIL.Image
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from conftest import make_components, quiet, seeded
+from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
+from diffusers_svi.lora import read_lora
+from diffusers_svi.tiny import world
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "train_erft.py"
+CATS = ROOT.parent / "shared" / "data" / "real" / "cats"
+LORA = "pytorch_lora_weights.safetensors"
+SMALL = {
+    "height": 64,
+    "width": 64,
+    "num_frames": 17,
+    "rank": 4,
+    "world_videos": 4,
+    "bank_capacity": 4,
+    "max_sequence_length": 32,
+    "report_to": "none",
+    "mixed_precision": "no",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with tiny random models of every kind."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("wan2.1", "a14b", "ti2v-5b", "i2v"):
+        SVIPipeline(**make_components(kind)).save_pretrained(folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train_erft():
+    """The script as a module: starting it takes longer than what some tests look at."""
+    specification = importlib.util.spec_from_file_location("train_erft", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def command(model: Path, output_dir: Path, launcher: tuple[str, ...] = (), **options) -> list[str]:
+    values = {"pretrained_model_name_or_path": model, "output_dir": output_dir, **SMALL, **options}
+    arguments = []
+    for name, value in values.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif isinstance(value, (list, tuple)):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{name}={value}")
+    return [sys.executable, *launcher, str(SCRIPT), *arguments]
+
+
+def train(model: Path, output_dir: Path, use_cpu: bool = True, **options) -> str:
+    # accelerate gives DeepSpeed up where it is told to use the CPU; without a GPU it has no other choice anyway.
+    environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if use_cpu else {"DS_ACCELERATOR": "cpu"})}
+    finished = subprocess.run(
+        command(model, output_dir, **options), capture_output=True, text=True, check=False, env=environment
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return finished.stdout
+
+
+def refused(model: Path, output_dir: Path, **options) -> str:
+    finished = subprocess.run(command(model, output_dir, **options), capture_output=True, text=True, check=False)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr, finished.stderr[-4000:]
+    return finished.stderr
+
+
+def assert_same(first: Path, second: Path) -> None:
+    """The same tensors, bit for bit; the order of a safetensors header is nobody's business."""
+    one, other = load_file(first), load_file(second)
+    assert set(one) == set(other)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), f"{first.name}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "preset", "options", "scheme"),
+    [
+        ("wan2.1", "shot", {}, PixelMotion(1, "reference")),
+        ("wan2.1", "film", {"p_motion": 0.5}, PixelMotion(5, "zeros")),
+        ("wan2.1", "film-2.0", {"train_batch_size": 2}, PixelMotion(5, "reference")),
+        ("a14b", "pro", {"expert": "high", "p_motion": 0.5}, LatentMotion(1)),
+        ("a14b", "pro", {"expert": "low", "train_batch_size": 2}, LatentMotion(1)),
+        ("ti2v-5b", "ti2v-5b", {"p_text_start": 0.4}, HeldLatents(1)),
+        ("i2v", "none", {"conditioning": "latent", "reference": "before"}, LatentMotion(1)),
+    ],
+)
+def test_presets_train_what_the_pipeline_loads(models, tmp_path, kind, preset, options, scheme):
+    """Four steps, so that errors are banked and injected; the LoRA has learnt and brings its scheme along."""
+    printed = train(models / kind, tmp_path, preset=preset, max_train_steps=4, learning_rate=1e-3, **options)
+    assert str(scheme) in printed and "Error bank" in printed
+    lora = read_lora(tmp_path, LORA)
+    assert lora.conditioning == scheme and lora.expert == options.get("expert")
+    assert len(lora.state_dict) == 2 * 2 * 10  # two matrices for each of ten layers of two blocks
+    assert {value.dtype for value in lora.state_dict.values()} == {torch.float32}
+    assert all(value.abs().max() > 0 for value in lora.state_dict.values())
+
+    pipe = quiet(SVIPipeline.from_pretrained(models / kind))
+    pipe.load_lora_weights(str(tmp_path), weight_name=LORA, load_into_transformer_2=options.get("expert") == "low")
+    assert pipe.lora_conditioning == scheme
+    image = PIL.Image.new("RGB", (64, 64), "teal")
+    size = {"height": 64, "width": 64, "num_frames": 17}
+    film = pipe(image=image, prompts="a cat sits", num_clips=2, num_inference_steps=2, generator=seeded(), **size)
+    assert len(film.frames[0]) == scheme.film_length(2, 17)
+    assert "SVIPipeline.from_pretrained" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("bank", [{}, {"bank_dtype": "int8", "train_batch_size": 2, "gradient_accumulation_steps": 2}])
+def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, bank):
+    """A real kill between two checkpoints, in a later epoch; LoRA, bank and recycler are those of a straight run."""
+    options = {"max_train_steps": 9, "checkpointing_steps": 3, "p_clean": 0.3, "bank_capacity": 2, **bank}
+    options["latent_cache_dir"] = tmp_path / "cache"
+    train(models / "i2v", tmp_path / "straight", **options)
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(models / "i2v", killed, **{**options, "max_train_steps": 100000}),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.time() + 300
+    while not list(killed.glob("checkpoint-[36]")) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # It may have come further before the signal reached it: what counts is a checkpoint on the way to step 9.
+    for folder in killed.glob("checkpoint-*"):
+        if int(re.search(r"\d+", folder.name).group()) > 6:
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    train(models / "i2v", killed, resume_from_checkpoint="latest", **options)
+    assert_same(tmp_path / "straight" / LORA, killed / LORA)
+    for name in ("bank-0.safetensors", "recycler-0.safetensors"):
+        assert_same(tmp_path / "straight" / "checkpoint-9" / name, killed / "checkpoint-9" / name)
+    with safe_open(killed / "checkpoint-9" / "bank-0.safetensors", "pt") as file:
+        assert max(json.loads(file.metadata()["counts"])) >= 1
+    assert not list(killed.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("mode", ["local", "sharded"])
+def test_two_processes(models, tmp_path, mode):
+    """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    options = {"launcher": launcher, "bank_mode": mode, "world_videos": 6, "buffer_warmup_iter": 2}
+    options |= {"latent_cache_dir": tmp_path / "cache", "checkpointing_steps": 2}
+    train(models / "i2v", tmp_path / "straight", max_train_steps=4, **options)
+    train(models / "i2v", tmp_path / "again", max_train_steps=2, **options)
+    train(models / "i2v", tmp_path / "again", max_train_steps=4, resume_from_checkpoint="latest", **options)
+    assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
+    for rank in (0, 1):
+        for name in (f"bank-{rank}.safetensors", f"recycler-{rank}.safetensors"):
+            assert_same(tmp_path / "straight/checkpoint-4" / name, tmp_path / "again/checkpoint-4" / name)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed(models, tmp_path, stage):
+    """ZeRO in one process, by the configurations in examples/: it trains, and goes on from a checkpoint."""
+    config = ROOT / "examples" / "accelerate_configs" / f"deepspeed_zero{stage}.yaml"
+    settings = (f"--config_file={config}", "--num_processes=1", "--mixed_precision=no", "--main_process_port=0")
+    options = {"launcher": ("-m", "accelerate.commands.launch", *settings), "use_cpu": False}
+    options |= {"latent_cache_dir": tmp_path / "cache", "checkpointing_steps": 1}
+    train(models / "i2v", tmp_path / "straight", max_train_steps=2, **options)
+    train(models / "i2v", tmp_path / "again", max_train_steps=1, **options)
+    train(models / "i2v", tmp_path / "again", max_train_steps=2, resume_from_checkpoint="latest", **options)
+    assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
+    straight, again = tmp_path / "straight" / "checkpoint-2", tmp_path / "again" / "checkpoint-2"
+    assert_same(straight / "bank-0.safetensors", again / "bank-0.safetensors")
+    assert len(read_lora(tmp_path / "again", LORA).state_dict) == 40
+    assert (again / "pytorch_model").is_dir()  # what only DeepSpeed writes
+
+
+def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
+    image = tmp_path / "start.png"
+    PIL.Image.fromarray(world.render(world.State("blue sky", 0))).save(image)
+    train(
+        models / "wan2.1",
+        tmp_path / "run",
+        max_train_steps=3,
+        checkpointing_steps=1,
+        checkpoints_total_limit=2,
+        export_format="original",
+        report_to="tensorboard",
+        validation_prompt=["a cat sits", "the cat jumps"],
+        validation_image=image,
+        validation_inference_steps=2,
+        validation_steps=2,
+        gradient_checkpointing=True,
+    )
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    for step in (2, 3):
+        with av.open(run / "validation" / f"step-{step}.mp4") as container:
+            assert sum(1 for _ in container.decode(video=0)) == PixelMotion(1).film_length(2, 17)
+        assert PIL.Image.open(run / "validation" / f"step-{step}.png").size == (2 * 64, 64)
+        figures = json.loads((run / "validation" / f"step-{step}.json").read_text())
+        assert figures["sharpness_kept"][0] == 1 and len(figures["colour_shift"]) == 2
+    assert list((run / "logs").rglob("events.out.tfevents*"))
+    card = (run / "README.md").read_text()
+    assert "validation/step-3.png" in card and "sharpness kept" in card and "| p_vid | 0.9 |" in card
+
+    both = [read_lora(run, name) for name in (LORA, "pytorch_lora_weights_original.safetensors")]
+    assert both[0].conditioning == both[1].conditioning == PixelMotion(1, "reference")
+    assert both[0].state_dict.keys() == both[1].state_dict.keys()
+    with safe_open(run / "pytorch_lora_weights_original.safetensors", "pt") as file:
+        assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in file.keys()
+
+
+def test_training_from_the_cache_encodes_nothing(models, tmp_path):
+    first = train(models / "i2v", tmp_path / "one", max_train_steps=1, latent_cache_dir=tmp_path / "cache")
+    entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    # Samples of the clips and the captions, and the empty prompt.
+    assert len(entries) > 4 and "Saved" in first
+    train(models / "i2v", tmp_path / "two", max_train_steps=1, latent_cache_dir=tmp_path / "cache")
+    assert entries == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+
+
+@pytest.mark.skipif(not CATS.is_dir(), reason="the real clips are not beside this checkout")
+def test_real_clips(models, tmp_path):
+    options = {"world_videos": None, "train_data_dir": CATS, "height": 48, "width": 80, "num_frames": 9}
+    train(models / "wan2.1", tmp_path, preset="film", max_train_steps=2, samples_per_video=2, **options)
+    assert read_lora(tmp_path, LORA).conditioning == PixelMotion(5, "zeros")
+
+
+def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_erft):
+    cases = [
+        ({"world_videos": None}, "Give one of `--train_data_dir`"),
+        ({"train_data_dir": tmp_path}, "got `--train_data_dir` and `--world_videos`"),
+        ({"p_vid": 1.5}, "`p_vid` is a probability"),
+        ({"rank": 0}, "`--rank` must be at least 1"),
+        ({"conditioning": "latent"}, "`--reference`=inside"),
+        ({"preset": "pro", "reference": "inside"}, "Use `--reference before`"),
+        ({"p_text_start": 0.5}, "needs `--conditioning held`"),
+        ({"expert": "high"}, "only one transformer"),
+        ({"preset": "ti2v-5b"}, "expand_timesteps=True"),
+        ({"validation_prompt": ["a cat"]}, "needs both"),
+        ({"height": 32}, "`--height` and `--width` must be 64"),
+        ({"num_frames": 16}, "num_frames"),
+        ({"world_videos": None, "train_data_dir": tmp_path / "nothing"}, "nothing"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "is no checkpoint"),
+        ({"bank_capacity": 10**12}, "What would fit"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train_erft.main(train_erft.parse_args(command(models / "i2v", tmp_path / "run", **options)[2:]))
+    assert "two experts" in refused(models / "a14b", tmp_path / "run")
+
+
+def test_names_known_from_elsewhere(train_erft):
+    names = ["--y_prob=0.1", "--latent_prob=0.2", "--noise_prob=0.3", "--clean_prob=0.4", "--y_error_num=2"]
+    names += ["--error_buffer_k=7", "--buffer_replacement_strategy=l2_batch", "--p_motion_threshold=0.5"]
+    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1"]
+    args = train_erft.parse_args([*base, *names])
+    assert (args.p_img, args.p_vid, args.p_noi, args.p_clean, args.n_img) == (0.1, 0.2, 0.3, 0.4, 2)
+    assert (args.bank_capacity, args.bank_replacement, args.p_motion) == (7, "l2", 0.5)
+
+
+def test_an_experts_timesteps_stay_on_its_side(train_erft):
+    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1", "--preset=pro"]
+    sigmas = train_erft.shifted_sigmas(1000, 5.0)
+    sides = {
+        expert: sigmas[train_erft.training_timesteps(train_erft.parse_args([*base, f"--expert={expert}"]), 0.9)]
+        for expert in ("high", "low")
+    }
+    assert sides["high"].min() >= 0.9 > sides["low"].max()
+    assert len(sides["high"]) + len(sides["low"]) == 1000
