@@ -64,6 +64,7 @@ from diffusers_svi.erft import (
     loss_weights,
     recycled_velocity,
 )
+from diffusers_svi.erft.injection import Switches
 from diffusers_svi.erft.snapshot import BankWriter, load_bank, save_bank
 from diffusers_svi.flow import interpolate, shifted_sigmas
 from diffusers_svi.latents import encode_video
@@ -356,6 +357,8 @@ def check_args(args: argparse.Namespace) -> None:
     image = args.validation_image
     if image and not image.startswith("http") and not os.path.isfile(image):
         raise ValueError(f"`--validation_image`={image!r} is not a file.")
+    if args.quantize_base and not torch.cuda.is_available():
+        raise ValueError(f"`--quantize_base={args.quantize_base}` needs a GPU: bitsandbytes quantizes nowhere else.")
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("`--hub_token` would be logged by wandb: use `hf auth login` instead.")
     make_scheme(args)
@@ -505,7 +508,8 @@ def encode_sample(
         # source: the image that CLIP sees is the first condition frame; with an anchor latent, the anchor
         oldest = frames[:, :, 0] if scheme.carried_frames else reference
         encoded["image_embeds"] = pipe.encode_image(to_image(oldest[0].cpu()), device)
-        encoded["first_image_embeds"] = pipe.encode_image(to_image(frames[0, :, 0].cpu()), device)
+        if args.p_motion < 1:
+            encoded["first_image_embeds"] = pipe.encode_image(to_image(frames[0, :, 0].cpu()), device)
     return {name: value[0].float().cpu() for name, value in encoded.items()}
 
 
@@ -517,20 +521,24 @@ def encode_caption(pipe: SVIPipeline, caption: str, max_sequence_length: int) ->
 
 def fill_cache(
     args: argparse.Namespace, accelerator: Accelerator, samples: Samples, scheme: Scheme, folder: Path
-) -> CachedSamples:
-    """Encode what is not in the cache yet; the encoders are loaded for that alone. Every process takes its share."""
+) -> tuple[CachedSamples, torch.Tensor]:
+    """The samples as encoded, and the embedding of the empty prompt.
+
+    What is not in the cache yet is encoded, by every process its share; the encoders are loaded for that alone.
+    """
     cache = TensorCache(args.latent_cache_dir or Path(args.output_dir) / "cache")
     encoders = model_fingerprint(folder)
     captions = [video.caption for video in samples.videos for _ in range(args.samples_per_video)]
     with_first = args.p_motion < 1
     keys = [fingerprint(encoders, samples.key(i), scheme.to_dict(), with_first) for i in range(len(samples))]
-    text_keys = {caption: fingerprint(encoders, args.max_sequence_length, caption) for caption in {*captions, ""}}
+    weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
+    text_settings = (encoders, str(weight_dtype), args.max_sequence_length)
+    text_keys = {caption: fingerprint(*text_settings, caption) for caption in {*captions, ""}}
     missing = [index for index, key in enumerate(keys) if key not in cache]
     missing_texts = sorted(caption for caption, key in text_keys.items() if key not in cache)
     # No process may look for what another one has already written.
     accelerator.wait_for_everyone()
     if missing or missing_texts:
-        weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
         dtypes = {"vae": torch.float32, "image_encoder": torch.float32, "default": weight_dtype}
         with undivided(accelerator):
             pipe = SVIPipeline.from_pretrained(folder, transformer=None, transformer_2=None, dtype=dtypes)
@@ -550,7 +558,8 @@ def fill_cache(
         del pipe
         free_memory()
     accelerator.wait_for_everyone()
-    return CachedSamples(cache, keys, [text_keys[caption] for caption in captions]), cache.load(text_keys[""])
+    dataset = CachedSamples(cache, keys, [text_keys[caption] for caption in captions])
+    return dataset, cache.load(text_keys[""])["prompt_embeds"]
 
 
 # Training
@@ -649,7 +658,7 @@ def training_step(
     expand_timesteps: bool,
     patch_size: tuple[int, int, int],
     weight_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Switches]:
     """Losses `(batch,)`, residuals and noise levels of a batch, and the switches it was corrupted by."""
     latents = batch["latents"]
     condition, image_embeds = choose_condition(batch, args, generator)
@@ -783,8 +792,14 @@ class Checkpoints:
 
 @torch.no_grad()
 def make_film(
-    args: argparse.Namespace, accelerator: Accelerator, transformer, folder: Path, subfolder: str, scheme: Scheme, step
-) -> dict | None:
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    transformer: torch.nn.Module,
+    folder: Path,
+    subfolder: str,
+    scheme: Scheme,
+    step: int,
+) -> dict:
     """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts. Main process only."""
     weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
     with undivided(accelerator):
@@ -841,7 +856,8 @@ def drift_figures(clips: list[np.ndarray]) -> dict[str, list[float]]:
         clips (`list[np.ndarray]` of shape `(frames, height, width, 3)` in [0, 1]): Of one film.
     """
     last = [clip[-1] for clip in clips]
-    sharpness = [np.abs(np.diff(f, axis=0)).mean() + np.abs(np.diff(f, axis=1)).mean() for f in last]
+    # Root mean squares of the differences of neighbouring pixels: they fall when edges blur.
+    sharpness = [np.sqrt(np.square(np.diff(f, axis=0)).mean() + np.square(np.diff(f, axis=1)).mean()) for f in last]
     return {
         "colour_shift": [float(np.abs(f.mean(axis=(0, 1)) - last[0].mean(axis=(0, 1))).mean()) for f in last],
         "contrast_kept": [float(f.std() / max(last[0].std(), 1e-6)) for f in last],
@@ -1021,7 +1037,7 @@ def main(args: argparse.Namespace) -> None:
         "sigmas": sigmas,
         "weights": loss_weights(TRAIN_TIMESTEPS, args.flow_shift),
         "timesteps": timesteps,
-        "no_prompt": no_prompt["prompt_embeds"].to(accelerator.device),
+        "no_prompt": no_prompt.to(accelerator.device),
     }
     recycler = make_recycler(args, accelerator, tuple(dataset[0]["latents"].shape), sigmas[timesteps])
     logger.info(recycler.bank.describe())

@@ -256,6 +256,7 @@ def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_er
         ({"expert": "high"}, "only one transformer"),
         ({"preset": "ti2v-5b"}, "expand_timesteps=True"),
         ({"validation_prompt": ["a cat"]}, "needs both"),
+        *([] if torch.cuda.is_available() else [({"quantize_base": "4bit"}, "needs a GPU")]),
         ({"height": 32}, "`--height` and `--width` must be 64"),
         ({"num_frames": 16}, "num_frames"),
         ({"world_videos": None, "train_data_dir": tmp_path / "nothing"}, "nothing"),

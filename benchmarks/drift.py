@@ -1,0 +1,317 @@
+"""How far chains of clips drift: the base model, LoRAs, and training-free remedies, measured against the truth.
+
+    python benchmarks/drift.py --lora control=control.safetensors erft=erft.safetensors --output_dir docs/results/drift
+
+Every contestant continues the same held-out start images with the same prompts and the same noise, in two settings:
+*consistent*, one prompt throughout, and *creative*, a new one every clip. The world of svi-tiny knows what every frame
+should show, so a clip's quality, between 0 and 1, is the mean of three parts, read from its last frame:
+
+- sprite: a third each for the right shape, the right size, and the nearness of its colour; 0 if it is not found; where
+  none belongs, 1 if none is found;
+- background: 0 in the wrong scene, else 1 less the mean absolute error over a tenth of the range;
+- sharpness: the root mean square difference of neighbouring pixels over the true one, or its inverse if that is less.
+
+*Kept* is quality at the last clip over quality at the tenth (or over the first). *Alive*, the mean change from frame
+to frame over the true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap
+over chains. Writes `drift.json`, a plot, and a contact sheet for every contestant.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import matplotlib
+import numpy as np
+import PIL.Image
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
+from diffusers_svi.conditioning import Scheme
+from diffusers_svi.lora import read_lora
+from diffusers_svi.tiny import world
+from diffusers_svi.tiny.tracker import displacement, track
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+HELD_OUT_SEED = 1
+FIRST_STORY = 40000
+SETTINGS = ("consistent", "creative")
+FIGURES = ("quality", "sprite", "background", "sharpness", "alive", "direction")
+ROOT = Path(__file__).parents[1]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_dir", default=str(ROOT / "models" / "svi-tiny"), help="Default: svi-tiny.")
+    parser.add_argument(
+        "--lora",
+        nargs="*",
+        default=[],
+        metavar="NAME=FILE",
+        help="LoRAs with their scheme in the metadata. `control` and what begins with `erft` go into the summary.",
+    )
+    parser.add_argument(
+        "--contestants", nargs="*", default=["base", "reference", "anchor", "noise"], help="Those without a LoRA."
+    )
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=SETTINGS, help="Default: both.")
+    parser.add_argument("--num_chains", type=int, default=16, help="Default: %(default)s.")
+    parser.add_argument("--num_clips", type=int, default=50, help="Clips of a chain. Default: %(default)s.")
+    parser.add_argument("--num_inference_steps", type=int, default=10, help="Default: %(default)s.")
+    parser.add_argument("--noise", type=float, default=0.05, help="Of `noise`, on condition pixels. Default: 0.05.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/drift"), help="Default: %(default)s.")
+    parser.add_argument("--quick", action="store_true", help="2 chains of 10 clips of `base` and the LoRAs.")
+    args = parser.parse_args()
+    if args.quick:
+        args.num_chains, args.num_clips, args.contestants = 2, 10, ["base"]
+    return args
+
+
+@dataclass(frozen=True)
+class NoisyPixelMotion(PixelMotion):
+    """`PixelMotion` with noise on the condition frames, as SkyReels' `addnoise_condition`.
+
+    Args:
+        noise (`float`): Standard deviation, on pixels in [-1, 1].
+    """
+
+    noise: float = 0.05
+
+    def _motion(self, image, frames):
+        motion = super()._motion(image, frames)
+        # The same noise for every clip and contestant, whatever else is drawn.
+        noise = torch.randn(motion.shape, generator=torch.Generator().manual_seed(0))
+        return motion if frames is None else motion + self.noise * noise.to(motion)
+
+
+def plain_contestants(args) -> dict[str, Scheme]:
+    schemes = {
+        "base": PixelMotion(1),
+        "reference": PixelMotion(1, padding="reference"),
+        "anchor": LatentMotion(1),
+        "noise": NoisyPixelMotion(1, noise=args.noise),
+    }
+    unknown = set(args.contestants) - set(schemes)
+    if unknown:
+        raise ValueError(f"`--contestants` are of {sorted(schemes)}, got {sorted(unknown)}.")
+    return {name: schemes[name] for name in args.contestants}
+
+
+def stories(setting: str, args, scheme: Scheme) -> Iterator[tuple[int, list[world.State], list[str]]]:
+    """Held-out films with a sprite to begin with: number, true states, and a prompt for every clip."""
+    durations = [world.CLIP_FRAMES - 1] + [world.CLIP_FRAMES - scheme.overlap] * (args.num_clips - 1)
+    found, index = 0, FIRST_STORY
+    while found < args.num_chains:
+        index += 1
+        state, actions = world.sample_story(HELD_OUT_SEED, index, args.num_clips, setting)
+        if state.sprite is None:
+            continue
+        found += 1
+        states = world.film(state, actions, durations)
+        begins = np.cumsum([0, *durations[:-1]])
+        prompts = [world.caption(states[begin], action) for begin, action in zip(begins, actions, strict=True)]
+        yield index, states, prompts
+
+
+def gradient(frame: np.ndarray) -> float:
+    """Root mean square difference of neighbouring pixels: unlike the mean difference, it falls when edges blur."""
+    return np.sqrt(np.square(np.diff(frame, axis=0)).mean() + np.square(np.diff(frame, axis=1)).mean())
+
+
+def measure(frames: np.ndarray, states: list[world.State]) -> dict[str, float]:
+    """One clip `(frames, SIZE, SIZE, 3)` in [0, 1] against the states it should show."""
+    seen, truth = track(frames), world.render(states) / 255.0
+    state, observed = states[-1], seen[-1]
+    wanted = state.sprite
+    if wanted is None:
+        sprite = float(not observed.found)
+    elif not observed.found:
+        sprite = 0.0
+    else:
+        distance = np.abs(np.subtract(observed.rgb, world.COLOURS[wanted.colour])).mean() / 128
+        sprite = ((observed.shape == wanted.shape) + (observed.size == wanted.size) + max(0.0, 1 - distance)) / 3
+    background = float(observed.scene == state.scene) * max(0.0, 1 - observed.background_error / 0.1)
+    ratio = gradient(frames[-1]) / gradient(truth[-1])
+    figures = {"sprite": sprite, "background": background, "sharpness": min(ratio, 1 / ratio)}
+    figures["quality"] = sum(figures.values()) / 3
+    moved = np.abs(np.diff(truth, axis=0)).mean()
+    # Where nothing should move, there is nothing to be alive.
+    figures["alive"] = np.abs(np.diff(frames, axis=0)).mean() / moved if moved > 1e-3 else np.nan
+    figures["direction"] = direction(seen, states)
+    return {name: float(value) for name, value in figures.items()}
+
+
+def direction(seen, states: list[world.State]) -> float:
+    """1 if the sprite went where it should, 0 if not, nan if it was not to move, or not to be there all along."""
+    ends = states[0].sprite, states[-1].sprite
+    if None in ends:
+        return np.nan
+    way = np.array([ends[1].x - ends[0].x, ends[1].y - ends[0].y])
+    way = (way + world.SIZE / 2) % world.SIZE - world.SIZE / 2
+    length = np.linalg.norm(way)
+    if length < 4:
+        return np.nan
+    if not (seen[0].found and seen[-1].found):
+        return 0.0
+    moved = np.array(displacement(seen[0], seen[-1]))
+    return float(np.linalg.norm(moved - way) < length / 2)
+
+
+def run_chains(
+    pipe: SVIPipeline, name: str, scheme: Scheme, setting: str, args
+) -> tuple[list[list[dict]], np.ndarray]:
+    """Figures of every clip of every chain, and the last frames of the first chains for the contact sheet."""
+    chains, rows = [], []
+    with tqdm(total=args.num_chains * args.num_clips, desc=f"{setting}, {name}") as progress:
+        for index, states, prompts in stories(setting, args, scheme):
+            clips = pipe.stream(
+                image=PIL.Image.fromarray(world.render(states[0])),
+                prompts=prompts,
+                conditioning=scheme,
+                ignore_lora_conditioning=True,
+                height=world.SIZE,
+                width=world.SIZE,
+                num_frames=world.CLIP_FRAMES,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=1.0,
+                max_sequence_length=32,
+                # The noise of a clip is the same for every contestant.
+                seeds=[1000 * index + clip for clip in range(args.num_clips)],
+            )
+            figures, row = [], []
+            for clip in clips:
+                figures.append(measure(clip.frames, states[clip.start : clip.start + len(clip.frames)]))
+                row.append(clip.frames[-1])
+                progress.update()
+            chains.append(figures)
+            if len(rows) < 8:
+                rows.append(row)
+    return chains, np.array(rows)
+
+
+def interval(values: np.ndarray, statistic) -> dict[str, float]:
+    """A statistic of chains `(chains, ...)` with its 95% bootstrap interval."""
+    rng = np.random.default_rng(0)
+    draws = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(2000)]
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return {"value": float(statistic(values)), "low": float(low), "high": float(high)}
+
+
+def summarize(chains: list[list[dict]], num_clips: int) -> dict:
+    """Curves over clips, and the headline numbers with intervals."""
+    arrays = {name: np.array([[clip[name] for clip in chain] for chain in chains]) for name in FIGURES}
+    tenth = min(10, num_clips) - 1
+    quality = arrays["quality"]
+    return {
+        "curves": {name: np.nanmean(values, axis=0).tolist() for name, values in arrays.items()},
+        "quality_first": interval(quality, lambda q: q[:, 0].mean()),
+        "quality_last": interval(quality, lambda q: q[:, -1].mean()),
+        "kept_over_first": interval(quality, lambda q: q[:, -1].mean() / q[:, 0].mean()),
+        "kept_over_tenth": interval(quality, lambda q: q[:, -1].mean() / q[:, tenth].mean()),
+        "alive_first": interval(arrays["alive"], lambda a: np.nanmean(a[:, 0])),
+        "alive": interval(arrays["alive"], np.nanmean),
+        "direction": interval(arrays["direction"], np.nanmean),
+    }
+
+
+def plot(results: dict, path: Path) -> None:
+    shown = ("quality", "sprite", "background", "sharpness", "alive")
+    figure, axes = plt.subplots(len(results), len(shown), figsize=(3.4 * len(shown), 3 * len(results)), squeeze=False)
+    for row, (setting, contestants) in zip(axes, results.items(), strict=True):
+        for axis, name in zip(row, shown, strict=True):
+            for label, result in contestants.items():
+                curve = result["curves"][name]
+                axis.plot(range(1, len(curve) + 1), curve, label=label, linewidth=1.2)
+            axis.set_title(f"{setting}: {name}", fontsize=9)
+            axis.set_xlabel("clip")
+            axis.set_ylim(bottom=0)
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def contact_sheet(rows: np.ndarray, path: Path) -> None:
+    """Last frames `(chains, clips, SIZE, SIZE, 3)`: a row a chain, up to 12 clips of it."""
+    clips = np.unique(np.linspace(0, rows.shape[1] - 1, 12).round().astype(int))
+    sheet = np.concatenate([np.concatenate(list(row[clips]), axis=1) for row in rows], axis=0)
+    PIL.Image.fromarray((sheet * 255).round().astype(np.uint8)).save(path)
+
+
+def main():
+    args = parse_args()
+    started = time.time()
+    contestants = {name: (None, scheme) for name, scheme in plain_contestants(args).items()}
+    for entry in args.lora:
+        name, separator, file = entry.partition("=")
+        if not separator:
+            raise ValueError(f"`--lora` takes NAME=FILE, got {entry!r}.")
+        lora = read_lora(file)
+        if lora.conditioning is None:
+            raise ValueError(f"`--lora {entry}`: the file does not say what scheme it was trained for.")
+        contestants[name] = (file, lora.conditioning)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results = {setting: {} for setting in args.settings}
+    for name, (file, scheme) in contestants.items():
+        pipe = SVIPipeline.from_pretrained(args.model_dir)
+        if file is not None:
+            pipe.load_lora_weights(file)
+            pipe.fuse_lora()
+        pipe.set_progress_bar_config(disable=True)
+        for setting in args.settings:
+            chains, rows = run_chains(pipe, name, scheme, setting, args)
+            results[setting][name] = {"scheme": str(scheme), **summarize(chains, args.num_clips)}
+            contact_sheet(rows, args.output_dir / f"{setting}-{name}.png")
+
+    summary = {}
+    for setting, measured in results.items():
+        best = max(
+            (name for name in measured if name.startswith("erft")),
+            key=lambda name: measured[name]["quality_last"]["value"],
+            default=None,
+        )
+        kept = {"base": "base", "control": "control", "erft": best}
+        summary[setting] = {
+            f"{role}_kept": measured[name]["kept_over_tenth"]["value"]
+            for role, name in kept.items()
+            if name in measured
+        }
+        if best and "control" in measured:
+            errors = [1 - measured[name]["quality_last"]["value"] for name in (best, "control")]
+            summary[setting]["error_vs_control"] = errors[0] / errors[1]
+    report = {
+        "command": "python " + shlex.join(sys.argv),
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
+        },
+        "summary": summary,
+        "results": results,
+        "minutes": round((time.time() - started) / 60, 1),
+    }
+    (args.output_dir / "drift.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(results, args.output_dir / "drift.png")
+    for setting, measured in results.items():
+        print(f"\n{setting:24} first  last   kept over 10th (95%)   over 1st  alive  direction")
+        for name, result in measured.items():
+            kept, over_first = result["kept_over_tenth"], result["kept_over_first"]
+            print(
+                f"{name:24} {result['quality_first']['value']:.3f}  {result['quality_last']['value']:.3f}  "
+                f"{kept['value']:.3f} ({kept['low']:.3f} to {kept['high']:.3f})  {over_first['value']:.3f}     "
+                f"{result['alive']['value']:.2f}   {result['direction']['value']:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
