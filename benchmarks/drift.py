@@ -18,25 +18,22 @@ over chains. Writes `drift.json`, a plot, and a contact sheet for every contesta
 
 import argparse
 import json
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import matplotlib
 import numpy as np
 import PIL.Image
 import torch
-import transformers
 from tqdm.auto import tqdm
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.conditioning import Scheme
 from diffusers_svi.lora import read_lora
+from diffusers_svi.provenance import provenance
+from diffusers_svi.quality import sharpness
 from diffusers_svi.tiny import world
 from diffusers_svi.tiny.tracker import displacement, track
 
@@ -124,11 +121,6 @@ def stories(setting: str, args, scheme: Scheme) -> Iterator[tuple[int, list[worl
         yield index, states, prompts
 
 
-def gradient(frame: np.ndarray) -> float:
-    """Root mean square difference of neighbouring pixels: unlike the mean difference, it falls when edges blur."""
-    return np.sqrt(np.square(np.diff(frame, axis=0)).mean() + np.square(np.diff(frame, axis=1)).mean())
-
-
 def measure(frames: np.ndarray, states: list[world.State]) -> dict[str, float]:
     """One clip `(frames, SIZE, SIZE, 3)` in [0, 1] against the states it should show."""
     seen, truth = track(frames), world.render(states) / 255.0
@@ -142,7 +134,7 @@ def measure(frames: np.ndarray, states: list[world.State]) -> dict[str, float]:
         distance = np.abs(np.subtract(observed.rgb, world.COLOURS[wanted.colour])).mean() / 128
         sprite = ((observed.shape == wanted.shape) + (observed.size == wanted.size) + max(0.0, 1 - distance)) / 3
     background = float(observed.scene == state.scene) * max(0.0, 1 - observed.background_error / 0.1)
-    ratio = gradient(frames[-1]) / gradient(truth[-1])
+    ratio = sharpness(frames[-1]) / sharpness(truth[-1])
     figures = {"sprite": sprite, "background": background, "sharpness": min(ratio, 1 / ratio)}
     figures["quality"] = sum(figures.values()) / 3
     moved = np.abs(np.diff(truth, axis=0)).mean()
@@ -291,11 +283,7 @@ def main():
             errors = [1 - measured[name]["quality_last"]["value"] for name in (best, "control")]
             summary[setting]["error_vs_control"] = errors[0] / errors[1]
     report = {
-        "command": "python " + shlex.join(sys.argv),
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
-        },
+        **provenance(),
         "summary": summary,
         "results": results,
         "minutes": round((time.time() - started) / 60, 1),

@@ -28,8 +28,8 @@ import psutil
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.training_utils import cast_training_params
-from error_bank import add_report_options, environment, report
 from peft import LoraConfig
+from report import add_report_options, report
 from tqdm.auto import tqdm
 
 from diffusers_svi.conditioning import transformer_inputs
@@ -44,6 +44,8 @@ from diffusers_svi.erft import (
     recycled_velocity,
 )
 from diffusers_svi.flow import interpolate, shifted_sigmas
+from diffusers_svi.lora import TARGET_MODULES
+from diffusers_svi.provenance import provenance
 
 
 PRESETS = {
@@ -92,12 +94,6 @@ FLOW_SHIFT = 5.0
 TRAIN_TIMESTEPS = 1000
 PROMPT_TOKENS = 512
 INJECTION = InjectionConfig(p_clean=0.0, p_vid=0.9, p_img=0.9, p_noi=0.5)
-# The layers that the published LoRAs train, in every block.
-TARGET_MODULES = [
-    *(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")),
-    "ffn.net.0.proj",
-    "ffn.net.2",
-]
 
 
 def parse_args():
@@ -237,7 +233,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def main():
     args = parse_args()
-    results, started = environment(), time.time()
+    results, started = provenance(), time.time()
     trainer, recycler = Trainer(args), build_recycler(args)
     plain, erft = [], []
     for index in tqdm(range(args.warmup_steps + args.steps), desc="Pairs of steps"):
@@ -249,7 +245,6 @@ def main():
     size, bank = math.prod(args.latent_shape), recycler.bank
     parameters = list(trainer.transformer.parameters())
     if trainer.device.type == "cuda":
-        results["machine"] = f"{torch.cuda.get_device_name(trainer.device)}; {results['machine']}"
         results["peak_device_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
     results.update(
         {

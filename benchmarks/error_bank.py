@@ -20,7 +20,7 @@ first of videos never seen.
   with 8 fields B_j that all errors share and a field L_v of the video, both smooth (normal values every 4 latent
   frames and 8 pixels, linear between them), normal noise N and s_j (of variance 1/8) that are new at every visit, and
   g_v = exp(0.25 n), n normal. The residuals of svi-tiny have more of their variance in L_v (0.68 to 0.89) and differ
-  more in strength (0.27 to 0.38), so their distances are further apart: these are harder to tell from each other.
+  more in strength (0.27 to 0.38).
 - With `--model_dir` they are composed of residuals r = v_hat - V of that model on videos of svi-tiny's world, at noise
   levels of one grid of 50 (the middle one), 8 draws of noise a video. One residual is much smaller than an error of
   real size, (48, 5, 8, 8) instead of (16, 21, 60, 104), so an error is tiled with blocks of them: a residual is cut
@@ -30,29 +30,22 @@ first of videos never seen.
 
 import argparse
 import itertools
-import json
 import math
-import platform
-import resource
-import shlex
 import statistics
-import sys
 import time
-from pathlib import Path
 
-import diffusers
-import psutil
 import torch
 import torch.nn.functional as F
+from report import add_report_options, report
 from tqdm.auto import tqdm
 
-import diffusers_svi
 from diffusers_svi import PixelMotion, SVIPipeline
 from diffusers_svi.conditioning import transformer_inputs
 from diffusers_svi.erft import BankConfig, ErrorBank
 from diffusers_svi.erft.storage import DTYPES, FLOAT_DTYPES, make_storage
 from diffusers_svi.flow import interpolate, shifted_sigmas, velocity
 from diffusers_svi.latents import encode_video
+from diffusers_svi.provenance import provenance
 from diffusers_svi.tiny import world
 
 
@@ -86,43 +79,6 @@ def parse_args():
     if args.capacity < 1 or min(args.shape) < 1:
         parser.error("--capacity and all of --shape must be at least 1.")
     return args
-
-
-# What both benchmarks report and how
-
-
-def add_report_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="Print all figures as one line of JSON, the last one.")
-    parser.add_argument("--output_file", type=Path, help="Write them, as JSON, to this file too.")
-
-
-def environment() -> dict:
-    """Where the figures come from: command, versions, machine, and how busy it was before the run."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
-    return {
-        "command": "python " + shlex.join(sys.argv),
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, diffusers, diffusers_svi)},
-        },
-        "machine": f"{processor or platform.machine()}, {torch.get_num_threads()} threads",
-        "load_before": round(psutil.getloadavg()[0], 2),
-    }
-
-
-def report(results: dict, args: argparse.Namespace) -> None:
-    # ru_maxrss is in kilobytes, but in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    results["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if args.output_file is not None:
-        args.output_file.parent.mkdir(parents=True, exist_ok=True)
-        args.output_file.write_text(json.dumps(results, indent=1) + "\n")
-    if args.json:
-        print(json.dumps(results))
-    else:
-        print("\n".join(f"{name:28} {value}" for name, value in results.items()))
 
 
 # Errors
@@ -215,13 +171,10 @@ class ModelErrors:
 
 
 def exact_search(bank: ErrorBank, error: torch.Tensor) -> tuple[int, float]:
-    """The place of the nearest stored error, and its distance: all of them are compared in float32."""
-    error, nearest, smallest = error.flatten(), -1, math.inf
-    for place in range(bank.config.capacity):
-        distance = bank.storage.squared_distance(place, error, limit=smallest)
-        if distance < smallest:
-            nearest, smallest = place, distance
-    return nearest, math.sqrt(smallest)
+    """The place of the nearest stored error, and its distance: all of them are compared in full, in float32."""
+    distances = [float(torch.dist(bank.get(0, place).residual, error)) for place in range(bank.config.capacity)]
+    smallest = min(distances)
+    return distances.index(smallest), smallest
 
 
 def replace_as_published(entries: list[torch.Tensor], error: torch.Tensor) -> int:
@@ -260,7 +213,7 @@ def timed(function, *arguments) -> tuple[float, int]:
 
 def main():
     args = parse_args()
-    results, started = environment(), time.time()
+    results, started = provenance(), time.time()
     shape, capacity = tuple(args.shape), args.capacity
     num_seen = math.ceil(capacity / VISITS)
     if args.model_dir is None:

@@ -17,7 +17,8 @@ import math
 import os
 import shutil
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -64,11 +65,13 @@ from diffusers_svi.erft import (
     loss_weights,
     recycled_velocity,
 )
+from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.erft.injection import Switches
 from diffusers_svi.erft.snapshot import BankWriter, load_bank, save_bank
 from diffusers_svi.flow import interpolate, shifted_sigmas
 from diffusers_svi.latents import encode_video
-from diffusers_svi.lora import read_lora, save_lora
+from diffusers_svi.lora import TARGET_MODULES, read_lora, save_lora
+from diffusers_svi.quality import drift_figures
 
 
 logger = get_logger(__name__)
@@ -78,12 +81,7 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 ORIGINAL_LORA_NAME = "pytorch_lora_weights_original.safetensors"
 UNFINISHED = ".unfinished"
 
-# The layers that the published LoRAs train, in every block.
-TARGET_MODULES = (
-    *(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")),
-    "ffn.net.0.proj",
-    "ffn.net.2",
-)
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # What a preset sets; an option given on the command line wins.
 SHOT = {
@@ -465,18 +463,20 @@ def to_image(frame: torch.Tensor) -> PIL.Image.Image:
     return PIL.Image.fromarray(((frame + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-@contextmanager
-def undivided(accelerator: Accelerator):
-    """A context in which models are loaded whole: under ZeRO-3 transformers would deal them out to the processes."""
+def load_pipeline(folder: Path, accelerator: Accelerator, **components) -> SVIPipeline:
+    """The pipeline with `components` instead of its own, on this process's device."""
+    weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
+    dtypes = {"vae": torch.float32, "image_encoder": torch.float32, "default": weight_dtype}
     plugin = accelerator.state.deepspeed_plugin
-    if plugin is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
+    if plugin is not None:
+        # Under ZeRO-3 transformers would deal its models out to the processes.
+        unset_hf_deepspeed_config()
     try:
-        yield
+        pipe = SVIPipeline.from_pretrained(folder, dtype=dtypes, **components)
     finally:
-        plugin.set_deepspeed_weakref()
+        if plugin is not None:
+            plugin.set_deepspeed_weakref()
+    return pipe.to(accelerator.device)
 
 
 @torch.no_grad()
@@ -531,18 +531,14 @@ def fill_cache(
     captions = [video.caption for video in samples.videos for _ in range(args.samples_per_video)]
     with_first = args.p_motion < 1
     keys = [fingerprint(encoders, samples.key(i), scheme.to_dict(), with_first) for i in range(len(samples))]
-    weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
-    text_settings = (encoders, str(weight_dtype), args.max_sequence_length)
+    text_settings = (encoders, str(WEIGHT_DTYPES[accelerator.mixed_precision]), args.max_sequence_length)
     text_keys = {caption: fingerprint(*text_settings, caption) for caption in {*captions, ""}}
     missing = [index for index, key in enumerate(keys) if key not in cache]
     missing_texts = sorted(caption for caption, key in text_keys.items() if key not in cache)
     # No process may look for what another one has already written.
     accelerator.wait_for_everyone()
     if missing or missing_texts:
-        dtypes = {"vae": torch.float32, "image_encoder": torch.float32, "default": weight_dtype}
-        with undivided(accelerator):
-            pipe = SVIPipeline.from_pretrained(folder, transformer=None, transformer_2=None, dtype=dtypes)
-        pipe.to(accelerator.device)
+        pipe = load_pipeline(folder, accelerator, transformer=None, transformer_2=None)
         rank, world_size = accelerator.process_index, accelerator.num_processes
         bar = {"disable": not accelerator.is_main_process, "leave": False}
         for caption in tqdm(missing_texts[rank::world_size], desc="Encoding captions", **bar):
@@ -565,9 +561,6 @@ def fill_cache(
 # Training
 
 
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
 def load_transformer(
     args: argparse.Namespace, folder: Path, subfolder: str, weight_dtype: torch.dtype
 ) -> WanTransformer3DModel:
@@ -587,10 +580,7 @@ def load_transformer(
         transformer = prepare_model_for_kbit_training(transformer, use_gradient_checkpointing=False)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    config = LoraConfig(
-        r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights=True, target_modules=list(TARGET_MODULES)
-    )
-    transformer.add_adapter(config)
+    transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=TARGET_MODULES))
     cast_training_params(transformer, dtype=torch.float32)
     return transformer
 
@@ -604,9 +594,9 @@ def training_timesteps(args: argparse.Namespace, boundary: float | None) -> torc
 
 
 def make_recycler(
-    args: argparse.Namespace, accelerator: Accelerator, error_shape: tuple[int, ...], sigmas: torch.Tensor
+    args: argparse.Namespace, accelerator: Accelerator, error_shape: tuple[int, ...], timesteps: torch.Tensor
 ) -> ErrorRecycler:
-    """Bank and recycler of this process, for training noise levels `sigmas`."""
+    """Bank and recycler of this process, for the training noise levels that `timesteps` are the indices of."""
     grids = shifted_sigmas(args.num_grids, args.flow_shift)
     rank = accelerator.process_index
     config = BankConfig(
@@ -621,7 +611,7 @@ def make_recycler(
         bank = ShardedErrorBank(error_shape, grids, config, accelerator.device)
     else:
         # An expert never meets the grids of the other.
-        reached = (sigmas.unsqueeze(1) - grids).abs().argmin(dim=1).unique().tolist()
+        reached = nearest_grid(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids).unique().tolist()
         bank = ErrorBank(error_shape, grids, config, owned=reached)
     recycler_config = RecyclerConfig(
         clean_buffer_update_prob=args.clean_buffer_update_prob, buffer_warmup_iter=args.buffer_warmup_iter
@@ -629,65 +619,78 @@ def make_recycler(
     return ErrorRecycler(bank, make_injection(args), recycler_config, seed=args.seed * 1000 + rank)
 
 
-def choose_condition(
-    batch: dict[str, torch.Tensor], args: argparse.Namespace, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Condition latents and image embeddings of a batch: of clips that go on from another, or of first clips."""
-    condition, image_embeds = batch["condition"], batch.get("image_embeds")
-    first, text = torch.rand(2, len(condition), generator=generator, dtype=torch.float64)
-    if args.conditioning == "held":
-        # Held latents stand in for the first of a clip: a batch has as many of them throughout.
-        if text[0] < args.p_text_start:
-            return condition[:, :, :0], image_embeds
-        return (batch["first_condition"] if first[0] >= args.p_motion else condition), image_embeds
-    if args.p_motion < 1:
-        is_first = (first >= args.p_motion).to(condition.device)
-        condition = torch.where(is_first.view(-1, 1, 1, 1, 1), batch["first_condition"], condition)
-        if image_embeds is not None:
-            image_embeds = torch.where(is_first.view(-1, 1, 1), batch["first_image_embeds"], image_embeds)
-    return condition, image_embeds
+@dataclass
+class TrainingStep:
+    """What a batch becomes: its losses, and the residuals that are to be banked."""
 
+    args: argparse.Namespace
+    transformer: torch.nn.Module
+    recycler: ErrorRecycler
+    generator: torch.Generator
+    # Indices of the training noise levels that are drawn.
+    timesteps: torch.Tensor
+    no_prompt: torch.Tensor
+    patch_size: tuple[int, int, int]
+    expand_timesteps: bool
+    weight_dtype: torch.dtype
 
-def training_step(
-    batch: dict[str, torch.Tensor],
-    transformer: torch.nn.Module,
-    recycler: ErrorRecycler,
-    schedule: dict[str, torch.Tensor],
-    generator: torch.Generator,
-    args: argparse.Namespace,
-    expand_timesteps: bool,
-    patch_size: tuple[int, int, int],
-    weight_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Switches]:
-    """Losses `(batch,)`, residuals and noise levels of a batch, and the switches it was corrupted by."""
-    latents = batch["latents"]
-    condition, image_embeds = choose_condition(batch, args, generator)
-    prompt_embeds = batch["prompt_embeds"]
-    if args.proportion_empty_prompts:
-        dropped = torch.rand(len(latents), generator=generator) < args.proportion_empty_prompts
-        prompt_embeds = torch.where(dropped.to(latents.device).view(-1, 1, 1), schedule["no_prompt"], prompt_embeds)
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    picks = schedule["timesteps"][torch.randint(len(schedule["timesteps"]), (len(latents),), generator=generator)]
-    sigmas, weights = (schedule[name][picks].to(latents.device).float() for name in ("sigmas", "weights"))
+    def __post_init__(self):
+        self.sigmas = shifted_sigmas(TRAIN_TIMESTEPS, self.args.flow_shift)
+        self.weights = loss_weights(TRAIN_TIMESTEPS, self.args.flow_shift)
 
-    injected = recycler.inject(latents, noise, condition, sigmas)
-    noisy = interpolate(injected.latents, injected.noise, sigmas)
-    hidden_states, timesteps = transformer_inputs(noisy, injected.condition, sigmas, patch_size, expand_timesteps)
-    prediction = transformer(
-        hidden_states=hidden_states.to(weight_dtype),
-        timestep=timesteps,
-        encoder_hidden_states=prompt_embeds.to(weight_dtype),
-        encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(weight_dtype),
-        return_dict=False,
-    )[0].float()
-    target = recycled_velocity(latents, injected.noise)
-    residual, mask = prediction - target, None
-    if expand_timesteps:
-        mask = torch.ones_like(target[:1, :1, :, :1, :1])
-        mask[:, :, : condition.shape[2]] = 0
-        residual = residual * mask
-    losses = erft_loss(prediction, target, weights, mask)
-    return losses, residual.detach(), sigmas, injected.switches
+    def choose_condition(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Condition latents and image embeddings of a batch: of clips that go on from another, or of first clips."""
+        args, condition, image_embeds = self.args, batch["condition"], batch.get("image_embeds")
+        first, text = torch.rand(2, len(condition), generator=self.generator, dtype=torch.float64)
+        if args.conditioning == "held":
+            # Held latents stand in for the first of a clip: a batch has as many of them throughout.
+            if text[0] < args.p_text_start:
+                return condition[:, :, :0], image_embeds
+            return (batch["first_condition"] if first[0] >= args.p_motion else condition), image_embeds
+        if args.p_motion < 1:
+            is_first = (first >= args.p_motion).to(condition.device)
+            condition = torch.where(is_first.view(-1, 1, 1, 1, 1), batch["first_condition"], condition)
+            if image_embeds is not None:
+                image_embeds = torch.where(is_first.view(-1, 1, 1), batch["first_image_embeds"], image_embeds)
+        return condition, image_embeds
+
+    def choose_prompt(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Prompt embeddings of a batch, some of them empty."""
+        embeds, share = batch["prompt_embeds"], self.args.proportion_empty_prompts
+        if not share:
+            return embeds
+        dropped = torch.rand(len(embeds), generator=self.generator) < share
+        return torch.where(dropped.to(embeds.device).view(-1, 1, 1), self.no_prompt.to(embeds), embeds)
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Switches]:
+        """Losses `(batch,)`, residuals and noise levels of a batch, and the switches it was corrupted by."""
+        latents, generator = batch["latents"], self.generator
+        condition, image_embeds = self.choose_condition(batch)
+        prompt_embeds = self.choose_prompt(batch)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        picks = self.timesteps[torch.randint(len(self.timesteps), (len(latents),), generator=generator)]
+        sigmas, weights = (values[picks].to(latents.device).float() for values in (self.sigmas, self.weights))
+
+        injected = self.recycler.inject(latents, noise, condition, sigmas)
+        noisy = interpolate(injected.latents, injected.noise, sigmas)
+        hidden_states, timesteps = transformer_inputs(
+            noisy, injected.condition, sigmas, self.patch_size, self.expand_timesteps
+        )
+        prediction = self.transformer(
+            hidden_states=hidden_states.to(self.weight_dtype),
+            timestep=timesteps,
+            encoder_hidden_states=prompt_embeds.to(self.weight_dtype),
+            encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(self.weight_dtype),
+            return_dict=False,
+        )[0].float()
+        target = recycled_velocity(latents, injected.noise)
+        residual, mask = prediction - target, None
+        if self.expand_timesteps:
+            mask = torch.ones_like(target[:1, :1, :, :1, :1])
+            mask[:, :, : condition.shape[2]] = 0
+            residual = residual * mask
+        losses = erft_loss(prediction, target, weights, mask)
+        return losses, residual.detach(), sigmas, injected.switches
 
 
 # Checkpoints
@@ -801,14 +804,7 @@ def make_film(
     step: int,
 ) -> dict:
     """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts. Main process only."""
-    weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
-    with undivided(accelerator):
-        pipe = SVIPipeline.from_pretrained(
-            folder,
-            dtype={"vae": torch.float32, "image_encoder": torch.float32, "default": weight_dtype},
-            **{subfolder: unwrap(accelerator, transformer)},
-        )
-    pipe.to(accelerator.device)
+    pipe = load_pipeline(folder, accelerator, **{subfolder: unwrap(accelerator, transformer)})
     pipe.set_progress_bar_config(desc=f"Film at step {step}", leave=False)
     num_clips = args.num_validation_clips or len(args.validation_prompt)
     with accelerator.autocast():
@@ -847,22 +843,6 @@ def make_film(
             tracker.log({"validation": module.Video(str(path), format="mp4")}, step=step)
     accelerator.log({f"validation/{name}": values[-1] for name, values in figures.items()}, step=step)
     return {"film": path, **figures}
-
-
-def drift_figures(clips: list[np.ndarray]) -> dict[str, list[float]]:
-    """How far the last frame of every clip is from that of the first: in colour, contrast and sharpness.
-
-    Args:
-        clips (`list[np.ndarray]` of shape `(frames, height, width, 3)` in [0, 1]): Of one film.
-    """
-    last = [clip[-1] for clip in clips]
-    # Root mean squares of the differences of neighbouring pixels: they fall when edges blur.
-    sharpness = [np.sqrt(np.square(np.diff(f, axis=0)).mean() + np.square(np.diff(f, axis=1)).mean()) for f in last]
-    return {
-        "colour_shift": [float(np.abs(f.mean(axis=(0, 1)) - last[0].mean(axis=(0, 1))).mean()) for f in last],
-        "contrast_kept": [float(f.std() / max(last[0].std(), 1e-6)) for f in last],
-        "sharpness_kept": [float(s / max(sharpness[0], 1e-6)) for s in sharpness],
-    }
 
 
 def write_model_card(args: argparse.Namespace, scheme: Scheme, repo_id: str, validation: dict | None) -> None:
@@ -1031,17 +1011,12 @@ def main(args: argparse.Namespace) -> None:
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
 
     # Error recycling
-    sigmas = shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)
     timesteps = training_timesteps(args, index.get("boundary_ratio"))
-    schedule = {
-        "sigmas": sigmas,
-        "weights": loss_weights(TRAIN_TIMESTEPS, args.flow_shift),
-        "timesteps": timesteps,
-        "no_prompt": no_prompt.to(accelerator.device),
-    }
-    recycler = make_recycler(args, accelerator, tuple(dataset[0]["latents"].shape), sigmas[timesteps])
-    logger.info(recycler.bank.describe())
+    recycler = make_recycler(args, accelerator, tuple(dataset[0]["latents"].shape), timesteps)
     generator = torch.Generator().manual_seed(args.seed * 1000 + 500 + accelerator.process_index)
+    training_step = TrainingStep(
+        args, transformer, recycler, generator, timesteps, no_prompt, patch_size, expand_timesteps, weight_dtype
+    )
 
     # Resume
     checkpoints = Checkpoints(args, accelerator, recycler, generator)
@@ -1070,11 +1045,9 @@ def main(args: argparse.Namespace) -> None:
         batches = batches if done else dataloader
         for batch in batches:
             with accelerator.accumulate(transformer):
-                losses, residual, noise_levels, switches = training_step(
-                    batch, transformer, recycler, schedule, generator, args, expand_timesteps, patch_size, weight_dtype
-                )
+                losses, residual, sigmas, switches = training_step(batch)
                 accelerator.backward(losses.mean())
-                recycler.recycle(residual, noise_levels, switches)
+                recycler.recycle(residual, sigmas, switches)
                 norm = None
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)

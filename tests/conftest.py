@@ -1,5 +1,10 @@
 """Tiny real components of the four kinds of model that can be chained."""
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -27,6 +32,15 @@ KINDS = ("wan2.1", "a14b", "ti2v-5b", "i2v")
 
 # A clip small enough for a laptop: 3 latent frames.
 CLIP = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2}
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script as a module."""
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module  # where its dataclasses look for themselves
+    specification.loader.exec_module(module)
+    return module
 
 
 def make_vae(seed: int = 0, z_dim: int = 16, **config) -> AutoencoderKLWan:

@@ -1,6 +1,5 @@
 """The drift benchmark: what it measures, and that it runs."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from conftest import load_script
 from diffusers_svi.tiny import world
 
 
@@ -18,11 +18,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "drift.py"
 
 @pytest.fixture(scope="module")
 def drift():
-    specification = importlib.util.spec_from_file_location("drift", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["drift"] = module  # where its dataclasses look for themselves
-    specification.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def states(motion: str = "right") -> list[world.State]:

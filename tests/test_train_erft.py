@@ -1,6 +1,5 @@
 """`examples/train_erft.py`, run as a script on tiny real models: what it writes, that it goes on, what it refuses."""
 
-import importlib.util
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from conftest import make_components, quiet, seeded
+from conftest import load_script, make_components, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.lora import read_lora
 from diffusers_svi.tiny import world
@@ -52,10 +51,7 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def train_erft():
     """The script as a module: starting it takes longer than what some tests look at."""
-    specification = importlib.util.spec_from_file_location("train_erft", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def command(model: Path, output_dir: Path, launcher: tuple[str, ...] = (), **options) -> list[str]:

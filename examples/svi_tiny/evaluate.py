@@ -8,23 +8,19 @@ Everything is compared with the truth, which the world knows for every frame. Wr
 
 import argparse
 import json
-import platform
-import shlex
-import sys
 import time
 from pathlib import Path
 
-import diffusers
 import matplotlib
 import numpy as np
 import PIL.Image
 import torch
-import transformers
 from tqdm.auto import tqdm
 from training import to_pixels
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.latents import decode_video, encode_video
+from diffusers_svi.provenance import provenance
 from diffusers_svi.tiny import world
 from diffusers_svi.tiny.tracker import displacement, sprite_mask, track
 
@@ -208,11 +204,7 @@ def main():
     pipe = SVIPipeline.from_pretrained(args.model_dir)
     pipe.set_progress_bar_config(disable=True)
     results = {
-        "command": "python " + shlex.join(sys.argv),
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
-        },
+        **provenance(),
         "vae": measure_vae(pipe, args),
         "first_clip": measure_first_clips(pipe, args),
         "drift": measure_drift(pipe, args),

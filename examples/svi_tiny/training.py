@@ -2,21 +2,17 @@
 
 import json
 import math
-import platform
-import shlex
-import sys
 import time
 from pathlib import Path
 
 import accelerate
-import diffusers
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
+from diffusers_svi.provenance import provenance
 from diffusers_svi.tiny import world
 
 
@@ -52,18 +48,14 @@ class Record:
         self.started = time.time()
         earlier = json.loads(path.read_text()) if path.exists() else {}
         self.minutes_before = earlier.get("minutes", 0.0)
-        command = "python " + shlex.join(sys.argv)
-        commands = earlier.get("commands", [])
+        now, commands = provenance(), earlier.get("commands", [])
         self.values = {
             # More than one where a run was interrupted and went on with other settings.
-            "commands": commands if commands[-1:] == [command] else [*commands, command],
+            "commands": commands if commands[-1:] == [now["command"]] else [*commands, now["command"]],
             "seed": seed,
             "minutes": self.minutes_before,
-            "machine": f"{_processor()}, {torch.get_num_threads()} threads",
-            "versions": {
-                "python": platform.python_version(),
-                **{module.__name__: module.__version__ for module in (torch, diffusers, transformers, accelerate)},
-            },
+            "machine": now["machine"],
+            "versions": {**now["versions"], "accelerate": accelerate.__version__},
             "curve": earlier.get("curve", []),
         }
 
@@ -110,15 +102,3 @@ def checkpoint(accelerator: Accelerator, folder: Path, step: int, ema: EMAModel 
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()

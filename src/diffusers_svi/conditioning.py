@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
+from .checks import check_count
 from .latents import encode_video
 
 
@@ -160,7 +161,7 @@ class PixelMotion(Scheme):
     holds = True
 
     def __post_init__(self):
-        _check_count("num_frames", self.num_frames, 1)
+        check_count("num_frames", self.num_frames, 1)
         if self.padding not in ("zeros", "reference"):
             raise ValueError(f"`padding` must be 'zeros' or 'reference', got {self.padding!r}.")
 
@@ -188,7 +189,7 @@ class PixelMotion(Scheme):
         return image.unsqueeze(2) if frames is None else frames[:, :, -self.num_frames :]
 
     def with_frames(self, condition_frames: int) -> "PixelMotion":
-        _check_count("condition_frames", condition_frames, 1)
+        check_count("condition_frames", condition_frames, 1)
         return replace(self, num_frames=condition_frames)
 
     def check(self, num_frames: int, expand_timesteps: bool) -> None:
@@ -207,7 +208,7 @@ class _AnchorAndMotion(Scheme):
     trims = "head"
 
     def __post_init__(self):
-        _check_count("num_latents", self.num_latents, 0)
+        check_count("num_latents", self.num_latents, 0)
 
     @property
     def carried_latents(self) -> int:
@@ -224,7 +225,7 @@ class _AnchorAndMotion(Scheme):
         return torch.cat([anchor, latents[:, :, -self.num_latents :].to(anchor)], dim=2)
 
     def with_frames(self, condition_frames: int) -> "Scheme":
-        _check_count("condition_frames", condition_frames, 1)
+        check_count("condition_frames", condition_frames, 1)
         if condition_frames % TEMPORAL_FACTOR != 1:
             raise ValueError(
                 f"`condition_frames` of {type(self).__name__} counts the anchor's frame and {TEMPORAL_FACTOR} frames "
@@ -276,8 +277,3 @@ def scheme_from_dict(values: dict) -> Scheme:
         return schemes[fields.pop("scheme")](**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"No scheme of {sorted(schemes)} is described by {values!r}.") from error
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")

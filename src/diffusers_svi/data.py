@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .checks import check_count
+
 
 # Names of columns that are understood, in lower case; the first of both are those of the authors' CSV files.
 VIDEO_COLUMNS = ("filename", "file_name", "video", "video_path", "path")
@@ -93,11 +95,11 @@ class SampleLayout:
     crop: bool = True
 
     def __post_init__(self):
-        _check_count("num_frames", self.num_frames, 1)
+        check_count("num_frames", self.num_frames, 1)
         if self.num_frames % 4 != 1:
             raise ValueError(f"`num_frames` must be 1, 5, 9, ..., got {self.num_frames}.")
         for name, least in (("height", 1), ("width", 1), ("history", 0), ("condition_frames", 1)):
-            _check_count(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least)
         if self.condition_frames > self.num_frames:
             raise ValueError(
                 f"`condition_frames`={self.condition_frames} must not exceed `num_frames`={self.num_frames}."
@@ -430,8 +432,8 @@ class Samples(torch.utils.data.Dataset):
     """
 
     def __init__(self, videos: list[Video], layout: SampleLayout, seed: int, samples_per_video: int = 1):
-        _check_count("seed", seed, 0)
-        _check_count("samples_per_video", samples_per_video, 1)
+        check_count("seed", seed, 0)
+        check_count("samples_per_video", samples_per_video, 1)
         if not videos:
             raise ValueError("`videos` is empty: there is nothing to take samples from.")
         for video in videos:
@@ -605,8 +607,3 @@ class TensorCache:
             return load_file(path)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}). Delete it, and it is made anew.") from error
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")

@@ -45,6 +45,12 @@ _ORIGINAL_NAMES = {
     "ffn.net.2": "ffn.2",
 }
 LAYOUTS = ("diffusers", "original")
+# What the published LoRAs train, in every block.
+TARGET_MODULES = [
+    *(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+    "ffn.net.0.proj",
+    "ffn.net.2",
+]
 
 _MODULE = r"blocks[._](\d+)[._](self_attn|cross_attn)[._](q|k|v|o|k_img|v_img|norm_q|norm_k)\b"
 

@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from .chain import ChainState, Clip, carried_frames, carried_latents, kept_frames
+from .checks import check_choice, check_count
 from .conditioning import PixelMotion, Scheme, first_frame_mask, num_latent_frames
 from .latents import decode_video
 from .lora import SVILoraLoaderMixin
@@ -193,7 +194,7 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         """
         scheme = self._scheme(conditioning, condition_frames, state, ignore_lora_conditioning)
         self._check_clip_inputs(height, width, num_frames, num_inference_steps, scheme)
-        _check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         prompts, num_clips = check_film(prompts, prompt_embeds, num_clips)
         noise = clip_noise(generator, seeds, latents, num_clips, self._latent_shape(num_frames, height, width))
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -347,7 +348,7 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
                 "`latents` must be a tensor (clips, z_dim, latent_frames, latent_height, latent_width), as "
                 f"`output_type='latent'` gives it in `.frames[0]`, got {shape}."
             )
-        _check_choice("output_type", output_type, OUTPUT_TYPES[:-1])
+        check_choice("output_type", output_type, OUTPUT_TYPES[:-1])
         scheme = self._scheme(conditioning, None, None, ignore_lora_conditioning=True)
         film = []
         for index, clip in enumerate(latents):
@@ -459,10 +460,7 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
                 f"`num_frames` must be {factor}n + 1, such as {5 * factor + 1} or {20 * factor + 1}, "
                 f"got {num_frames!r}."
             )
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(
-                f"`num_inference_steps` must be a whole number of at least 1, got {num_inference_steps!r}."
-            )
+        check_count("num_inference_steps", num_inference_steps, 1)
         scheme.check(num_frames, self.config.expand_timesteps)
 
     def _first_state(
@@ -515,11 +513,6 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
                 "`diffusers.utils.load_image` for a path or an address."
             )
         return self.video_processor.preprocess(image, height=height, width=width).to("cpu", torch.float32)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
 
 
 def _with_last(items: Iterable, look_ahead: bool) -> Iterator[tuple[Any, bool]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from .checks import check_count
+
 
 def load_prompts(path: str | os.PathLike) -> list[str]:
     """Read prompts from a text file, as data: nothing in the file is ever executed.
@@ -73,8 +75,8 @@ def check_film(
         prompts = check_prompts(prompts)
     elif not isinstance(prompts, Iterable):
         raise ValueError(f"`prompts` must be a string, a list of strings or an iterator of strings, got {prompts!r}.")
-    if num_clips is not None and (not isinstance(num_clips, int) or num_clips < 1):
-        raise ValueError(f"`num_clips` must be a whole number of at least 1, got {num_clips!r}.")
+    if num_clips is not None:
+        check_count("num_clips", num_clips, 1)
     if hasattr(prompts, "__len__"):
         if num_clips is not None and num_clips < len(prompts):
             raise ValueError(

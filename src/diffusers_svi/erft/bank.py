@@ -12,7 +12,8 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from .storage import DTYPES, PART, make_storage, slot_bytes
+from ..checks import check_choice, check_count
+from .storage import DTYPES, PART, make_storage, slot_bytes, squared_distance
 
 
 REPLACEMENTS = ("l2", "random", "fifo")
@@ -48,12 +49,10 @@ class BankConfig:
 
     def __post_init__(self):
         for name in ("num_grids", "capacity", "byte_budget"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        for name, choices in (("replacement", REPLACEMENTS), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
+        check_choice("replacement", self.replacement, REPLACEMENTS)
+        check_choice("dtype", self.dtype, DTYPES)
 
     def num_bytes(self, error_shape: tuple[int, ...], num_grids: int | None = None) -> int:
         """Bytes a bank of such errors takes when it is full; of `num_grids` of its grids only, if given."""
@@ -168,7 +167,7 @@ class ErrorBank:
 
     def nearest_grid(self, sigmas: torch.Tensor) -> torch.Tensor:
         """The grid of every sigma, `(batch,)` int64."""
-        return (sigmas.double().cpu().unsqueeze(1) - self.grid_sigmas).abs().argmin(dim=1)
+        return nearest_grid(sigmas, self.grid_sigmas)
 
     def add(
         self, residuals: torch.Tensor, sigmas: torch.Tensor, keep: torch.Tensor, generator: torch.Generator
@@ -227,10 +226,15 @@ class ErrorBank:
         places = places[estimates <= estimates[0] * (1 + DEVIATIONS * self.sketch.deviation)].tolist()
         victim, smallest = places[0], math.inf
         for place in places if len(places) > 1 else []:
-            distance = self.storage.squared_distance(first + place, error, limit=smallest)
+            distance = squared_distance(self.storage, first + place, error, limit=smallest)
             if distance < smallest:
                 victim, smallest = place, distance
         return victim
+
+
+def nearest_grid(sigmas: torch.Tensor, grid_sigmas: torch.Tensor) -> torch.Tensor:
+    """Of every sigma `(batch,)`, the index of the nearest of `grid_sigmas` `(num_grids,)`: `(batch,)` int64."""
+    return (sigmas.double().cpu().unsqueeze(1) - grid_sigmas.double()).abs().argmin(dim=1)
 
 
 def choose_places(grids: list[int], shares: list[float], counts: torch.Tensor) -> list[tuple[int, int] | None]:

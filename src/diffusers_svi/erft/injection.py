@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..checks import check_count, check_probability
+
 
 @dataclass(frozen=True, kw_only=True)
 class InjectionConfig:
@@ -41,12 +43,9 @@ class InjectionConfig:
 
     def __post_init__(self):
         for name in ("p_vid", "p_noi", "p_img", "p_clean"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is a probability in [0, 1], got {getattr(self, name)!r}.")
+            check_probability(name, getattr(self, name))
         for name, least in (("n_img", 1), ("first_img", 0), ("first_error", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+            check_count(name, getattr(self, name), least)
         low, high = self.img_sigmas
         if not 0 <= low < high <= 1:
             raise ValueError(f"`img_sigmas` must be a range within [0, 1], lower end first, got {self.img_sigmas}.")

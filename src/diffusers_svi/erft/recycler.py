@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import gather
 
+from ..checks import check_probability
 from .bank import ErrorBank
 from .injection import InjectionConfig, Switches, add_to_condition, draw_img_grids, draw_switches
 from .objective import clean_side_error, noise_side_error
@@ -29,10 +30,7 @@ class RecyclerConfig:
     buffer_warmup_iter: int = 50
 
     def __post_init__(self):
-        if not 0 <= self.clean_buffer_update_prob <= 1:
-            raise ValueError(
-                f"`clean_buffer_update_prob` is a probability in [0, 1], got {self.clean_buffer_update_prob!r}."
-            )
+        check_probability("clean_buffer_update_prob", self.clean_buffer_update_prob)
         if not isinstance(self.buffer_warmup_iter, int) or self.buffer_warmup_iter < 0:
             raise ValueError(f"`buffer_warmup_iter` must be a whole number, got {self.buffer_warmup_iter!r}.")
 

@@ -34,23 +34,20 @@ def make_storage(num_slots: int, size: int, dtype: str, path: str | None = None)
     return FloatStorage(num_slots, size, FLOAT_DTYPES[dtype], path)
 
 
-class _Storage:
-    def read_part(self, slot: int, first: int, last: int) -> torch.Tensor:
-        """Values `first` to `last` of an error, float32; `first` is a multiple of `BLOCK`."""
-        raise NotImplementedError
-
-    def squared_distance(self, slot: int, error: torch.Tensor, limit: float = math.inf) -> float:
-        """From a stored error to `error`, flat, in float32; given up, for what it has come to, once beyond `limit`."""
-        total, size = 0.0, error.numel()
-        for first in range(0, size, PART):
-            last = min(first + PART, size)
-            total += float(torch.dist(self.read_part(slot, first, last), error[first:last])) ** 2
-            if total > limit:
-                break
-        return total
+def squared_distance(
+    storage: "FloatStorage | Int8Storage", slot: int, error: torch.Tensor, limit: float = math.inf
+) -> float:
+    """From a stored error to `error`, flat, in float32; given up, for what it has come to, once beyond `limit`."""
+    total = 0.0
+    for index, part in enumerate(error.split(PART)):
+        first = index * PART
+        total += float(torch.dist(storage.read(slot, first, first + len(part)), part)) ** 2
+        if total > limit:
+            break
+    return total
 
 
-class FloatStorage(_Storage):
+class FloatStorage:
     """Errors in a floating point type: float32 exactly, bfloat16 with a relative error of 2^-9 at most."""
 
     def __init__(self, num_slots: int, size: int, dtype: torch.dtype, path: str | None = None):
@@ -59,14 +56,11 @@ class FloatStorage(_Storage):
     def write(self, slot: int, error: torch.Tensor) -> None:
         self.tensors["values"][slot] = error
 
-    def read(self, slot: int) -> torch.Tensor:
-        return self.tensors["values"][slot].to(torch.float32, copy=True)
-
-    def read_part(self, slot: int, first: int, last: int) -> torch.Tensor:
-        return self.tensors["values"][slot, first:last].float()
+    def read(self, slot: int, first: int = 0, last: int | None = None) -> torch.Tensor:
+        return self.tensors["values"][slot, first:last].to(torch.float32, copy=True)
 
 
-class Int8Storage(_Storage):
+class Int8Storage:
     r"""Errors in 8 bits: in blocks of 128 values q = round(127 x / s) with s = max |x|, s in float32.
 
     The root mean square error of the reconstruction is 0.6% of that of normally distributed errors: a step is s / 127,
@@ -87,10 +81,9 @@ class Int8Storage(_Storage):
         # A block of zeros has no scale to divide by.
         values[:] = (blocks * (127 / scales.clamp_min(1e-30)).unsqueeze(1)).round()
 
-    def read(self, slot: int) -> torch.Tensor:
-        return self.read_part(slot, 0, self.size)
-
-    def read_part(self, slot: int, first: int, last: int) -> torch.Tensor:
+    def read(self, slot: int, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Values `first`, a multiple of `BLOCK`, to `last`."""
+        last = self.size if last is None else last
         blocks = slice(first // BLOCK, math.ceil(last / BLOCK))
         values, scales = self.tensors["values"][slot, blocks], self.tensors["scales"][slot, blocks]
         return (values.float() * (scales / 127).unsqueeze(1)).flatten()[: last - first]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checks import check_count
 from ..data import Video, fingerprint
 from .world import CLIP_FRAMES, FPS, TRAVEL_FRAMES, State, caption, film, render, sample_story
 
@@ -81,8 +82,7 @@ def world_videos(
         ValueError: for a negative number, or if a clip has less than 12 new frames.
     """
     for name, value, least in (("num_videos", num_videos, 1), ("history", history, 0), ("retold", retold, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        check_count(name, value, least)
     new = clip_frames - retold
     if new < TRAVEL_FRAMES:
         raise ValueError(
