@@ -123,8 +123,9 @@ def stories(setting: str, args, scheme: Scheme) -> Iterator[tuple[int, list[worl
 
 def measure(frames: np.ndarray, states: list[world.State]) -> dict[str, float]:
     """One clip `(frames, SIZE, SIZE, 3)` in [0, 1] against the states it should show."""
-    seen, truth = track(frames), world.render(states) / 255.0
-    state, observed = states[-1], seen[-1]
+    state, truth = states[-1], world.render(states) / 255.0
+    seen = track(frames, state.light)
+    observed = seen[-1]
     wanted = state.sprite
     if wanted is None:
         sprite = float(not observed.found)

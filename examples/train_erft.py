@@ -29,7 +29,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from diffusers import BitsAndBytesConfig, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, BitsAndBytesConfig, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
 from diffusers.utils import export_to_video, load_image
@@ -66,6 +66,7 @@ from diffusers_svi.erft import (
     recycled_velocity,
 )
 from diffusers_svi.erft.bank import nearest_grid
+from diffusers_svi.erft.boundary import denoise, next_condition
 from diffusers_svi.erft.injection import Switches
 from diffusers_svi.erft.snapshot import BankWriter, load_bank, save_bank
 from diffusers_svi.flow import interpolate, shifted_sigmas
@@ -219,6 +220,27 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar=("LOW", "HIGH"),
         help="They are scaled by a random factor in this range. Default: 1 1, as published.",
     )
+    add(
+        "--boundary_steps",
+        type=int,
+        default=0,
+        help="Every so many steps make the clips before the samples of the batch, and bank what is then wrong with "
+        "their conditions, VAE round trip included. Default: 0, never, as published.",
+    )
+    add(
+        "--p_boundary",
+        type=float,
+        default=0.5,
+        help="Share of the errors on conditions that are such boundary errors of the sample. Default: %(default)s.",
+    )
+    add(
+        "--boundary_sigma",
+        type=float,
+        default=0.8,
+        help="Noise level that these clips are made from: at 1 nothing but the condition tells what they show, which "
+        "suits videos that the prompt determines. Default: %(default)s.",
+    )
+    add("--boundary_inference_steps", type=int, default=4, help="Steps that they are made in. Default: %(default)s.")
     add("--num_grids", type=int, default=50, help="Grids of the error bank. Default: %(default)s.")
     add(
         "--bank_capacity",
@@ -340,9 +362,15 @@ def check_args(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
-    for name in ("p_motion", "p_text_start", "proportion_empty_prompts"):
+    for name in ("p_motion", "p_text_start", "proportion_empty_prompts", "boundary_sigma"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"`--{name}` is a share in [0, 1], got {getattr(args, name)}.")
+    if args.boundary_steps < 0 or args.boundary_inference_steps < 1 or args.boundary_sigma == 0:
+        raise ValueError(
+            "Boundary errors need `--boundary_steps` of at least 0, `--boundary_inference_steps` of at least 1 and "
+            f"`--boundary_sigma` above 0, got {args.boundary_steps}, {args.boundary_inference_steps} and "
+            f"{args.boundary_sigma}."
+        )
     if args.p_text_start and args.conditioning != "held":
         raise ValueError(f"`--p_text_start`={args.p_text_start} needs `--conditioning held`, got {args.conditioning}.")
     if args.conditioning != "pixel" and args.reference != "before":
@@ -386,12 +414,14 @@ def make_injection(args: argparse.Namespace) -> InjectionConfig:
         first_error=1 + args.num_motion_latents if args.conditioning == "held" else 0,
         img_sigmas=tuple(args.img_sigmas),
         img_scale=tuple(args.img_scale),
+        p_boundary=args.p_boundary if args.boundary_steps else 0.0,
     )
 
 
 def make_layout(args: argparse.Namespace, scheme: Scheme) -> SampleLayout:
     # source: issue 75 of the authors' repository; the first 1 + 4m frames of the clip re-tell the end of its history
-    history = args.num_frames - scheme.overlap if isinstance(scheme, (LatentMotion, HeldLatents)) else 0
+    needs_history = isinstance(scheme, (LatentMotion, HeldLatents)) or args.boundary_steps
+    history = args.num_frames - scheme.overlap if needs_history else 0
     return SampleLayout(
         num_frames=args.num_frames,
         height=args.height,
@@ -430,16 +460,20 @@ def find_videos(args: argparse.Namespace, layout: SampleLayout, scheme: Scheme) 
 
 
 class CachedSamples(torch.utils.data.Dataset):
-    """What the encoders made of every sample."""
+    """What the encoders made of every sample, and its number."""
 
-    def __init__(self, cache: TensorCache, keys: list[str], text_keys: list[str]):
-        self.cache, self.keys, self.text_keys = cache, keys, text_keys
+    def __init__(self, cache: TensorCache, keys: list[str], text_keys: list[str], history_text_keys: list[str]):
+        self.cache, self.keys = cache, keys
+        self.text_keys, self.history_text_keys = text_keys, history_text_keys
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {**self.cache.load(self.keys[index]), **self.cache.load(self.text_keys[index])}
+        sample = {**self.cache.load(self.keys[index]), **self.cache.load(self.text_keys[index])}
+        if "history_latents" in sample:
+            sample["history_prompt_embeds"] = self.cache.load(self.history_text_keys[index])["prompt_embeds"]
+        return {**sample, "number": torch.tensor(index)}
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -486,9 +520,9 @@ def encode_sample(
     """Latents of the clip, the condition of a clip that goes on from another, and the one of a first clip."""
     device = pipe.vae.device
     video, frames, reference = (sample[name][None].to(device) for name in ("video", "condition", "reference"))
-    clip = video[:, :, -args.num_frames :]
+    clip, history = video[:, :, -args.num_frames :], video[:, :, : args.num_frames]
     if scheme.carried_latents:
-        known = {"image": reference, "latents": encode_video(pipe.vae, video[:, :, : args.num_frames])}
+        known = {"image": reference, "latents": encode_video(pipe.vae, history)}
         first = {"image": frames[:, :, 0]}
     elif scheme.carried_frames:
         known = {"image": reference, "frames": frames}
@@ -504,7 +538,18 @@ def encode_sample(
     encoded = {"latents": encode_video(pipe.vae, clip), "condition": condition(**known)}
     if args.p_motion < 1:
         encoded["first_condition"] = condition(**first)
+    if args.boundary_steps:
+        # What the clip before was made from, and what the scheme makes of its end when that is as it should be.
+        carried = scheme.carried_frames
+        before = {"image": reference, "frames": history[:, :, :carried]} if carried else {"image": history[:, :, 0]}
+        end = {**known, "frames": history[:, :, -carried:]} if carried else known
+        encoded["history_latents"] = known["latents"] if "latents" in known else encode_video(pipe.vae, history)
+        encoded["history_condition"], encoded["true_condition"] = condition(**before), condition(**end)
+        encoded["reference"] = reference
     if pipe.image_encoder is not None:
+        if args.boundary_steps:
+            begin = history[:, :, 0]
+            encoded["history_image_embeds"] = pipe.encode_image(to_image(begin[0].cpu()), device)
         # source: the image that CLIP sees is the first condition frame; with an anchor latent, the anchor
         oldest = frames[:, :, 0] if scheme.carried_frames else reference
         encoded["image_embeds"] = pipe.encode_image(to_image(oldest[0].cpu()), device)
@@ -528,11 +573,16 @@ def fill_cache(
     """
     cache = TensorCache(args.latent_cache_dir or Path(args.output_dir) / "cache")
     encoders = model_fingerprint(folder)
-    captions = [video.caption for video in samples.videos for _ in range(args.samples_per_video)]
+    videos = [video for video in samples.videos for _ in range(args.samples_per_video)]
+    captions = [video.caption for video in videos]
+    history_captions = [video.history_caption or video.caption for video in videos]
     with_first = args.p_motion < 1
-    keys = [fingerprint(encoders, samples.key(i), scheme.to_dict(), with_first) for i in range(len(samples))]
+    with_history = args.boundary_steps > 0
+    settings = (encoders, scheme.to_dict(), with_first, *(("history",) if with_history else ()))
+    keys = [fingerprint(samples.key(i), *settings) for i in range(len(samples))]
     text_settings = (encoders, str(WEIGHT_DTYPES[accelerator.mixed_precision]), args.max_sequence_length)
-    text_keys = {caption: fingerprint(*text_settings, caption) for caption in {*captions, ""}}
+    used = {*captions, "", *(history_captions if with_history else ())}
+    text_keys = {caption: fingerprint(*text_settings, caption) for caption in used}
     missing = [index for index, key in enumerate(keys) if key not in cache]
     missing_texts = sorted(caption for caption, key in text_keys.items() if key not in cache)
     # No process may look for what another one has already written.
@@ -554,7 +604,12 @@ def fill_cache(
         del pipe
         free_memory()
     accelerator.wait_for_everyone()
-    dataset = CachedSamples(cache, keys, [text_keys[caption] for caption in captions])
+    dataset = CachedSamples(
+        cache,
+        keys,
+        [text_keys[caption] for caption in captions],
+        [text_keys.get(caption) for caption in history_captions],
+    )
     return dataset, cache.load(text_keys[""])["prompt_embeds"]
 
 
@@ -594,9 +649,10 @@ def training_timesteps(args: argparse.Namespace, boundary: float | None) -> torc
 
 
 def make_recycler(
-    args: argparse.Namespace, accelerator: Accelerator, error_shape: tuple[int, ...], timesteps: torch.Tensor
+    args: argparse.Namespace, accelerator: Accelerator, dataset: CachedSamples, timesteps: torch.Tensor
 ) -> ErrorRecycler:
-    """Bank and recycler of this process, for the training noise levels that `timesteps` are the indices of."""
+    """Banks and recycler of this process, for the training noise levels that `timesteps` are the indices of."""
+    error_shape = tuple(dataset[0]["latents"].shape)
     grids = shifted_sigmas(args.num_grids, args.flow_shift)
     rank = accelerator.process_index
     config = BankConfig(
@@ -613,10 +669,21 @@ def make_recycler(
         # An expert never meets the grids of the other.
         reached = nearest_grid(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids).unique().tolist()
         bank = ErrorBank(error_shape, grids, config, owned=reached)
+    boundary = None
+    if args.boundary_steps:
+        # The last two errors of every sample: older ones are of a model that is no more.
+        boundary_config = BankConfig(
+            num_grids=len(dataset),
+            capacity=2,
+            replacement="fifo",
+            dtype=args.bank_dtype,
+            path=args.bank_path and f"{args.bank_path}.boundary.{rank}",
+        )
+        boundary = ErrorBank(tuple(dataset[0]["true_condition"].shape), torch.ones(len(dataset)), boundary_config)
     recycler_config = RecyclerConfig(
         clean_buffer_update_prob=args.clean_buffer_update_prob, buffer_warmup_iter=args.buffer_warmup_iter
     )
-    return ErrorRecycler(bank, make_injection(args), recycler_config, seed=args.seed * 1000 + rank)
+    return ErrorRecycler(bank, make_injection(args), recycler_config, args.seed * 1000 + rank, boundary)
 
 
 @dataclass
@@ -638,21 +705,31 @@ class TrainingStep:
         self.sigmas = shifted_sigmas(TRAIN_TIMESTEPS, self.args.flow_shift)
         self.weights = loss_weights(TRAIN_TIMESTEPS, self.args.flow_shift)
 
-    def choose_condition(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Condition latents and image embeddings of a batch: of clips that go on from another, or of first clips."""
+    def choose_condition(
+        self, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Condition latents and image embeddings of a batch, and which of its clips go on from another.
+
+        The others are first clips.
+        """
         args, condition, image_embeds = self.args, batch["condition"], batch.get("image_embeds")
+        all_alike = torch.ones(len(condition), dtype=torch.bool)
         first, text = torch.rand(2, len(condition), generator=self.generator, dtype=torch.float64)
         if args.conditioning == "held":
             # Held latents stand in for the first of a clip: a batch has as many of them throughout.
             if text[0] < args.p_text_start:
-                return condition[:, :, :0], image_embeds
-            return (batch["first_condition"] if first[0] >= args.p_motion else condition), image_embeds
-        if args.p_motion < 1:
-            is_first = (first >= args.p_motion).to(condition.device)
-            condition = torch.where(is_first.view(-1, 1, 1, 1, 1), batch["first_condition"], condition)
-            if image_embeds is not None:
-                image_embeds = torch.where(is_first.view(-1, 1, 1), batch["first_image_embeds"], image_embeds)
-        return condition, image_embeds
+                return condition[:, :, :0], image_embeds, ~all_alike
+            if first[0] >= args.p_motion:
+                return batch["first_condition"], image_embeds, ~all_alike
+            return condition, image_embeds, all_alike
+        if args.p_motion == 1:
+            return condition, image_embeds, all_alike
+        goes_on = first < args.p_motion
+        on_device = goes_on.to(condition.device)
+        condition = torch.where(on_device.view(-1, 1, 1, 1, 1), condition, batch["first_condition"])
+        if image_embeds is not None:
+            image_embeds = torch.where(on_device.view(-1, 1, 1), image_embeds, batch["first_image_embeds"])
+        return condition, image_embeds, goes_on
 
     def choose_prompt(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Prompt embeddings of a batch, some of them empty."""
@@ -665,24 +742,16 @@ class TrainingStep:
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Switches]:
         """Losses `(batch,)`, residuals and noise levels of a batch, and the switches it was corrupted by."""
         latents, generator = batch["latents"], self.generator
-        condition, image_embeds = self.choose_condition(batch)
+        condition, image_embeds, goes_on = self.choose_condition(batch)
         prompt_embeds = self.choose_prompt(batch)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         picks = self.timesteps[torch.randint(len(self.timesteps), (len(latents),), generator=generator)]
         sigmas, weights = (values[picks].to(latents.device).float() for values in (self.sigmas, self.weights))
 
-        injected = self.recycler.inject(latents, noise, condition, sigmas)
+        samples = torch.where(goes_on, batch["number"].cpu(), -1)
+        injected = self.recycler.inject(latents, noise, condition, sigmas, samples)
         noisy = interpolate(injected.latents, injected.noise, sigmas)
-        hidden_states, timesteps = transformer_inputs(
-            noisy, injected.condition, sigmas, self.patch_size, self.expand_timesteps
-        )
-        prediction = self.transformer(
-            hidden_states=hidden_states.to(self.weight_dtype),
-            timestep=timesteps,
-            encoder_hidden_states=prompt_embeds.to(self.weight_dtype),
-            encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(self.weight_dtype),
-            return_dict=False,
-        )[0].float()
+        prediction = self.predict(noisy, injected.condition, sigmas, prompt_embeds, image_embeds)
         target = recycled_velocity(latents, injected.noise)
         residual, mask = prediction - target, None
         if self.expand_timesteps:
@@ -691,6 +760,51 @@ class TrainingStep:
             residual = residual * mask
         losses = erft_loss(prediction, target, weights, mask)
         return losses, residual.detach(), sigmas, injected.switches
+
+    def predict(
+        self,
+        noisy: torch.Tensor,
+        condition: torch.Tensor,
+        sigmas: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        image_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Velocities, in the shape of `noisy`, float32."""
+        hidden_states, timesteps = transformer_inputs(noisy, condition, sigmas, self.patch_size, self.expand_timesteps)
+        return self.transformer(
+            hidden_states=hidden_states.to(self.weight_dtype),
+            timestep=timesteps,
+            encoder_hidden_states=prompt_embeds.to(self.weight_dtype),
+            encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(self.weight_dtype),
+            return_dict=False,
+        )[0].float()
+
+    @torch.no_grad()
+    def recycle_boundary(self, batch: dict[str, torch.Tensor], vae: AutoencoderKLWan, scheme: Scheme) -> None:
+        """Make the clip before every sample of a batch, and bank the errors of the conditions it leaves."""
+        condition, samples, generator = batch["history_condition"], batch["number"], self.generator
+        # In a chain that clip began with an error too: half of them have the one known of the sample.
+        met = torch.rand(len(samples), generator=generator) < 0.5
+        condition = self.recycler.with_boundary_errors(condition, torch.where(met, samples.cpu(), -1))
+        noise = torch.randn(batch["latents"].shape, generator=generator).to(condition.device)
+
+        def predict(noisy: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+            embeds = batch["history_prompt_embeds"], batch.get("history_image_embeds")
+            return self.predict(noisy, condition, sigmas, *embeds)
+
+        args = self.args
+        latents = denoise(
+            predict,
+            batch["history_latents"],
+            noise,
+            args.boundary_sigma,
+            args.boundary_inference_steps,
+            args.flow_shift,
+        )
+        if self.expand_timesteps:
+            latents = torch.cat([condition, latents[:, :, condition.shape[2] :]], dim=2)
+        reached = next_condition(vae, scheme, batch["reference"], latents, args.num_frames, self.expand_timesteps)
+        self.recycler.recycle_boundary(reached - batch["true_condition"], samples)
 
 
 # Checkpoints
@@ -720,7 +834,10 @@ class Checkpoints:
         self.folder, self.limit = Path(args.output_dir), args.checkpoints_total_limit
         self.accelerator, self.recycler, self.generator = accelerator, recycler, generator
         self.unfinished: Path | None = None
-        self.writer: BankWriter | None = None
+        self.writers: list[BankWriter] = []
+        self.banks = {"bank": recycler.bank}
+        if recycler.boundary is not None:
+            self.banks["boundary"] = recycler.boundary
         if accelerator.is_main_process:
             for leftover in self.folder.glob(f"checkpoint-*{UNFINISHED}"):
                 shutil.rmtree(leftover)
@@ -739,14 +856,16 @@ class Checkpoints:
         rank = self.accelerator.process_index
         state = {**self.recycler.state_dict(), "noise_generator": self.generator.get_state()}
         save_file(state, self.unfinished / f"recycler-{rank}.safetensors")
-        self.writer = save_bank(self.recycler.bank, self.unfinished / f"bank-{rank}.safetensors")
+        self.writers = [
+            save_bank(bank, self.unfinished / f"{name}-{rank}.safetensors") for name, bank in self.banks.items()
+        ]
 
     def poll(self) -> None:
         """Give the checkpoint its name if every process has written its bank."""
         if self.unfinished is None or not self.accelerator.is_main_process:
             return
         ranks = range(self.accelerator.num_processes)
-        if not all((self.unfinished / f"bank-{rank}.safetensors").exists() for rank in ranks):
+        if not all((self.unfinished / f"{name}-{rank}.safetensors").exists() for rank in ranks for name in self.banks):
             return
         self.unfinished.rename(self.unfinished.with_name(self.unfinished.name.removesuffix(UNFINISHED)))
         self.unfinished = None
@@ -755,9 +874,9 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait until the checkpoint has its name."""
-        if self.writer is not None:
-            self.writer.wait()
-            self.writer = None
+        for writer in self.writers:
+            writer.wait()
+        self.writers = []
         self.accelerator.wait_for_everyone()
         self.poll()
         self.accelerator.wait_for_everyone()
@@ -785,7 +904,8 @@ class Checkpoints:
         state = load_file(file)
         self.generator.set_state(state.pop("noise_generator"))
         self.recycler.load_state_dict(state)
-        load_bank(self.recycler.bank, path / f"bank-{rank}.safetensors")
+        for name, bank in self.banks.items():
+            load_bank(bank, path / f"{name}-{rank}.safetensors")
         logger.info(f"Going on from {path}.")
         return int(path.name.split("-")[1])
 
@@ -847,7 +967,16 @@ def make_film(
 
 def write_model_card(args: argparse.Namespace, scheme: Scheme, repo_id: str, validation: dict | None) -> None:
     settings = ("preset", "expert", "rank", "lora_alpha", "p_vid", "p_img", "p_noi", "p_clean", "n_img", "img_slots")
-    settings += ("img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "train_batch_size")
+    settings += (
+        "boundary_steps",
+        "p_boundary",
+        "img_sigmas",
+        "img_scale",
+        "num_grids",
+        "bank_capacity",
+        "learning_rate",
+        "train_batch_size",
+    )
     settings += ("gradient_accumulation_steps", "max_train_steps", "num_frames", "height", "width", "seed")
     rows = "\n".join(f"| {name} | {getattr(args, name)} |" for name in settings if getattr(args, name) is not None)
     expert = {"high": "", "low": ", load_into_transformer_2=True", None: ""}[args.expert]
@@ -1012,8 +1141,11 @@ def main(args: argparse.Namespace) -> None:
 
     # Error recycling
     timesteps = training_timesteps(args, index.get("boundary_ratio"))
-    recycler = make_recycler(args, accelerator, tuple(dataset[0]["latents"].shape), timesteps)
+    recycler = make_recycler(args, accelerator, dataset, timesteps)
     generator = torch.Generator().manual_seed(args.seed * 1000 + 500 + accelerator.process_index)
+    vae = None
+    if args.boundary_steps:
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32).to(accelerator.device)
     training_step = TrainingStep(
         args, transformer, recycler, generator, timesteps, no_prompt, patch_size, expand_timesteps, weight_dtype
     )
@@ -1030,7 +1162,7 @@ def main(args: argparse.Namespace) -> None:
         f"Training a LoRA of rank {args.rank} ({num_parameters:,} parameters) on "
         f"{len(dataset)} samples of {len(samples.videos)} videos, {args.max_train_steps} steps of "
         f"{args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps} samples.\n"
-        f"{scheme}\n{recycler.injection}\n{recycler.bank.describe()}"
+        f"{scheme}\n{recycler.injection}\n" + "\n".join(bank.describe() for bank in checkpoints.banks.values())
     )
     progress = tqdm(
         total=args.max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_local_main_process
@@ -1060,6 +1192,8 @@ def main(args: argparse.Namespace) -> None:
                 continue
             global_step += 1
             progress.update()
+            if args.boundary_steps and global_step % args.boundary_steps == 0:
+                training_step.recycle_boundary(batch, vae, scheme)
             all_losses = seen["clean"] + seen["corrupted"]
             logs = {"loss": sum(all_losses) / len(all_losses), "lr": lr_scheduler.get_last_lr()[0]}
             progress.set_postfix(loss=f"{logs['loss']:.4f}", errors=int(recycler.bank.counts.sum()))

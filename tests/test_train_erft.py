@@ -96,10 +96,10 @@ def assert_same(first: Path, second: Path) -> None:
     [
         ("wan2.1", "shot", {}, PixelMotion(1, "reference")),
         ("wan2.1", "film", {"p_motion": 0.5}, PixelMotion(5, "zeros")),
-        ("wan2.1", "film-2.0", {"train_batch_size": 2}, PixelMotion(5, "reference")),
+        ("wan2.1", "film-2.0", {"train_batch_size": 2, "boundary_steps": 2}, PixelMotion(5, "reference")),
         ("a14b", "pro", {"expert": "high", "p_motion": 0.5}, LatentMotion(1)),
         ("a14b", "pro", {"expert": "low", "train_batch_size": 2}, LatentMotion(1)),
-        ("ti2v-5b", "ti2v-5b", {"p_text_start": 0.4}, HeldLatents(1)),
+        ("ti2v-5b", "ti2v-5b", {"p_text_start": 0.4, "boundary_steps": 1}, HeldLatents(1)),
         ("i2v", "none", {"conditioning": "latent", "reference": "before"}, LatentMotion(1)),
     ],
 )
@@ -123,7 +123,13 @@ def test_presets_train_what_the_pipeline_loads(models, tmp_path, kind, preset, o
     assert "SVIPipeline.from_pretrained" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("bank", [{}, {"bank_dtype": "int8", "train_batch_size": 2, "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    "bank",
+    [
+        {},
+        {"bank_dtype": "int8", "train_batch_size": 2, "gradient_accumulation_steps": 2, "boundary_steps": 2},
+    ],
+)
 def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, bank):
     """A real kill between two checkpoints, in a later epoch; LoRA, bank and recycler are those of a straight run."""
     options = {"max_train_steps": 9, "checkpointing_steps": 3, "p_clean": 0.3, "bank_capacity": 2, **bank}
@@ -149,7 +155,8 @@ def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, bank):
             folder.rmdir()
     train(models / "i2v", killed, resume_from_checkpoint="latest", **options)
     assert_same(tmp_path / "straight" / LORA, killed / LORA)
-    for name in ("bank-0.safetensors", "recycler-0.safetensors"):
+    names = ["bank-0.safetensors", "recycler-0.safetensors", *["boundary-0.safetensors"] * ("boundary_steps" in bank)]
+    for name in names:
         assert_same(tmp_path / "straight" / "checkpoint-9" / name, killed / "checkpoint-9" / name)
     with safe_open(killed / "checkpoint-9" / "bank-0.safetensors", "pt") as file:
         assert max(json.loads(file.metadata()["counts"])) >= 1

@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -109,6 +110,15 @@ def test_a_sprite_enters_from_outside_and_leaves_completely():
         assert np.array_equal(render(leaving[12]), render(State("blue sky", 0)))
 
 
+def test_a_film_has_one_light_that_no_prompt_tells():
+    state, actions = world.sample_story(0, 5, 3)
+    assert all(world.LIGHT[0] <= factor <= world.LIGHT[1] for factor in state.light)
+    assert {frame.light for frame in film(state, actions)} == {state.light} != {world.sample_story(0, 6)[0].light}
+    unlit = replace(state, light=(1.0, 1.0, 1.0))
+    np.testing.assert_allclose(render(state), render(unlit) * state.light, atol=1)
+    assert caption(state, actions[0]) == caption(unlit, actions[0])
+
+
 def test_sprites_wrap_around_the_screen():
     centred = render(State("blue sky", 0, Sprite("triangle", "white", "large", 32, 32)))
     wrapped = render(State("blue sky", 0, Sprite("triangle", "white", "large", 0, 0)))
@@ -120,18 +130,18 @@ def test_sprites_wrap_around_the_screen():
 
 def test_the_tracker_reads_the_world_exactly():
     for seed in range(60):
-        state, actions = story(seed, num_clips=1)
-        states = film(state, actions)[::4]
+        states = film(*world.sample_story(seed, 0))[::4]
         for truth, seen in zip(states, track(render(states)), strict=True):
             if not truth.settled:
                 continue
             assert (seen.scene, seen.offset, seen.found) == (truth.scene, truth.offset, truth.sprite is not None)
             assert seen.background_error < 0.003
+            np.testing.assert_allclose(seen.light, truth.light, atol=0.01)
             if truth.sprite is None:
                 continue
             sprite = truth.sprite
             assert (seen.shape, seen.colour, seen.size) == (sprite.shape, sprite.colour, sprite.size)
-            np.testing.assert_allclose(seen.rgb, sprite.rgb, atol=1)
+            np.testing.assert_allclose(seen.rgb, sprite.rgb, atol=2)
             dx = (seen.x - sprite.x + 32) % 64 - 32
             dy = (seen.y - sprite.y + 32) % 64 - 32
             assert (
@@ -144,8 +154,15 @@ def test_the_tracker_reads_the_world_exactly():
 def test_the_tracker_measures_what_is_wrong():
     frame = render(BALL)
     (clean,) = track(frame[None])
-    (darker,) = track(np.clip(frame[None].astype(int) - 20, 0, 255).astype(np.uint8))
-    assert darker.background_error == pytest.approx(20 / 255, abs=0.005) and darker.scene == "blue sky"
+    darker = np.clip(frame[None].astype(int) - 20, 0, 255).astype(np.uint8)
+    (seen,) = track(darker, light=(1, 1, 1))
+    assert seen.background_error == pytest.approx(20 / 255, abs=0.005) and seen.scene == "blue sky"
+    dimmed = (frame[None] * [0.5, 0.8, 1.0]).round().astype(np.uint8)
+    (seen,), (against,) = track(dimmed), track(dimmed, light=(1, 1, 1))
+    assert seen.light == pytest.approx((0.5, 0.8, 1.0), abs=0.01) and seen.background_error < 0.005
+    assert seen.colour == against.colour == "red" and seen.rgb == pytest.approx(BALL.sprite.rgb, abs=2)
+    assert against.background_error == pytest.approx((0.5 * 120 + 0.2 * 175) / 3 / 255, abs=0.02)
+    assert against.rgb == pytest.approx(BALL.sprite.rgb * [0.5, 0.8, 1.0], abs=2)
     (as_float,) = track(frame[None] / 255.0)
     assert as_float == clean
     recoloured = BALL.sprite.__class__("circle", "yellow", "small", 20, 30)

@@ -138,7 +138,7 @@ def measure_first_clips(pipe: SVIPipeline, args) -> dict:
 
 def observe(frame: np.ndarray, truth: world.State) -> dict:
     """One frame of a chain: how far from the world its background is, and whether the sprite is still the same."""
-    (seen,) = track(frame[None])
+    (seen,) = track(frame[None], truth.light)
     sprite = truth.sprite
     same = seen.found and (seen.shape, seen.colour, seen.size) == (sprite.shape, sprite.colour, sprite.size)
     return {

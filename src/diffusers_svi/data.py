@@ -54,6 +54,7 @@ class Video:
         fingerprint (`str`): SHA-256 of its content, part of the keys of its samples.
         read (`Callable`): From any list of frame numbers to these frames, `(n, height, width, 3)` uint8.
         starts (`tuple[int, ...]`, *optional*): Frames at which a clip may begin; anywhere if not given.
+        history_caption (`str`, *optional*): Prompt of what comes before the clip; its own if not given.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Video:
     fingerprint: str
     read: Callable[[list[int]], np.ndarray]
     starts: tuple[int, ...] | None = None
+    history_caption: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

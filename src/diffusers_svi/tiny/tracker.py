@@ -1,4 +1,4 @@
-"""Reading the world of svi-tiny back from pixels: which scene, which sprite, where.
+"""Reading the world of svi-tiny back from pixels: which scene in what light, which sprite, where.
 
 The scenes, shapes, colours and sizes of the world are finite, so a frame is read by comparing it with what could be
 there. On frames drawn by `world.render` the answer is exact; on generated frames the distances to the best answer are
@@ -19,6 +19,8 @@ SPRITE_CONTRAST = 40
 SPRITE_AREA = 30
 # Differences beyond this (of 255) count the same when scenes are compared: a sprite must not decide.
 OUTLIER = 60
+# What light is looked for in: beyond that of the world, since chains drift.
+LIGHT_RANGE = (0.4, 1.5)
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,21 @@ class Observation:
     Args:
         scene (`str`): The nearest scene.
         offset (`int`): How far the camera is turned, in pixels.
-        background_error (`float`): Mean absolute difference to that scene outside the sprite, of the range [0, 1].
+        light (`tuple[float, float, float]`): Factors on red, green and blue.
+        background_error (`float`):
+            Mean absolute difference to that scene outside the sprite, of the range [0, 1]; in the true light, if
+            `track` was told, else in the one that is seen.
         found (`bool`): Whether there is a sprite. Without one the rest is `None`.
         shape, colour, size (`str`): The nearest of each.
         x, y (`float`): Its position in pixels.
-        rgb (`tuple[float, float, float]`): The sprite's colour in [0, 255].
+        rgb (`tuple[float, float, float]`): The sprite's colour in [0, 255], without that light.
         radius (`float`): In pixels, from the area the sprite covers.
         overlap (`float`): Intersection over union with the nearest sprite drawn there, in [0, 1].
     """
 
     scene: str
     offset: int
+    light: tuple[float, float, float]
     background_error: float
     found: bool
     shape: str | None = None
@@ -51,13 +57,13 @@ class Observation:
     overlap: float | None = None
 
 
-def track(frames: np.ndarray) -> list[Observation]:
-    """Read every frame of a video `(frames, SIZE, SIZE, 3)`, uint8 or float in [0, 1]."""
+def track(frames: np.ndarray, light: tuple[float, float, float] | None = None) -> list[Observation]:
+    """Read every frame of a video `(frames, SIZE, SIZE, 3)`, uint8 or float in [0, 1], in true `light` if known."""
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(f"`frames` must be (frames, {SIZE}, {SIZE}, 3), got {frames.shape}.")
     scale = 1.0 if frames.dtype == np.uint8 else 255.0
-    return [_observe(frame.astype(np.float32) * scale) for frame in frames]
+    return [_observe(frame.astype(np.float32) * scale, light) for frame in frames]
 
 
 def displacement(first: Observation, last: Observation) -> tuple[float, float]:
@@ -71,14 +77,17 @@ def sprite_mask(state: State) -> np.ndarray:
     return np.zeros((SIZE, SIZE), bool) if state.sprite is None else coverage(state.sprite) > 0
 
 
-def _observe(frame: np.ndarray) -> Observation:
-    scene, offset = _nearest_scene(frame)
+def _observe(frame: np.ndarray, true_light: tuple[float, float, float] | None) -> Observation:
+    scene, offset, light = _nearest_scene(frame)
     background = scene_pixels(scene, offset)
+    true_light = light if true_light is None else np.asarray(true_light)
+    error = np.abs(frame - background * true_light).mean(axis=-1) / 255
+    frame = frame / light
     residual = frame - background
     distance = np.abs(residual).max(axis=-1)
     mask = distance > SPRITE_CONTRAST
     if mask.sum() < SPRITE_AREA:
-        return Observation(scene, offset, float(np.abs(residual).mean() / 255), False)
+        return Observation(scene, offset, tuple(light.tolist()), float(error.mean()), False)
 
     # The colour is read where the sprite surely is: the pixels that differ most from the scene.
     rgb = np.median(frame[mask & (distance >= np.median(distance[mask]))], axis=0)
@@ -94,25 +103,33 @@ def _observe(frame: np.ndarray) -> Observation:
     return Observation(
         scene,
         offset,
-        float(np.abs(residual[outside]).mean() / 255) if outside.any() else 1.0,
+        tuple(light.tolist()),
+        float(error[outside].mean()) if outside.any() else 1.0,
         True,
         shape=sprite.shape,
         colour=min(COLOURS, key=lambda colour: np.abs(rgb - COLOURS[colour]).sum()),
         size=sprite.size,
         x=sprite.x,
         y=sprite.y,
-        rgb=tuple(float(channel) for channel in rgb),
+        rgb=tuple((rgb * light / true_light).tolist()),
         radius=float(SIZES[sprite.size] * np.sqrt(alpha.sum() / _drawn(sprite.shape, sprite.size)[0])),
         overlap=float(overlap),
     )
 
 
-def _nearest_scene(frame: np.ndarray) -> tuple[str, int]:
-    views = _views()
-    # Every other pixel settles the few that come into question, all pixels decide.
-    coarse = np.minimum(np.abs(views[:, ::2, ::2] - frame[::2, ::2]), OUTLIER).mean(axis=(1, 2, 3))
-    best = min(np.argsort(coarse)[:4], key=lambda view: np.minimum(np.abs(views[view] - frame), OUTLIER).mean())
-    return SCENES[best // SIZE], int(best % SIZE)
+def _nearest_scene(frame: np.ndarray) -> tuple[str, int, np.ndarray]:
+    """Scene, offset and light."""
+
+    def distances(views: np.ndarray, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # A median, so that the sprite does not decide on the light.
+        lights = np.clip(np.median(frame / views, axis=(1, 2)), *LIGHT_RANGE)
+        return np.minimum(np.abs(views * lights[:, None, None] - frame), OUTLIER).mean(axis=(1, 2, 3)), lights
+
+    # Every fourth pixel settles the few that come into question, all pixels decide.
+    few = np.argsort(distances(_views()[:, ::4, ::4], frame[::4, ::4])[0])[:12]
+    exact, lights = distances(_views()[few], frame)
+    best = int(np.argmin(exact))
+    return SCENES[few[best] // SIZE], int(few[best] % SIZE), lights[best]
 
 
 @lru_cache(maxsize=1)

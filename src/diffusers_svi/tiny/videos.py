@@ -95,12 +95,15 @@ def world_videos(
     videos = []
     for index in range(num_videos):
         story = (seed, index, num_before + 1, setting)
+        states, actions = _film(story, new), sample_story(*story)[1]
+        before, last = (caption(states[i * new], actions[i]) for i in (num_before - 1, num_before))
         videos.append(
             Video(
                 name=f"svi-tiny {seed}-{index}",
-                caption=caption(_film(story, new)[num_before * new], sample_story(*story)[1][-1]),
+                caption=last,
+                history_caption=before,
                 num_frames=num_frames,
-                fingerprint=fingerprint("svi-tiny world 1", *story, new),
+                fingerprint=fingerprint("svi-tiny world 2", *story, new),
                 read=partial(_render_frames, story, new),
                 starts=(num_frames - clip_frames,),
             )

@@ -5,6 +5,9 @@ The scene is scrolled by the camera; the sprite moves on the screen and wraps ar
 and sizes come from finite sets and every change follows a fixed timetable, so for every frame of a film of any length
 it is known what is right: `advance` gives the state, `render` the pixels, `caption` the words.
 
+All of a film lies in one *light*, a factor for each of red, green and blue. It is the one thing that no prompt tells
+and nobody can know by heart: a chain of clips has to hand it on, and where it loses some of it, colours shift.
+
 Coordinates are pixels, x to the right and y down, both modulo `SIZE`. Time is counted in frames.
 """
 
@@ -33,6 +36,7 @@ _EDGES = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
 SCENES = ("blue sky", "green meadow", "yellow desert", "purple night", "orange dusk", "grey city")
 
 SPRITE_SPEED = 1.5  # pixels a frame
+LIGHT = (0.7, 1.0)  # range of the light's factors
 PAN_SPEED = 1  # pixels a frame; whole, so that a scrolled scene is never resampled
 CHANGE_FRAMES = (2, 10)  # a change of colour, shape or scene begins and ends at these frames of its action
 TRAVEL_FRAMES = 12  # frames to enter, to leave, or to pan to another scene; an action lasts at least this long
@@ -63,7 +67,10 @@ class Sprite:
 
 @dataclass(frozen=True)
 class State:
-    """What one frame shows. `reveal` is how `next_scene` takes over: "fade", or from the "left" or "right"."""
+    """What one frame shows, in what light.
+
+    `reveal` is how `next_scene` takes over: "fade", or from the "left" or "right".
+    """
 
     scene: str
     offset: int
@@ -71,6 +78,7 @@ class State:
     next_scene: str | None = None
     reveal: str | None = None
     progress: float = 0.0
+    light: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     @property
     def settled(self) -> bool:
@@ -124,9 +132,8 @@ def advance(state: State, action: Action, frame: int) -> State:
     if scene_progress == 1:
         scene, next_scene, reveal, scene_progress = next_scene, None, None, 0.0
 
-    return State(
-        scene, offset, _advance_sprite(state.sprite, action, frame, change, travel), next_scene, reveal, scene_progress
-    )
+    sprite = _advance_sprite(state.sprite, action, frame, change, travel)
+    return State(scene, offset, sprite, next_scene, reveal, scene_progress, state.light)
 
 
 def _advance_sprite(sprite: Sprite | None, action: Action, frame: int, change: float, travel: float) -> Sprite | None:
@@ -240,7 +247,7 @@ def _render(state: State) -> np.ndarray:
     if state.sprite is not None:
         alpha = coverage(state.sprite)[..., None]
         image = image + alpha * (state.sprite.rgb - image)
-    return image
+    return image * state.light
 
 
 def coverage(sprite: Sprite) -> np.ndarray:
@@ -387,6 +394,8 @@ def sample_story(seed: int, index: int, num_clips: int = 1, setting: str = "crea
     """Where film `index` of a collection begins and what happens in its clips: the same whatever was drawn before."""
     rng = np.random.default_rng([seed, index])
     state = sample_state(rng)
+    light = np.random.default_rng([seed, index, 1]).uniform(*LIGHT, size=3)
+    state = replace(state, light=tuple(light.tolist()))
     return state, sample_actions(rng, state, num_clips, setting)
 
 
