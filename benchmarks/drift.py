@@ -11,6 +11,8 @@ should show, so a clip's quality, between 0 and 1, is the mean of three parts, r
 - background: 0 in the wrong scene, else 1 less the mean absolute error over a tenth of the range;
 - sharpness: the root mean square difference of neighbouring pixels over the true one, or its inverse if that is less.
 
+LoRAs named `control`, and `erft` with anything behind it, go into the summary.
+
 *Kept* is quality at the last clip over quality at the tenth (or over the first). *Alive*, the mean change from frame
 to frame over the true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap
 over chains. Writes `drift.json`, a plot, and a contact sheet for every contestant.
@@ -27,11 +29,11 @@ import matplotlib
 import numpy as np
 import PIL.Image
 import torch
+from contestants import HELD_OUT_SEED, add_contestant_options, contestants
 from tqdm.auto import tqdm
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.conditioning import Scheme
-from diffusers_svi.lora import read_lora
 from diffusers_svi.provenance import provenance
 from diffusers_svi.quality import sharpness
 from diffusers_svi.tiny import world
@@ -42,31 +44,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-HELD_OUT_SEED = 1
 FIRST_STORY = 40000
 SETTINGS = ("consistent", "creative")
 FIGURES = ("quality", "sprite", "background", "sharpness", "alive", "direction")
-ROOT = Path(__file__).parents[1]
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_dir", default=str(ROOT / "models" / "svi-tiny"), help="Default: svi-tiny.")
-    parser.add_argument(
-        "--lora",
-        nargs="*",
-        default=[],
-        metavar="NAME=FILE",
-        help="LoRAs with their scheme in the metadata. `control` and what begins with `erft` go into the summary.",
-    )
-    parser.add_argument(
-        "--contestants", nargs="*", default=["base", "reference", "anchor", "noise"], help="Those without a LoRA."
-    )
+    add_contestant_options(parser, PLAIN)
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=SETTINGS, help="Default: both.")
     parser.add_argument("--num_chains", type=int, default=16, help="Default: %(default)s.")
     parser.add_argument("--num_clips", type=int, default=50, help="Clips of a chain. Default: %(default)s.")
     parser.add_argument("--num_inference_steps", type=int, default=10, help="Default: %(default)s.")
-    parser.add_argument("--noise", type=float, default=0.05, help="Of `noise`, on condition pixels. Default: 0.05.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/drift"), help="Default: %(default)s.")
     parser.add_argument("--quick", action="store_true", help="2 chains of 10 clips of `base` and the LoRAs.")
     args = parser.parse_args()
@@ -92,17 +81,12 @@ class NoisyPixelMotion(PixelMotion):
         return motion if frames is None else motion + self.noise * noise.to(motion)
 
 
-def plain_contestants(args) -> dict[str, Scheme]:
-    schemes = {
-        "base": PixelMotion(1),
-        "reference": PixelMotion(1, padding="reference"),
-        "anchor": LatentMotion(1),
-        "noise": NoisyPixelMotion(1, noise=args.noise),
-    }
-    unknown = set(args.contestants) - set(schemes)
-    if unknown:
-        raise ValueError(f"`--contestants` are of {sorted(schemes)}, got {sorted(unknown)}.")
-    return {name: schemes[name] for name in args.contestants}
+PLAIN = {
+    "base": PixelMotion(1),
+    "reference": PixelMotion(1, padding="reference"),
+    "anchor": LatentMotion(1),
+    "noise": NoisyPixelMotion(1),
+}
 
 
 def stories(setting: str, args, scheme: Scheme) -> Iterator[tuple[int, list[world.State], list[str]]]:
@@ -221,9 +205,9 @@ def summarize(chains: list[list[dict]], num_clips: int) -> dict:
 def plot(results: dict, path: Path) -> None:
     shown = ("quality", "sprite", "background", "sharpness", "alive")
     figure, axes = plt.subplots(len(results), len(shown), figsize=(3.4 * len(shown), 3 * len(results)), squeeze=False)
-    for row, (setting, contestants) in zip(axes, results.items(), strict=True):
+    for row, (setting, measured) in zip(axes, results.items(), strict=True):
         for axis, name in zip(row, shown, strict=True):
-            for label, result in contestants.items():
+            for label, result in measured.items():
                 curve = result["curves"][name]
                 axis.plot(range(1, len(curve) + 1), curve, label=label, linewidth=1.2)
             axis.set_title(f"{setting}: {name}", fontsize=9)
@@ -245,23 +229,9 @@ def contact_sheet(rows: np.ndarray, path: Path) -> None:
 def main():
     args = parse_args()
     started = time.time()
-    contestants = {name: (None, scheme) for name, scheme in plain_contestants(args).items()}
-    for entry in args.lora:
-        name, separator, file = entry.partition("=")
-        if not separator:
-            raise ValueError(f"`--lora` takes NAME=FILE, got {entry!r}.")
-        lora = read_lora(file)
-        if lora.conditioning is None:
-            raise ValueError(f"`--lora {entry}`: the file does not say what scheme it was trained for.")
-        contestants[name] = (file, lora.conditioning)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = {setting: {} for setting in args.settings}
-    for name, (file, scheme) in contestants.items():
-        pipe = SVIPipeline.from_pretrained(args.model_dir)
-        if file is not None:
-            pipe.load_lora_weights(file)
-            pipe.fuse_lora()
-        pipe.set_progress_bar_config(disable=True)
+    for name, scheme, pipe in contestants(args, PLAIN):
         for setting in args.settings:
             chains, rows = run_chains(pipe, name, scheme, setting, args)
             results[setting][name] = {"scheme": str(scheme), **summarize(chains, args.num_clips)}

@@ -35,7 +35,9 @@ CLIP = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2}
 
 
 def load_script(path: Path) -> ModuleType:
-    """A script as a module."""
+    """A script as a module; it finds what lies beside it, as when it is run."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     specification = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(specification)
     sys.modules[path.stem] = module  # where its dataclasses look for themselves

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,33 @@ def test_intervals_contain_the_value_and_shrink_with_agreement(drift):
     assert wide["low"] < wide["value"] < wide["high"]
     same = drift.interval(np.full((16, 3), 0.5), np.mean)
     assert same["low"] == same["value"] == same["high"] == 0.5
+
+
+def test_an_error_of_the_light_lowers_quality_but_hides_no_sprite(drift):
+    lit = [replace(state, light=(0.8, 0.9, 0.7)) for state in states()]
+    right = drift.measure(world.render(lit) / 255.0, lit)
+    assert right["quality"] > 0.98
+    wrong = drift.measure(world.render(lit) / 255.0 * [1.1, 1.0, 1.0], lit)
+    assert wrong["background"] < 0.85 and 0.9 < wrong["sprite"] < right["sprite"]
+
+
+def test_correction_runs(tmp_path):
+    """Errors are 0 where there are none, and grow with the trips through the VAE."""
+    command = [sys.executable, "benchmarks/correction.py", "--quick", "--contestants", "base", "anchor"]
+    finished = subprocess.run(
+        [*command, f"--output_dir={tmp_path}"], capture_output=True, text=True, check=False, cwd=SCRIPT.parents[1]
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    results = json.loads((tmp_path / "correction.json").read_text())["results"]
+    assert set(results) == {"base", "anchor"}
+    for result in results.values():
+        errors = result["errors"]
+        assert errors["clean"]["in"] == 0 < errors["clean"]["out"]
+        assert errors["vae 1"]["in"] < errors["vae 3"]["in"] < errors["vae 10"]["in"]
+        assert 0 < errors["step 0.3"]["in"] < errors["step 0.95"]["in"]
+    # Latents that are handed over take no trip.
+    assert results["anchor"]["errors"]["vae 1"]["in"] < 1e-4 < results["base"]["errors"]["vae 1"]["in"]
+    assert PIL.Image.open(tmp_path / "correction.png").size[0] >= 800
 
 
 def test_it_runs(tmp_path):

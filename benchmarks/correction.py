@@ -1,0 +1,206 @@
+"""What a model makes of a condition with an error in it: does the error shrink on its way through a clip, or grow?
+
+    python benchmarks/correction.py --lora control=control.safetensors erft=erft.safetensors
+
+A chain drifts if what comes out of a clip is worse than what went in. Here that is measured for one clip, with errors
+of known kind and size on its condition, before any chain is run; it takes a minute or two for every contestant.
+
+- clean: no error.
+- vae 1, 3, 10: the clip before took so many round trips through the VAE.
+- light: the clip before is 5% darker.
+- clip: the clip before was made by the contestant itself from a clean condition, as in a chain.
+- step 0.3, 0.7, 0.95: one-step errors of the contestant at these noise levels, as the error bank holds them, on the
+  first latent frame that is carried.
+
+*In* is the root mean square of the error on the condition, in units of the latents' standard deviation, in the latent
+frame in which it is largest; *out* is that of the condition which the end of the clip makes for the next one, against
+the one that the true end makes. Writes `correction.json` and a plot.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from contestants import HELD_OUT_SEED, add_contestant_options, contestants
+from tqdm.auto import tqdm
+
+from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
+from diffusers_svi.conditioning import Scheme, transformer_inputs
+from diffusers_svi.erft import InjectionConfig, clean_side_error
+from diffusers_svi.erft.boundary import denoise, next_condition
+from diffusers_svi.erft.injection import add_to_condition
+from diffusers_svi.flow import interpolate, velocity
+from diffusers_svi.latents import decode_video, encode_video
+from diffusers_svi.provenance import provenance
+from diffusers_svi.tiny import world
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+FIRST_STORY = 60000
+FLOW_SHIFT = 5.0
+ROUND_TRIPS = (1, 3, 10)
+STEP_SIGMAS = (0.3, 0.7, 0.95)
+PLAIN = {"base": PixelMotion(1), "reference": PixelMotion(1, padding="reference"), "anchor": LatentMotion(1)}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_contestant_options(parser, PLAIN)
+    parser.add_argument("--num_samples", type=int, default=16, help="Held-out films. Default: %(default)s.")
+    parser.add_argument("--num_inference_steps", type=int, default=10, help="Default: %(default)s.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/correction"), help="Default: %(default)s.")
+    parser.add_argument("--quick", action="store_true", help="2 films and 2 steps, for a test.")
+    args = parser.parse_args()
+    if args.quick:
+        args.num_samples, args.num_inference_steps = 2, 2
+    return args
+
+
+def size(error: torch.Tensor) -> float:
+    """Root mean square of errors `(batch, z_dim, n, h, w)` in the latent frame in which it is largest."""
+    return error.square().mean(dim=(0, 1, 3, 4)).max().sqrt().item()
+
+
+class Films:
+    """Held-out films of two clips for a contestant: pixels, true conditions, prompts."""
+
+    def __init__(self, pipe: SVIPipeline, scheme: Scheme, args: argparse.Namespace):
+        self.pipe, self.scheme, self.num_steps = pipe, scheme, args.num_inference_steps
+        new = world.CLIP_FRAMES - scheme.overlap
+        stories = [world.sample_story(HELD_OUT_SEED, FIRST_STORY + i, 2) for i in range(args.num_samples)]
+        films = [world.film(state, actions, [world.CLIP_FRAMES - 1, new]) for state, actions in stories]
+        frames = torch.from_numpy(np.stack([world.render(film) for film in films])).permute(0, 4, 1, 2, 3)
+        pixels = frames.float() / 127.5 - 1
+        self.image, self.before, self.clip = (
+            pixels[:, :, 0],
+            pixels[:, :, : world.CLIP_FRAMES],
+            pixels[:, :, -world.CLIP_FRAMES :],
+        )
+        prompts = [
+            [world.caption(film[0], actions[0]) for film, (_, actions) in zip(films, stories, strict=True)],
+            [
+                world.caption(film[world.CLIP_FRAMES - 1], actions[1])
+                for film, (_, actions) in zip(films, stories, strict=True)
+            ],
+        ]
+        self.embeds = [
+            torch.cat([pipe.encode_prompt(prompt, None, False, max_sequence_length=32)[0] for prompt in some])
+            for some in prompts
+        ]
+        self.noise = torch.randn(
+            (2, args.num_samples, pipe.vae.config.z_dim, 5, 8, 8), generator=torch.Generator().manual_seed(0)
+        )
+        self.before_latents, self.clip_latents = (encode_video(pipe.vae, video) for video in (self.before, self.clip))
+        self.start = scheme.condition(pipe.vae, self.image, num_frames=world.CLIP_FRAMES)
+        self.condition, self.next = (
+            self._true_end(self.before, self.before_latents),
+            self._true_end(self.clip, self.clip_latents),
+        )
+
+    def _true_end(self, video: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        frames = video[:, :, -self.scheme.carried_frames :] if self.scheme.carried_frames else None
+        return self.scheme.condition(self.pipe.vae, self.image, frames, latents, num_frames=world.CLIP_FRAMES)
+
+    def end(self, latents: torch.Tensor) -> torch.Tensor:
+        """The condition that the end of a clip makes for the next."""
+        return next_condition(
+            self.pipe.vae, self.scheme, self.image, latents, world.CLIP_FRAMES, expand_timesteps=False
+        )
+
+    def predict(self, noisy: torch.Tensor, sigmas: torch.Tensor, condition: torch.Tensor, clip: int) -> torch.Tensor:
+        inputs = transformer_inputs(
+            noisy, condition, sigmas, self.pipe.transformer.config.patch_size, expand_timesteps=False
+        )
+        return self.pipe.transformer(*inputs, self.embeds[clip], return_dict=False)[0]
+
+    def make(self, condition: torch.Tensor, clip: int) -> torch.Tensor:
+        """Latents of the first (0) or second (1) clip."""
+
+        def predict(noisy, sigmas):
+            return self.predict(noisy, sigmas, condition, clip)
+
+        noise = self.noise[clip]
+        return denoise(predict, torch.zeros_like(noise), noise, 1.0, self.num_steps, FLOW_SHIFT)
+
+    def step_error(self, sigma: float) -> torch.Tensor:
+        """Clean-side errors of one step on the first clips, from their true conditions."""
+        sigmas = torch.full((len(self.image),), sigma)
+        clean, noise = self.before_latents, self.noise[0]
+        prediction = self.predict(interpolate(clean, noise, sigmas), sigmas, self.start, 0)
+        return clean_side_error(prediction - velocity(clean, noise), sigmas)
+
+    def conditions(self) -> dict[str, torch.Tensor]:
+        """True conditions of the second clip, with every kind of error."""
+        result, latents = {"clean": self.condition}, self.before_latents
+        for trip in range(1, max(ROUND_TRIPS) + 1):
+            if trip in ROUND_TRIPS:
+                result[f"vae {trip}"] = self.end(latents)
+            latents = encode_video(self.pipe.vae, decode_video(self.pipe.vae, latents).clamp(-1, 1))
+        dark = (self.before + 1) * 0.95 - 1
+        result["light"] = self._true_end(dark, encode_video(self.pipe.vae, dark))
+        result["clip"] = self.end(self.make(self.start, 0))
+        first = 1 if self.scheme.carried_latents else 0
+        injection = InjectionConfig(n_img=1, first_img=first)
+        for sigma in STEP_SIGMAS:
+            generator = torch.Generator().manual_seed(0)
+            errors = self.step_error(sigma)
+            result[f"step {sigma}"] = torch.stack(
+                [
+                    add_to_condition(condition, error, injection, generator)
+                    for condition, error in zip(self.condition, errors, strict=True)
+                ]
+            )
+        return result
+
+
+@torch.no_grad()
+def measure(pipe: SVIPipeline, scheme: Scheme, args: argparse.Namespace, name: str) -> dict[str, dict[str, float]]:
+    films, figures = Films(pipe, scheme, args), {}
+    for kind, condition in tqdm(films.conditions().items(), desc=name):
+        latents = films.make(condition, 1)
+        figures[kind] = {
+            "in": size(condition - films.condition),
+            "out": size(films.end(latents) - films.next),
+            "last_latent": size((latents - films.clip_latents)[:, :, -1:]),
+        }
+    return figures
+
+
+def plot(results: dict, path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for name, figures in results.items():
+        axis.plot(figures.keys(), [figure["out"] for figure in figures.values()], "o-", label=name, linewidth=1)
+    last = next(reversed(results.values()))
+    axis.plot(last.keys(), [figure["in"] for figure in last.values()], "k_", markersize=14, label="in")
+    axis.set_ylabel("error, standard deviations")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main():
+    args = parse_args()
+    results = {
+        name: {"scheme": str(scheme), "errors": measure(pipe, scheme, args, name)}
+        for name, scheme, pipe in contestants(args, PLAIN)
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    report = {**provenance(), "num_samples": args.num_samples, "results": results}
+    (args.output_dir / "correction.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot({name: result["errors"] for name, result in results.items()}, args.output_dir / "correction.png")
+    for name, result in results.items():
+        print(f"\n{name:14} {result['scheme']}\n{'':14}    in   out  last latent")
+        for kind, figures in result["errors"].items():
+            print(f"  {kind:12} {figures['in']:.3f} {figures['out']:.3f} {figures['last_latent']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
