@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
-from conftest import quiet, seeded
+from conftest import load_script, quiet, seeded
 from diffusers_svi import PixelMotion, SVIPipeline
 from diffusers_svi.latents import decode_video, encode_video
 from diffusers_svi.tiny import world
@@ -152,11 +152,28 @@ def test_training_scripts_run_and_resume(tmp_path):
             "--checkpointing_steps=2",
             "--validation_steps=2",
             "--mixed_precision=no",  # not every CPU has bfloat16 instructions
+            "--num_validation_clips=2",
             *options,
         )
         return json.loads((model / "training" / f"{part}.json").read_text())["curve"]
 
-    for part, options in (("vae", ()), ("transformer", (f"--cache_dir={cache}", "--num_clips=8"))):
+    for part, options in (
+        ("vae", ("--num_statistics_clips=4",)),
+        ("transformer", (f"--cache_dir={cache}", "--num_clips=8")),
+    ):
         assert [point["step"] for point in train(part, *options, steps=2)] == [2]
         assert [point["step"] for point in train(part, *options, steps=4)] == [2, 4]
     assert SVIPipeline.from_pretrained(model).transformer.config.num_layers == 6
+    # What is trained already is the start of another run.
+    curve = train("vae", "--num_statistics_clips=4", f"--init_from={MODEL / 'vae'}", "--crop_size=32", steps=6)
+    assert curve[-1]["step"] == 6
+
+
+def test_windows_of_the_vae_show_the_sprite():
+    script = load_script(ROOT / "examples" / "svi_tiny" / "train_vae.py")
+    states = world.film(world.State("blue sky", 0, world.Sprite("circle", "red", "large", 50, 12)), [world.Action()])
+    rng = np.random.default_rng(0)
+    windows = [script.window_around_sprite(states, 32, rng) for _ in range(200)]
+    shown = [world.render(states[0])[rows, columns] for rows, columns in windows]
+    assert {pixels.shape for pixels in shown} == {(32, 32, 3)} and {rows.start % 8 for rows, _ in windows} == {0}
+    assert np.mean([(pixels == world.COLOURS["red"]).all(axis=-1).sum() > 50 for pixels in shown]) > 0.75

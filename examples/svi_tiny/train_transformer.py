@@ -68,6 +68,7 @@ def parse_args():
     )
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--validation_steps", type=int, default=500)
+    parser.add_argument("--num_validation_clips", type=int, default=12)
     return parser.parse_args()
 
 
@@ -163,7 +164,7 @@ def embed_prompts(text_encoder: UMT5EncoderModel, tokens: torch.Tensor, length: 
     return torch.nn.functional.pad(embeds, (0, 0, 0, length - tokens.shape[1]))
 
 
-def validation_error(pipe: SVIPipeline, seed: int, num_clips: int = 12) -> dict[str, torch.Tensor]:
+def validation_error(pipe: SVIPipeline, seed: int, num_clips: int) -> dict[str, torch.Tensor]:
     """Root mean square error of sampled latents of held-out clips, in units of the latents' standard deviation."""
     errors = []
     for index in range(num_clips):
@@ -283,7 +284,7 @@ def main():
         if (step + 1) % args.validation_steps == 0 or step + 1 == args.max_train_steps:
             ema.store(parameters)
             ema.copy_to(parameters)
-            figures = {"loss": running_loss, **validation_error(pipe, args.seed)}
+            figures = {"loss": running_loss, **validation_error(pipe, args.seed, args.num_validation_clips)}
             ema.restore(parameters)
             record.add(step + 1, **figures)
             progress.set_postfix({name: f"{float(value):.4g}" for name, value in figures.items()})

@@ -55,6 +55,8 @@ def parse_args():
     )
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--validation_steps", type=int, default=250)
+    parser.add_argument("--num_validation_clips", type=int, default=16)
+    parser.add_argument("--num_statistics_clips", type=int, default=256, help="Whose latents are measured at the end.")
     return parser.parse_args()
 
 
@@ -145,11 +147,11 @@ def psnr(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def set_latent_statistics(vae: AutoencoderKLWan, seed: int, num_clips: int = 256, batch_size: int = 16) -> None:
+def set_latent_statistics(vae: AutoencoderKLWan, seed: int, num_clips: int, batch_size: int = 16) -> None:
     """Write the mean and standard deviation of the latents of training clips into the VAE's config."""
     latents = []
     for first in range(0, num_clips, batch_size):
-        clips = [sample_clip(seed, index)[1] for index in range(first, first + batch_size)]
+        clips = [sample_clip(seed, index)[1] for index in range(first, min(first + batch_size, num_clips))]
         latents.append(vae.encode(to_pixels(np.stack(clips))).latent_dist.mode())
     latents = torch.cat(latents)
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
@@ -175,7 +177,7 @@ def main():
     first_step = resume(accelerator, args.checkpoint_dir)
 
     record = Record(args.output_dir / "training" / "vae.json", args.seed)
-    held_out = to_pixels(np.stack([sample_clip(args.seed, HELD_OUT + i)[1] for i in range(16)]))
+    held_out = to_pixels(np.stack([sample_clip(args.seed, HELD_OUT + i)[1] for i in range(args.num_validation_clips)]))
     progress = tqdm(
         range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="VAE"
     )
@@ -220,7 +222,7 @@ def main():
             checkpoint(accelerator, args.checkpoint_dir, step + 1)
 
     vae = accelerator.unwrap_model(vae).cpu()
-    set_latent_statistics(vae, args.seed)
+    set_latent_statistics(vae, args.seed, args.num_statistics_clips)
     vae.half()  # half the bytes: loading turns them into float32 again
     vae.save_pretrained(args.output_dir / "vae")
     record.write(parameters=sum(p.numel() for p in vae.parameters()))
