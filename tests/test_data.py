@@ -576,6 +576,8 @@ def test_a_clip_of_the_world_shows_what_its_caption_says(clip_frames, history, r
         shown = video.read(list(range(start + retold - 1, video.num_frames)))
         assert np.array_equal(shown, world.render(world.film(begin, actions[-1:], new)))
         assert np.array_equal(video.read([start, 0]), world.render([states[start], state]))
+        before = states[start + retold - 1 - new]
+        assert video.history_caption == world.caption(before, actions[-2])
 
 
 def test_samples_of_the_world_are_its_frames():
