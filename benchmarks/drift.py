@@ -16,13 +16,21 @@ LoRAs named `control`, and `erft` with anything behind it, go into the summary.
 *Kept* is quality at the last clip over quality at the tenth (or over the first). *Alive*, the mean change from frame
 to frame over the true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap
 over chains. Writes `drift.json`, a plot, and a contact sheet for every contestant.
+
+Any other model is measured on images and prompts of one's own, without a truth and without weights: colour (the shift
+of the mean over a tenth of the range), contrast and sharpness of the last frame against that of the first clip.
+
+    python benchmarks/drift.py --model_dir Wan-AI/Wan2.1-I2V-14B-480P-Diffusers --contestants base \
+        --lora erft=svi-shot.safetensors --images cat.png boat.png --prompts prompts.txt --device cuda --dtype bfloat16
 """
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -30,12 +38,14 @@ import numpy as np
 import PIL.Image
 import torch
 from contestants import HELD_OUT_SEED, add_contestant_options, contestants
+from diffusers.utils import load_image
 from tqdm.auto import tqdm
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.conditioning import Scheme
+from diffusers_svi.prompts import load_prompts
 from diffusers_svi.provenance import provenance
-from diffusers_svi.quality import sharpness
+from diffusers_svi.quality import drift_figures, sharpness
 from diffusers_svi.tiny import world
 from diffusers_svi.tiny.tracker import displacement, track
 
@@ -46,7 +56,15 @@ import matplotlib.pyplot as plt
 
 FIRST_STORY = 40000
 SETTINGS = ("consistent", "creative")
-FIGURES = ("quality", "sprite", "background", "sharpness", "alive", "direction")
+# What svi-tiny makes, and what a model of true size does unless told otherwise.
+WORLD_OPTIONS = {
+    "height": world.SIZE,
+    "width": world.SIZE,
+    "num_frames": world.CLIP_FRAMES,
+    "num_inference_steps": 10,
+    "guidance_scale": 1.0,
+}
+OWN_OPTIONS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
 
 
 def parse_args():
@@ -55,12 +73,24 @@ def parse_args():
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=SETTINGS, help="Default: both.")
     parser.add_argument("--num_chains", type=int, default=16, help="Default: %(default)s.")
     parser.add_argument("--num_clips", type=int, default=50, help="Clips of a chain. Default: %(default)s.")
-    parser.add_argument("--num_inference_steps", type=int, default=10, help="Default: %(default)s.")
+    parser.add_argument("--num_inference_steps", type=int, help="Default: 10 for svi-tiny, else 50.")
+    parser.add_argument("--images", nargs="*", help="Start images of one's own, a chain each, for any model.")
+    parser.add_argument("--prompts", help="Their prompts, a file with one a line: the first, or one a clip in turn.")
+    parser.add_argument("--height", type=int, help="Default: 480.")
+    parser.add_argument("--width", type=int, help="Default: 832.")
+    parser.add_argument("--num_frames", type=int, help="Of a clip. Default: 81.")
+    parser.add_argument("--guidance_scale", type=float, help="Default: 5.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/drift"), help="Default: %(default)s.")
     parser.add_argument("--quick", action="store_true", help="2 chains of 10 clips of `base` and the LoRAs.")
     args = parser.parse_args()
     if args.quick:
         args.num_chains, args.num_clips, args.contestants = 2, 10, ["base"]
+    if (args.images is None) != (args.prompts is None):
+        parser.error("--images and --prompts come together.")
+    if args.images:
+        args.num_chains = len(args.images)
+    defaults = WORLD_OPTIONS if args.images is None else OWN_OPTIONS
+    args.options = {name: getattr(args, name) or value for name, value in defaults.items()}
     return args
 
 
@@ -89,8 +119,18 @@ PLAIN = {
 }
 
 
-def stories(setting: str, args, scheme: Scheme) -> Iterator[tuple[int, list[world.State], list[str]]]:
-    """Held-out films with a sprite to begin with: number, true states, and a prompt for every clip."""
+@dataclass(frozen=True)
+class Film:
+    """What a chain begins with, a prompt for every clip, and how a clip is measured, given where it begins."""
+
+    number: int
+    image: PIL.Image.Image
+    prompts: list[str]
+    measure: Callable[[np.ndarray, int], dict[str, float]]
+
+
+def world_films(setting: str, args, scheme: Scheme) -> Iterator[Film]:
+    """Held-out films with a sprite to begin with, measured against the truth."""
     durations = [world.CLIP_FRAMES - 1] + [world.CLIP_FRAMES - scheme.overlap] * (args.num_clips - 1)
     found, index = 0, FIRST_STORY
     while found < args.num_chains:
@@ -102,7 +142,44 @@ def stories(setting: str, args, scheme: Scheme) -> Iterator[tuple[int, list[worl
         states = world.film(state, actions, durations)
         begins = np.cumsum([0, *durations[:-1]])
         prompts = [world.caption(states[begin], action) for begin, action in zip(begins, actions, strict=True)]
-        yield index, states, prompts
+        image = PIL.Image.fromarray(world.render(state))
+        yield Film(index, image, prompts, partial(measure_against, states))
+
+
+def measure_against(states: list[world.State], frames: np.ndarray, start: int) -> dict[str, float]:
+    return measure(frames, states[start : start + len(frames)])
+
+
+def own_films(setting: str, args) -> Iterator[Film]:
+    """Films of one's own, of which nobody knows the truth: clips are measured against the first."""
+    lines = load_prompts(args.prompts)
+    prompts = [lines[0 if setting == "consistent" else clip % len(lines)] for clip in range(args.num_clips)]
+    for number, image in enumerate(args.images):
+        yield Film(number, load_image(image), prompts, FromFirst())
+
+
+class FromFirst:
+    """Measures clips against the first it is given, from pixels alone."""
+
+    def __init__(self):
+        self.first: np.ndarray | None = None
+
+    def __call__(self, frames: np.ndarray, start: int) -> dict[str, float]:
+        self.first = frames if self.first is None else self.first
+        figures = {name: values[1] for name, values in drift_figures([self.first, frames]).items()}
+        parts = {
+            "colour": max(0.0, 1 - figures["colour_shift"] / 0.1),
+            "contrast": no_more_no_less(figures["contrast_kept"]),
+            "sharpness": no_more_no_less(figures["sharpness_kept"]),
+        }
+        moved = np.abs(np.diff(self.first, axis=0)).mean()
+        alive = np.abs(np.diff(frames, axis=0)).mean() / max(moved, 1e-6)
+        return {"quality": sum(parts.values()) / 3, **parts, "alive": float(alive)}
+
+
+def no_more_no_less(ratio: float) -> float:
+    """1 for a ratio of 1, less for more and for less."""
+    return min(ratio, 1 / max(ratio, 1e-6))
 
 
 def measure(frames: np.ndarray, states: list[world.State]) -> dict[str, float]:
@@ -119,9 +196,9 @@ def measure(frames: np.ndarray, states: list[world.State]) -> dict[str, float]:
         distance = np.abs(np.subtract(observed.rgb, world.COLOURS[wanted.colour])).mean() / 128
         sprite = ((observed.shape == wanted.shape) + (observed.size == wanted.size) + max(0.0, 1 - distance)) / 3
     background = float(observed.scene == state.scene) * max(0.0, 1 - observed.background_error / 0.1)
-    ratio = sharpness(frames[-1]) / sharpness(truth[-1])
-    figures = {"sprite": sprite, "background": background, "sharpness": min(ratio, 1 / ratio)}
-    figures["quality"] = sum(figures.values()) / 3
+    sharp = no_more_no_less(sharpness(frames[-1]) / sharpness(truth[-1]))
+    parts = {"sprite": sprite, "background": background, "sharpness": sharp}
+    figures = {"quality": sum(parts.values()) / 3, **parts}
     moved = np.abs(np.diff(truth, axis=0)).mean()
     # Where nothing should move, there is nothing to be alive.
     figures["alive"] = np.abs(np.diff(frames, axis=0)).mean() / moved if moved > 1e-3 else np.nan
@@ -150,25 +227,22 @@ def run_chains(
 ) -> tuple[list[list[dict]], np.ndarray]:
     """Figures of every clip of every chain, and the last frames of the first chains for the contact sheet."""
     chains, rows = [], []
+    films = own_films(setting, args) if args.images else world_films(setting, args, scheme)
     with tqdm(total=args.num_chains * args.num_clips, desc=f"{setting}, {name}") as progress:
-        for index, states, prompts in stories(setting, args, scheme):
+        for film in films:
             clips = pipe.stream(
-                image=PIL.Image.fromarray(world.render(states[0])),
-                prompts=prompts,
+                image=film.image.resize((args.options["width"], args.options["height"])),
+                prompts=film.prompts,
                 conditioning=scheme,
                 ignore_lora_conditioning=True,
-                height=world.SIZE,
-                width=world.SIZE,
-                num_frames=world.CLIP_FRAMES,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=1.0,
-                max_sequence_length=32,
+                max_sequence_length=512 if args.images else 32,
                 # The noise of a clip is the same for every contestant.
-                seeds=[1000 * index + clip for clip in range(args.num_clips)],
+                seeds=[1000 * film.number + clip for clip in range(args.num_clips)],
+                **args.options,
             )
             figures, row = [], []
             for clip in clips:
-                figures.append(measure(clip.frames, states[clip.start : clip.start + len(clip.frames)]))
+                figures.append(film.measure(clip.frames, clip.start))
                 row.append(clip.frames[-1])
                 progress.update()
             chains.append(figures)
@@ -187,7 +261,7 @@ def interval(values: np.ndarray, statistic) -> dict[str, float]:
 
 def summarize(chains: list[list[dict]], num_clips: int) -> dict:
     """Curves over clips, and the headline numbers with intervals."""
-    arrays = {name: np.array([[clip[name] for clip in chain] for chain in chains]) for name in FIGURES}
+    arrays = {name: np.array([[clip[name] for clip in chain] for chain in chains]) for name in chains[0][0]}
     tenth = min(10, num_clips) - 1
     quality = arrays["quality"]
     return {
@@ -197,13 +271,13 @@ def summarize(chains: list[list[dict]], num_clips: int) -> dict:
         "kept_over_first": interval(quality, lambda q: q[:, -1].mean() / q[:, 0].mean()),
         "kept_over_tenth": interval(quality, lambda q: q[:, -1].mean() / q[:, tenth].mean()),
         "alive_first": interval(arrays["alive"], lambda a: np.nanmean(a[:, 0])),
-        "alive": interval(arrays["alive"], np.nanmean),
-        "direction": interval(arrays["direction"], np.nanmean),
+        **{name: interval(arrays[name], np.nanmean) for name in ("alive", "direction") if name in arrays},
     }
 
 
 def plot(results: dict, path: Path) -> None:
-    shown = ("quality", "sprite", "background", "sharpness", "alive")
+    first = next(iter(next(iter(results.values())).values()))
+    shown = [name for name in first["curves"] if name != "direction"]
     figure, axes = plt.subplots(len(results), len(shown), figsize=(3.4 * len(shown), 3 * len(results)), squeeze=False)
     for row, (setting, measured) in zip(axes, results.items(), strict=True):
         for axis, name in zip(row, shown, strict=True):
@@ -220,7 +294,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def contact_sheet(rows: np.ndarray, path: Path) -> None:
-    """Last frames `(chains, clips, SIZE, SIZE, 3)`: a row a chain, up to 12 clips of it."""
+    """Last frames `(chains, clips, height, width, 3)`: a row a chain, up to 12 clips of it."""
     clips = np.unique(np.linspace(0, rows.shape[1] - 1, 12).round().astype(int))
     sheet = np.concatenate([np.concatenate(list(row[clips]), axis=1) for row in rows], axis=0)
     PIL.Image.fromarray((sheet * 255).round().astype(np.uint8)).save(path)
@@ -268,7 +342,7 @@ def main():
             print(
                 f"{name:24} {result['quality_first']['value']:.3f}  {result['quality_last']['value']:.3f}  "
                 f"{kept['value']:.3f} ({kept['low']:.3f} to {kept['high']:.3f})  {over_first['value']:.3f}     "
-                f"{result['alive']['value']:.2f}   {result['direction']['value']:.2f}"
+                f"{result['alive']['value']:.2f}   {result.get('direction', {}).get('value', math.nan):.2f}"
             )
 
 
