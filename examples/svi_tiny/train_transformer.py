@@ -53,6 +53,12 @@ def parse_args():
         "--learning_rate", type=float, default=2e-3, help="Of the matrices in the blocks; all else has half of it."
     )
     parser.add_argument(
+        "--optimizer",
+        choices=("muon", "adamw"),
+        default="muon",
+        help="Of the matrices in the blocks. Muon computes in bfloat16, whatever `--mixed_precision` says.",
+    )
+    parser.add_argument(
         "--two_sided_share",
         type=float,
         default=0.4,
@@ -212,8 +218,12 @@ def main():
     matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
     chosen = set(map(id, matrices))
     others = [p for p in (*transformer.parameters(), *text_encoder.parameters()) if id(p) not in chosen]
+    if args.optimizer == "muon":
+        first = torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    else:
+        first = torch.optim.AdamW(matrices, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     optimizers = [
-        torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        first,
         torch.optim.AdamW(others, lr=args.learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [cosine_schedule(optimizer, 200, args.max_train_steps) for optimizer in optimizers]
