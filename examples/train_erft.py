@@ -333,6 +333,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default="diffusers",
         help="original: beside diffusers' layout, a file for ComfyUI and the authors' loader. Default: %(default)s.",
     )
+    add(
+        "--export_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="Of the finished weights; checkpoints stay float32. Default: %(default)s.",
+    )
     add("--push_to_hub", action="store_true", help="Push LoRA, model card and film to the Hub.")
     add("--hub_model_id", help="Repository there. Default: the name of `output_dir`.")
     add("--hub_token", help="Token for it; by default that of `hf auth login`.")
@@ -1219,6 +1225,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Save, validate, push
     state_dict = lora_state_dict(accelerator, transformer)
+    state_dict = {name: value.to(getattr(torch, args.export_dtype)) for name, value in state_dict.items()}
     if accelerator.is_main_process:
         write_lora(output_dir / LORA_NAME, state_dict)
         if args.export_format == "original":

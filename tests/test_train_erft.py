@@ -205,6 +205,7 @@ def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
         checkpointing_steps=1,
         checkpoints_total_limit=2,
         export_format="original",
+        export_dtype="bfloat16",
         report_to="tensorboard",
         validation_prompt=["a cat sits", "the cat jumps"],
         validation_image=image,
@@ -227,6 +228,9 @@ def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
     both = [read_lora(run, name) for name in (LORA, "pytorch_lora_weights_original.safetensors")]
     assert both[0].conditioning == both[1].conditioning == PixelMotion(1, "reference")
     assert both[0].state_dict.keys() == both[1].state_dict.keys()
+    kept = read_lora(run / "checkpoint-3", LORA)
+    dtypes = [{value.dtype for value in lora.state_dict.values()} for lora in (*both, kept)]
+    assert dtypes == [{torch.bfloat16}, {torch.bfloat16}, {torch.float32}]
     with safe_open(run / "pytorch_lora_weights_original.safetensors", "pt") as file:
         assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in file.keys()
 

@@ -42,6 +42,18 @@ def parse_args():
     parser.add_argument("--crop_size", type=int, default=world.SIZE, help="Of windows around the sprite, in pixels.")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument(
+        "--optimizer",
+        choices=("muon", "adamw"),
+        default="muon",
+        help="Of the kernels. Muon computes in bfloat16, whatever `--mixed_precision` says.",
+    )
+    parser.add_argument(
+        "--decoder_only",
+        action="store_true",
+        help="Train the decoder alone: latents, and a transformer trained on them, stay as they are.",
+    )
+    parser.add_argument("--mse_weight", type=float, default=2.0, help="Of the mean squared error, beside L1.")
+    parser.add_argument(
         "--kl_weight", type=float, default=1e-4, help="Weight of the KL divergence, mean over latents."
     )
     parser.add_argument(
@@ -126,7 +138,7 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 def flat_convolutions(vae: AutoencoderKLWan) -> dict[torch.nn.Parameter, torch.nn.Parameter]:
     """Convolution kernels as matrices in the same memory: `torch.optim.Muon` takes no other shape."""
-    kernels = [p for p in vae.parameters() if p.ndim >= 4 and p.shape[0] > 3]
+    kernels = [p for p in vae.parameters() if p.requires_grad and p.ndim >= 4 and p.shape[0] > 3]
     return {kernel: torch.nn.Parameter(kernel.data.view(kernel.shape[0], -1)) for kernel in kernels}
 
 
@@ -165,10 +177,19 @@ def main():
     vae = build_vae() if args.init_from is None else AutoencoderKLWan.from_pretrained(args.init_from)
     vae.to(accelerator.device)
     accelerator.print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
+    if args.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     flat = flat_convolutions(vae)
-    others = [p for p in vae.parameters() if p not in flat]
+    others = [p for p in vae.parameters() if p.requires_grad and p not in flat]
+    if args.optimizer == "muon":
+        first = torch.optim.Muon(
+            flat.values(), lr=args.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
+    else:
+        first = torch.optim.AdamW(flat.values(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     optimizers = [
-        torch.optim.Muon(flat.values(), lr=args.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        first,
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [cosine_schedule(optimizer, 100, args.max_train_steps) for optimizer in optimizers]
@@ -196,7 +217,7 @@ def main():
             posterior = vae.encode(inputs).latent_dist
             decoded = decode(vae, posterior.sample())
         error = decoded.float() - target
-        reconstruction = error.abs().mean() + 2 * error.square().mean()
+        reconstruction = error.abs().mean() + args.mse_weight * error.square().mean()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         accelerator.backward(reconstruction + args.kl_weight * kl)
@@ -222,7 +243,8 @@ def main():
             checkpoint(accelerator, args.checkpoint_dir, step + 1)
 
     vae = accelerator.unwrap_model(vae).cpu()
-    set_latent_statistics(vae, args.seed, args.num_statistics_clips)
+    if not args.decoder_only:
+        set_latent_statistics(vae, args.seed, args.num_statistics_clips)
     vae.half()  # half the bytes: loading turns them into float32 again
     vae.save_pretrained(args.output_dir / "vae")
     record.write(parameters=sum(p.numel() for p in vae.parameters()))
