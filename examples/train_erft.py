@@ -289,6 +289,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="Default: %(default)s.")
     add("--rank", "--lora_rank", type=int, default=128, help="Of the LoRA. Default: %(default)s.")
     add("--lora_alpha", type=float, help="Default: the rank, so that the LoRA's scale is 1.")
+    add("--init_lora", help="LoRA to go on from, of the same rank: a file, or a folder or Hub repository with it.")
+    add("--init_lora_weight_name", help="The file in that folder or repository.")
     add("--train_batch_size", type=int, default=1, help="Samples a step and process. Default: %(default)s.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Default: %(default)s.")
     add("--num_train_epochs", type=int, default=10, help="Default: %(default)s.")
@@ -622,8 +624,30 @@ def fill_cache(
 # Training
 
 
+def read_init_lora(args: argparse.Namespace) -> dict[str, torch.Tensor] | None:
+    """The weights to go on from, at the scale of this run."""
+    if args.init_lora is None:
+        return None
+    lora = read_lora(args.init_lora, args.init_lora_weight_name, cache_dir=args.cache_dir)
+    ranks = {value.shape[0] for name, value in lora.state_dict.items() if ".lora_A." in name}
+    if ranks != {args.rank}:
+        raise ValueError(
+            f"`--init_lora`: {lora.name!r} has rank {', '.join(map(str, sorted(ranks)))}, but `--rank` is {args.rank}."
+        )
+    # Files without settings are of scale 1.
+    alpha = (lora.adapter_metadata or {}).get("transformer.lora_alpha", args.rank)
+    return {
+        name.removeprefix("transformer."): value.float() * (alpha / args.lora_alpha if ".lora_B." in name else 1)
+        for name, value in lora.state_dict.items()
+    }
+
+
 def load_transformer(
-    args: argparse.Namespace, folder: Path, subfolder: str, weight_dtype: torch.dtype
+    args: argparse.Namespace,
+    folder: Path,
+    subfolder: str,
+    weight_dtype: torch.dtype,
+    init_lora: dict[str, torch.Tensor] | None,
 ) -> WanTransformer3DModel:
     """The frozen base with a float32 LoRA on it."""
     quantization = None
@@ -643,6 +667,14 @@ def load_transformer(
         transformer.enable_gradient_checkpointing()
     transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=TARGET_MODULES))
     cast_training_params(transformer, dtype=torch.float32)
+    if init_lora is not None:
+        own, given = get_peft_model_state_dict(transformer).keys(), init_lora.keys()
+        if own != given:
+            raise ValueError(
+                f"`--init_lora` does not fit: it lacks {len(own - given)} of {len(own)} weights of this model's LoRA, "
+                f"and has {len(given - own)} others."
+            )
+        set_peft_model_state_dict(transformer, init_lora)
     return transformer
 
 
@@ -1071,6 +1103,7 @@ def main(args: argparse.Namespace) -> None:
     subfolder = "transformer_2" if args.expert == "low" else "transformer"
     scheme = make_scheme(args)
     scheme.check(args.num_frames, expand_timesteps)
+    init_lora = read_init_lora(args)
 
     # Data
     if accelerator.is_main_process:
@@ -1082,7 +1115,7 @@ def main(args: argparse.Namespace) -> None:
 
     # The transformer and its LoRA, which begins with the same random numbers whatever was encoded before
     set_seed(args.seed)
-    transformer = load_transformer(args, folder, subfolder, weight_dtype)
+    transformer = load_transformer(args, folder, subfolder, weight_dtype, init_lora)
     if not args.quantize_base:
         transformer.to(accelerator.device)
     config = next(iter(transformer.peft_config.values()))

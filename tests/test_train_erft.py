@@ -235,6 +235,22 @@ def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
         assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in file.keys()
 
 
+def test_it_goes_on_from_a_lora(models, tmp_path):
+    options = {"max_train_steps": 1, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "first", preset="none", **options)
+    given = read_lora(tmp_path / "first", LORA)
+    # Half the alpha, and no learning: what comes out is the same LoRA, with B twice as large.
+    options |= {"init_lora": tmp_path / "first" / LORA, "lora_alpha": 2, "learning_rate": 0.0}
+    train(models / "i2v", tmp_path / "second", **options)
+    made = read_lora(tmp_path / "second", LORA).state_dict
+    for name, value in given.state_dict.items():
+        torch.testing.assert_close(made[name], value * (2 if ".lora_B." in name else 1), rtol=0, atol=0)
+    message = refused(models / "i2v", tmp_path / "third", **{**options, "rank": 2})
+    assert "has rank 4, but `--rank` is 2" in message
+    message = refused(models / "i2v", tmp_path / "third", **{**options, "init_lora": tmp_path / "none.safetensors"})
+    assert "No LoRA could be read" in message
+
+
 def test_training_from_the_cache_encodes_nothing(models, tmp_path):
     first = train(models / "i2v", tmp_path / "one", max_train_steps=1, latent_cache_dir=tmp_path / "cache")
     entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}

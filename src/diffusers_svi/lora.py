@@ -9,6 +9,7 @@ import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, _fetch_state_dict
 from diffusers.utils import get_adapter_name
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -101,7 +102,7 @@ def read_lora(
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             **{option: hub_options.get(option) for option in _HUB_OPTIONS},
         )
-    except (OSError, IndexError, SafetensorError) as error:
+    except (OSError, IndexError, SafetensorError, HFValidationError) as error:
         raise ValueError(
             f"No LoRA could be read from {name!r}: {error} Give a safetensors file, or a folder or Hub repository "
             "with `weight_name`, the file in it."
