@@ -3,14 +3,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LORAS := models/svi-tiny-loras
 
-.PHONY: help demo test quality style clean
+.PHONY: help demo drift test quality style clean
 
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
 
 demo: $(VENV)/demo  ## Make a long film with the embedded model: outputs/demo/film.mp4 and a contact sheet
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
+
+drift: $(VENV)/test  ## Measure how chains drift, with error recycling and without: outputs/drift
+	$(BIN)/python benchmarks/drift.py --quick --output_dir outputs/drift \
+		--lora control=$(LORAS)/control.safetensors erft-shot=$(LORAS)/shot.safetensors
 
 test: $(VENV)/test  ## Run the tests
 	$(BIN)/python -m pytest

@@ -1004,28 +1004,44 @@ def make_film(
 
 
 def write_model_card(args: argparse.Namespace, scheme: Scheme, repo_id: str, validation: dict | None) -> None:
-    settings = ("preset", "expert", "rank", "lora_alpha", "p_vid", "p_img", "p_noi", "p_clean", "n_img", "img_slots")
-    settings += (
-        "boundary_steps",
-        "p_boundary",
+    settings = (
+        "preset",
+        "expert",
+        "init_lora",
+        "rank",
+        "lora_alpha",
+        "p_vid",
+        "p_img",
+        "p_noi",
+        "p_clean",
+        "n_img",
+        "img_slots",
         "img_sigmas",
         "img_scale",
+        "boundary_steps",
+        "p_boundary",
         "num_grids",
         "bank_capacity",
         "learning_rate",
         "train_batch_size",
+        "gradient_accumulation_steps",
+        "max_train_steps",
+        "num_frames",
+        "height",
+        "width",
+        "seed",
     )
-    settings += ("gradient_accumulation_steps", "max_train_steps", "num_frames", "height", "width", "seed")
     rows = "\n".join(f"| {name} | {getattr(args, name)} |" for name in settings if getattr(args, name) is not None)
     expert = {"high": "", "low": ", load_into_transformer_2=True", None: ""}[args.expert]
+    base, is_local = args.pretrained_model_name_or_path, os.path.isdir(args.pretrained_model_name_or_path)
     text = f"""# SVI LoRA: {repo_id}
 
-A LoRA for [{args.pretrained_model_name_or_path}](https://huggingface.co/{args.pretrained_model_name_or_path}) for
+A LoRA for {f"`{base}`" if is_local else f"[{base}](https://huggingface.co/{base})"} for
 videos of any length, trained by error recycling ([paper](https://arxiv.org/abs/2510.09212)) with diffusers_svi.
 Clips are chained by `{scheme}`, which `load_lora_weights` reads from the file.
 
 ```python
-pipe = SVIPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.bfloat16)
+pipe = SVIPipeline.from_pretrained("{base}", dtype=torch.bfloat16)
 pipe.load_lora_weights("{repo_id}", weight_name="{LORA_NAME}"{expert})
 film = pipe(image=image, prompts=["...", "..."], height={args.height}, width={args.width}).frames[0]
 ```
@@ -1054,7 +1070,8 @@ How its clips differ from the first, in their last frames:
 {table}
 """
     data = ModelCardData(
-        base_model=args.pretrained_model_name_or_path,
+        # The Hub takes no local folder for a model.
+        base_model=None if is_local else base,
         library_name="diffusers",
         pipeline_tag="image-to-video",
         tags=["image-to-video", "diffusers", "diffusers-training", "lora", "wan", "svi"],

@@ -55,7 +55,7 @@ def test_it_is_real_and_small(svi_tiny):
 
 
 # Bars that svi-tiny does not reach yet. Once it does, the tests fail until the mark is taken away.
-@pytest.mark.xfail(strict=True, reason="the VAE has 32.3 dB at its worst frame")
+@pytest.mark.xfail(strict=True, reason="the VAE has 32.5 dB at its worst frame")
 def test_the_vae_keeps_the_world(svi_tiny):
     """The committed measurement has 64 videos; eight of them are measured again here."""
     errors = []
@@ -108,17 +108,17 @@ def test_committed_first_clips_meet_the_bars(results):
     assert first_clip["direction_followed"] >= 0.9
 
 
-@pytest.mark.xfail(strict=True, reason="32.3 dB of the 33 at every frame")
+@pytest.mark.xfail(strict=True, reason="32.5 dB of the 33 at every frame")
 def test_the_committed_vae_meets_the_bar(results):
     assert results["vae"]["psnr_worst_frame"] >= 33
 
 
-@pytest.mark.xfail(strict=True, reason="the chain's background drifts 1.4 times as far as the VAE's")
+@pytest.mark.xfail(strict=True, reason="the chain's background drifts no further than the VAE's")
 def test_the_committed_chain_drifts_much_more_than_the_vae(results):
     assert results["gates"]["chain_drift"] >= 3 * results["gates"]["vae_drift"]
 
 
-@pytest.mark.xfail(strict=True, reason="0.44 of unit variance")
+@pytest.mark.xfail(strict=True, reason="0.47 of unit variance")
 def test_the_committed_last_latent_is_close(results):
     assert results["gates"]["last_latent_rms"] <= 0.3
 
