@@ -15,7 +15,7 @@ LoRAs named `control`, and `erft` with anything behind it, go into the summary.
 
 *Kept* is quality at the last clip over quality at the tenth (or over the first). *Alive*, the mean change from frame
 to frame over the true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap
-over chains. Writes `drift.json`, a plot, and a contact sheet for every contestant.
+over chains. Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side.
 
 Any other model is measured on images and prompts of one's own, without a truth and without weights: colour (the shift
 of the mean over a tenth of the range), contrast and sharpness of the last frame against that of the first clip.
@@ -295,9 +295,27 @@ def plot(results: dict, path: Path) -> None:
 
 def contact_sheet(rows: np.ndarray, path: Path) -> None:
     """Last frames `(chains, clips, height, width, 3)`: a row a chain, up to 12 clips of it."""
-    clips = np.unique(np.linspace(0, rows.shape[1] - 1, 12).round().astype(int))
-    sheet = np.concatenate([np.concatenate(list(row[clips]), axis=1) for row in rows], axis=0)
+    sheet = np.concatenate([np.concatenate(list(row[shown_clips(len(row))]), axis=1) for row in rows], axis=0)
     PIL.Image.fromarray((sheet * 255).round().astype(np.uint8)).save(path)
+
+
+def shown_clips(num_clips: int) -> np.ndarray:
+    return np.unique(np.linspace(0, num_clips - 1, 12).round().astype(int))
+
+
+def compare(rows: dict[str, np.ndarray], clips: list[int], path: Path) -> None:
+    """The same chains of everyone side by side: last frames `(chains, clips, height, width, 3)`, of four clips."""
+    chosen = np.unique(np.linspace(0, len(clips) - 1, 4).round().astype(int))
+    chains, _, height, width, _ = next(iter(rows.values())).shape
+    size = (1.6 * len(chosen) * len(rows), 1.6 * chains * height / width + 0.4)
+    figure, axes = plt.subplots(1, len(rows), figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, frames) in zip(axes[0], rows.items(), strict=True):
+        axis.imshow(np.concatenate([np.concatenate(list(row[chosen]), axis=1) for row in frames], axis=0))
+        axis.set_title(name, fontsize=16)
+        axis.set_xticks(width * (np.arange(len(chosen)) + 0.5), [f"clip {clips[i] + 1}" for i in chosen], fontsize=12)
+        axis.set_yticks([])
+    figure.savefig(path, dpi=60)
+    plt.close(figure)
 
 
 def main():
@@ -305,11 +323,13 @@ def main():
     started = time.time()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = {setting: {} for setting in args.settings}
+    sheets = {setting: {} for setting in args.settings}
     for name, scheme, pipe in contestants(args, PLAIN):
         for setting in args.settings:
             chains, rows = run_chains(pipe, name, scheme, setting, args)
             results[setting][name] = {"scheme": str(scheme), **summarize(chains, args.num_clips)}
             contact_sheet(rows, args.output_dir / f"{setting}-{name}.png")
+            sheets[setting][name] = rows
 
     summary = {}
     for setting, measured in results.items():
@@ -335,6 +355,8 @@ def main():
     }
     (args.output_dir / "drift.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(results, args.output_dir / "drift.png")
+    for setting, rows in sheets.items():
+        compare(rows, list(range(args.num_clips)), args.output_dir / f"{setting}.png")
     for setting, measured in results.items():
         print(f"\n{setting:24} first  last   kept over 10th (95%)   over 1st  alive  direction")
         for name, result in measured.items():

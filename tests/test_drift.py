@@ -129,3 +129,4 @@ def test_it_runs(tmp_path):
     assert "kept over 10th" in finished.stdout
     assert PIL.Image.open(tmp_path / "drift.png").size[0] > 800
     assert PIL.Image.open(tmp_path / "creative-noise.png").size == (2 * 64, 64)
+    assert PIL.Image.open(tmp_path / "creative.png").size[0] > 400
