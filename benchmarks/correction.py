@@ -43,7 +43,6 @@ import matplotlib.pyplot as plt
 
 
 FIRST_STORY = 60000
-FLOW_SHIFT = 5.0
 ROUND_TRIPS = (1, 3, 10)
 STEP_SIGMAS = (0.3, 0.7, 0.95)
 PLAIN = {"base": PixelMotion(1), "reference": PixelMotion(1, padding="reference"), "anchor": LatentMotion(1)}
@@ -93,10 +92,8 @@ class Films:
             torch.cat([pipe.encode_prompt(prompt, None, False, max_sequence_length=32)[0] for prompt in some])
             for some in prompts
         ]
-        self.noise = torch.randn(
-            (2, args.num_samples, pipe.vae.config.z_dim, 5, 8, 8), generator=torch.Generator().manual_seed(0)
-        )
         self.before_latents, self.clip_latents = (encode_video(pipe.vae, video) for video in (self.before, self.clip))
+        self.noise = torch.randn((2, *self.before_latents.shape), generator=torch.Generator().manual_seed(0))
         self.start = scheme.condition(pipe.vae, self.image, num_frames=world.CLIP_FRAMES)
         self.condition, self.next = (
             self._true_end(self.before, self.before_latents),
@@ -126,7 +123,9 @@ class Films:
             return self.predict(noisy, sigmas, condition, clip)
 
         noise = self.noise[clip]
-        return denoise(predict, torch.zeros_like(noise), noise, 1.0, self.num_steps, FLOW_SHIFT)
+        return denoise(
+            predict, torch.zeros_like(noise), noise, 1.0, self.num_steps, self.pipe.scheduler.config.flow_shift
+        )
 
     def step_error(self, sigma: float) -> torch.Tensor:
         """Clean-side errors of one step on the first clips, from their true conditions."""

@@ -303,16 +303,17 @@ def shown_clips(num_clips: int) -> np.ndarray:
     return np.unique(np.linspace(0, num_clips - 1, 12).round().astype(int))
 
 
-def compare(rows: dict[str, np.ndarray], clips: list[int], path: Path) -> None:
-    """The same chains of everyone side by side: last frames `(chains, clips, height, width, 3)`, of four clips."""
-    chosen = np.unique(np.linspace(0, len(clips) - 1, 4).round().astype(int))
-    chains, _, height, width, _ = next(iter(rows.values())).shape
+def compare(rows: dict[str, np.ndarray], path: Path) -> None:
+    """Last frames `(chains, clips, height, width, 3)` of everyone side by side, four clips of those in the sheets."""
+    chains, num_clips, height, width, _ = next(iter(rows.values())).shape
+    shown = shown_clips(num_clips)
+    chosen = shown[np.unique(np.linspace(0, len(shown) - 1, 4).round().astype(int))]
     size = (1.6 * len(chosen) * len(rows), 1.6 * chains * height / width + 0.4)
     figure, axes = plt.subplots(1, len(rows), figsize=size, squeeze=False, layout="constrained")
     for axis, (name, frames) in zip(axes[0], rows.items(), strict=True):
         axis.imshow(np.concatenate([np.concatenate(list(row[chosen]), axis=1) for row in frames], axis=0))
         axis.set_title(name, fontsize=16)
-        axis.set_xticks(width * (np.arange(len(chosen)) + 0.5), [f"clip {clips[i] + 1}" for i in chosen], fontsize=12)
+        axis.set_xticks(width * (np.arange(len(chosen)) + 0.5), [f"clip {clip + 1}" for clip in chosen], fontsize=12)
         axis.set_yticks([])
     figure.savefig(path, dpi=60)
     plt.close(figure)
@@ -356,7 +357,7 @@ def main():
     (args.output_dir / "drift.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(results, args.output_dir / "drift.png")
     for setting, rows in sheets.items():
-        compare(rows, list(range(args.num_clips)), args.output_dir / f"{setting}.png")
+        compare(rows, args.output_dir / f"{setting}.png")
     for setting, measured in results.items():
         print(f"\n{setting:24} first  last   kept over 10th (95%)   over 1st  alive  direction")
         for name, result in measured.items():

@@ -23,7 +23,16 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
 from train_vae import HELD_OUT
-from training import Record, checkpoint, cosine_schedule, resume, sample_clip, to_pixels
+from training import (
+    Record,
+    add_shared_options,
+    checkpoint,
+    cosine_schedule,
+    matrix_optimizer,
+    resume,
+    sample_clip,
+    to_pixels,
+)
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from diffusers_svi import PixelMotion, SVIPipeline
@@ -53,12 +62,6 @@ def parse_args():
         "--learning_rate", type=float, default=2e-3, help="Of the matrices in the blocks; all else has half of it."
     )
     parser.add_argument(
-        "--optimizer",
-        choices=("muon", "adamw"),
-        default="muon",
-        help="Of the matrices in the blocks. Muon computes in bfloat16, whatever `--mixed_precision` says.",
-    )
-    parser.add_argument(
         "--two_sided_share",
         type=float,
         default=0.4,
@@ -66,12 +69,7 @@ def parse_args():
     )
     parser.add_argument("--prompt_dropout", type=float, default=0.1, help="Share of clips trained without a prompt.")
     parser.add_argument("--ema_decay", type=float, default=0.999)
-    parser.add_argument(
-        "--mixed_precision",
-        choices=("no", "bf16"),
-        default="bf16",
-        help="A CPU without bfloat16 instructions is a hundred times slower with bf16 than without.",
-    )
+    add_shared_options(parser)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--validation_steps", type=int, default=500)
     parser.add_argument("--num_validation_clips", type=int, default=12)
@@ -218,12 +216,8 @@ def main():
     matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
     chosen = set(map(id, matrices))
     others = [p for p in (*transformer.parameters(), *text_encoder.parameters()) if id(p) not in chosen]
-    if args.optimizer == "muon":
-        first = torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    else:
-        first = torch.optim.AdamW(matrices, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     optimizers = [
-        first,
+        matrix_optimizer(args, matrices, weight_decay=0.01),
         torch.optim.AdamW(others, lr=args.learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [cosine_schedule(optimizer, 200, args.max_train_steps) for optimizer in optimizers]

@@ -20,7 +20,16 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, unpatchify
 from tqdm.auto import tqdm
-from training import Record, checkpoint, cosine_schedule, resume, sample_clip, to_pixels
+from training import (
+    Record,
+    add_shared_options,
+    checkpoint,
+    cosine_schedule,
+    matrix_optimizer,
+    resume,
+    sample_clip,
+    to_pixels,
+)
 
 from diffusers_svi.tiny import world
 
@@ -42,12 +51,6 @@ def parse_args():
     parser.add_argument("--crop_size", type=int, default=world.SIZE, help="Of windows around the sprite, in pixels.")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument(
-        "--optimizer",
-        choices=("muon", "adamw"),
-        default="muon",
-        help="Of the kernels. Muon computes in bfloat16, whatever `--mixed_precision` says.",
-    )
-    parser.add_argument(
         "--decoder_only",
         action="store_true",
         help="Train the decoder alone: latents, and a transformer trained on them, stay as they are.",
@@ -59,12 +62,7 @@ def parse_args():
     parser.add_argument(
         "--round_trips_from", type=float, default=0.3, help="Share of the run before round trips begin."
     )
-    parser.add_argument(
-        "--mixed_precision",
-        choices=("no", "bf16"),
-        default="bf16",
-        help="A CPU without bfloat16 instructions is a hundred times slower with bf16 than without.",
-    )
+    add_shared_options(parser)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--validation_steps", type=int, default=250)
     parser.add_argument("--num_validation_clips", type=int, default=16)
@@ -182,14 +180,8 @@ def main():
         vae.quant_conv.requires_grad_(False)
     flat = flat_convolutions(vae)
     others = [p for p in vae.parameters() if p.requires_grad and p not in flat]
-    if args.optimizer == "muon":
-        first = torch.optim.Muon(
-            flat.values(), lr=args.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        )
-    else:
-        first = torch.optim.AdamW(flat.values(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     optimizers = [
-        first,
+        matrix_optimizer(args, flat.values(), weight_decay=0.0),
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [cosine_schedule(optimizer, 100, args.max_train_steps) for optimizer in optimizers]

@@ -1,5 +1,6 @@
 """What the training scripts of svi-tiny share: films of the world, the record beside the weights, checkpoints."""
 
+import argparse
 import json
 import math
 import time
@@ -28,6 +29,29 @@ def sample_clip(seed: int, index: int) -> tuple[str, np.ndarray]:
 def to_pixels(frames: np.ndarray) -> torch.Tensor:
     """`(batch, frames, height, width, 3)` uint8 to `(batch, 3, frames, height, width)` in [-1, 1]."""
     return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--optimizer",
+        choices=("muon", "adamw"),
+        default="muon",
+        help="Of the matrices. Muon computes in bfloat16, whatever `--mixed_precision` says.",
+    )
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("no", "bf16"),
+        default="bf16",
+        help="A CPU without bfloat16 instructions is a hundred times slower with bf16 than without.",
+    )
+
+
+def matrix_optimizer(args: argparse.Namespace, matrices, weight_decay: float) -> torch.optim.Optimizer:
+    """What `--optimizer` asks for, at `--learning_rate`."""
+    options = {"lr": args.learning_rate, "weight_decay": weight_decay}
+    if args.optimizer == "muon":
+        return torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
+    return torch.optim.AdamW(matrices, betas=(0.9, 0.98), **options)
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int):
