@@ -141,6 +141,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--train_data_dir", help="Folder of videos with a CSV or JSONL file of captions, the authors' CSV included.")
     add("--dataset_name", help="Hugging Face dataset with a video column: Hub name or folder.")
     add("--world_videos", type=int, help="So many films of svi-tiny's procedural world.")
+    add(
+        "--world_setting",
+        choices=("creative", "consistent"),
+        default="creative",
+        help="Whether their scenes and sprites change, or one motion goes on. Default: %(default)s.",
+    )
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--video_column", help="Column of the videos; found by its name if not given.")
     add("--caption_column", help="Column of the captions; found by its name if not given.")
@@ -452,7 +458,8 @@ def find_videos(args: argparse.Namespace, layout: SampleLayout, scheme: Scheme) 
                 f"The world of svi-tiny is {world.SIZE} x {world.SIZE} pixels: `--height` and `--width` must be "
                 f"{world.SIZE}, got {args.height} x {args.width}."
             )
-        return world_videos(args.world_videos, args.seed, args.num_frames, layout.history, scheme.overlap)
+        sizes = args.num_frames, layout.history, scheme.overlap
+        return world_videos(args.world_videos, args.seed, *sizes, args.world_setting)
     columns = {"video_column": args.video_column, "caption_column": args.caption_column}
     if args.train_data_dir:
         candidates = open_folder(args.train_data_dir, **columns)
@@ -531,12 +538,10 @@ def encode_sample(
     clip, history = video[:, :, -args.num_frames :], video[:, :, : args.num_frames]
     if scheme.carried_latents:
         known = {"image": reference, "latents": encode_video(pipe.vae, history)}
-        first = {"image": frames[:, :, 0]}
     elif scheme.carried_frames:
         known = {"image": reference, "frames": frames}
-        first = {"image": reference, "frames": frames[:, :, :1]}
     else:
-        known, first = {"image": reference}, {"image": frames[:, :, 0]}
+        known = {"image": reference}
 
     def condition(**known) -> torch.Tensor:
         if pipe.config.expand_timesteps:
@@ -545,7 +550,9 @@ def encode_sample(
 
     encoded = {"latents": encode_video(pipe.vae, clip), "condition": condition(**known)}
     if args.p_motion < 1:
-        encoded["first_condition"] = condition(**first)
+        # A film begins with its start image, which is the reference or anchor too.
+        first = {"image": clip[:, :, 0], "frames": frames[:, :, :1]}
+        encoded["first_condition"] = condition(**(first if scheme.carried_frames else {"image": frames[:, :, 0]}))
     if args.boundary_steps:
         # What the clip before was made from, and what the scheme makes of its end when that is as it should be.
         carried = scheme.carried_frames
@@ -584,9 +591,9 @@ def fill_cache(
     videos = [video for video in samples.videos for _ in range(args.samples_per_video)]
     captions = [video.caption for video in videos]
     history_captions = [video.history_caption or video.caption for video in videos]
-    with_first = args.p_motion < 1
     with_history = args.boundary_steps > 0
-    settings = (encoders, scheme.to_dict(), with_first, *(("history",) if with_history else ()))
+    kinds = [name for name, wanted in (("first", args.p_motion < 1), ("history", with_history)) if wanted]
+    settings = (encoders, scheme.to_dict(), *kinds)
     keys = [fingerprint(samples.key(i), *settings) for i in range(len(samples))]
     text_settings = (encoders, str(WEIGHT_DTYPES[accelerator.mixed_precision]), args.max_sequence_length)
     used = {*captions, "", *(history_captions if with_history else ())}

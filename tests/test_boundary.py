@@ -95,6 +95,14 @@ def test_a_sample_meets_its_own_boundary_error_whole():
     assert not added[1].any() and not added[3].any()
 
 
+def test_boundary_errors_are_scaled_too():
+    recycler = make_recycler(p_boundary=1, img_scale=(0.5, 2.0))
+    recycler.recycle_boundary(torch.ones(1, *SHAPE), torch.tensor([0]))
+    scales = [inject(recycler, [0]) for _ in range(200)]
+    assert all(added.max() - added.min() < 1e-6 for added in scales)
+    assert 0.5 <= min(added.max() for added in scales) < 0.6 and 1.9 < max(added.max() for added in scales) <= 2.0
+
+
 def test_only_the_last_boundary_errors_of_a_sample_are_kept():
     recycler = make_recycler(p_boundary=1)
     for value in (1.0, 2.0, 3.0):

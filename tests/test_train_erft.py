@@ -301,6 +301,36 @@ def test_names_known_from_elsewhere(train_erft):
     assert (args.bank_capacity, args.bank_replacement, args.p_motion) == (7, "l2", 0.5)
 
 
+@pytest.mark.parametrize("preset", ["shot", "film-2.0", "pro"])
+def test_a_first_clip_has_its_own_first_frame_as_reference(train_erft, preset):
+    """The condition that the pipeline gives the first clip of a film; of one that goes on it is another."""
+    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1", f"--preset={preset}"]
+    small = ["--height=64", "--width=64", "--num_frames=17", "--p_motion=0.5", "--no-first_frame_augmentation"]
+    args = train_erft.parse_args([*base, *small])
+    train_erft.check_args(args)
+    pipe = SVIPipeline(**make_components("i2v"))
+    scheme = train_erft.make_scheme(args)
+    layout = train_erft.make_layout(args, scheme)
+    sample = train_erft.Samples(train_erft.find_videos(args, layout, scheme), layout, 0)[0]
+    encoded = train_erft.encode_sample(pipe, sample, scheme, args)
+    begin = sample["video"][None, :, -17]
+    expected = scheme.condition(pipe.vae, begin, num_frames=17)[0]
+    torch.testing.assert_close(encoded["first_condition"], expected)
+    assert (encoded["condition"] - expected).abs().max() > 1e-3
+
+
+def test_films_of_one_scene(train_erft):
+    """`--world_setting consistent`: the caption of the clip is that of the clip before."""
+    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=8", "--preset=shot"]
+    args = train_erft.parse_args([*base, "--height=64", "--width=64", "--num_frames=17"])
+    same = {}
+    for args.world_setting in ("consistent", "creative"):
+        scheme = train_erft.make_scheme(args)
+        videos = train_erft.find_videos(args, train_erft.make_layout(args, scheme), scheme)
+        same[args.world_setting] = [video.caption == video.history_caption for video in videos]
+    assert all(same["consistent"]) and not all(same["creative"])
+
+
 def test_an_experts_timesteps_stay_on_its_side(train_erft):
     base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1", "--preset=pro"]
     sigmas = train_erft.shifted_sigmas(1000, 5.0)

@@ -136,14 +136,21 @@ class ErrorRecycler:
         draws = torch.rand(len(condition), generator=self.generator, dtype=torch.float64)
         known = (samples >= 0) & self.boundary.filled()[samples]
         met = switch & (draws < self.injection.p_boundary) & known
-        return self.with_boundary_errors(condition, torch.where(met, samples, -1)), met
+        return self.with_boundary_errors(condition, torch.where(met, samples, -1), self.injection.img_scale), met
 
-    def with_boundary_errors(self, condition: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-        """`condition` `(batch, ...)` with a boundary error of each of `samples` `(batch,)` that has one; -1: none."""
-        condition = condition.clone()
+    def with_boundary_errors(
+        self, condition: torch.Tensor, samples: torch.Tensor, scale: tuple[float, float] = (1.0, 1.0)
+    ) -> torch.Tensor:
+        """`condition` `(batch, ...)` with a boundary error of each of `samples` `(batch,)` that has one; -1: none.
+
+        Each is scaled by a random factor in `scale`.
+        """
+        condition, (low, high) = condition.clone(), scale
+        factors = low + (high - low) * torch.rand(len(samples), generator=self.generator)
         for index, error in enumerate(self.boundary.draw(samples, self.generator)):
             if error is not None:
-                condition[index] += clean_side_error(error.residual, torch.tensor(error.sigma)).to(condition)
+                error = clean_side_error(error.residual, torch.tensor(error.sigma))
+                condition[index] += factors[index].to(condition) * error.to(condition)
         return condition
 
     @torch.no_grad()
