@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_svi import PixelMotion
+
 
 ROOT = Path(__file__).parents[1]
 COMMON = {"command", "versions", "machine", "median_seconds", "peak_resident_bytes"}
@@ -60,3 +62,9 @@ def test_erft_step():
     assert results["bank"]["full"] and results["bank"]["capacity"] == 4
     assert set(results["erft_seconds"]) == {"total", "inject", "recycle"}
     assert results["trained_parameters"] > 0 and results["preset"] == "quick"
+
+
+def test_fused_lora():
+    results = run("fused_lora", "--lora", ROOT / "models" / "svi-tiny-loras" / "shot.safetensors")
+    assert COMMON | {"clip_ratio", "scheme", "num_clips"} <= set(results)
+    assert results["clip_ratio"] > 0 and results["scheme"] == str(PixelMotion(1, padding="reference"))

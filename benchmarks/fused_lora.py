@@ -1,0 +1,92 @@
+"""What a fused LoRA costs at inference: nothing, which is measured here.
+
+    python benchmarks/fused_lora.py --lora models/svi-tiny-loras/shot.safetensors
+
+Clips are made in turn by the base model and by the model with the LoRA fused, both chained by the LoRA's scheme, with
+the same start image, prompt and noise; `clip_ratio` is the ratio of the medians of their times.
+"""
+
+import argparse
+import statistics
+import time
+
+import PIL.Image
+from contestants import HELD_OUT_SEED, ROOT
+from report import add_report_options, report
+from tqdm.auto import tqdm
+
+from diffusers_svi import SVIPipeline
+from diffusers_svi.lora import read_lora
+from diffusers_svi.provenance import provenance
+from diffusers_svi.tiny import world
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lora", required=True, help="File, with the scheme in the metadata.")
+    parser.add_argument("--num_clips", type=int, default=40, help="Clips of each. Default: %(default)s.")
+    parser.add_argument("--num_inference_steps", type=int, default=10, help="Default: %(default)s.")
+    parser.add_argument("--quick", action="store_true", help="2 clips of 1 step, for a test.")
+    add_report_options(parser)
+    args = parser.parse_args()
+    if args.quick:
+        args.num_clips, args.num_inference_steps = 2, 1
+    return args
+
+
+def make_pipe(lora: str | None) -> SVIPipeline:
+    pipe = SVIPipeline.from_pretrained(ROOT / "models" / "svi-tiny")
+    pipe.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    return pipe
+
+
+def main():
+    args = parse_args()
+    scheme = read_lora(args.lora).conditioning
+    if scheme is None:
+        raise ValueError(f"`--lora {args.lora}`: the file does not say what scheme it was trained for.")
+    pipes = {"base": make_pipe(None), "fused": make_pipe(args.lora)}
+    state, actions = world.sample_story(HELD_OUT_SEED, 0, 1, "consistent")
+    chains = {
+        name: pipe.stream(
+            image=PIL.Image.fromarray(world.render(state)),
+            prompts=world.caption(state, actions[0]),
+            num_clips=args.num_clips + 1,
+            conditioning=scheme,
+            height=world.SIZE,
+            width=world.SIZE,
+            num_frames=world.CLIP_FRAMES,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=1.0,
+            max_sequence_length=32,
+            seeds=list(range(args.num_clips + 1)),
+        )
+        for name, pipe in pipes.items()
+    }
+    seconds = {name: [] for name in chains}
+    for clip in tqdm(range(args.num_clips + 1), desc="Clips in turn"):
+        for name, chain in chains.items():
+            started = time.perf_counter()
+            next(chain)
+            if clip > 0:  # the first clip has another condition, and warms up
+                seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    report(
+        {
+            **provenance(),
+            "scheme": str(scheme),
+            "num_clips": args.num_clips,
+            "clip_ratio": medians["fused"] / medians["base"],
+            "median_seconds": medians,
+            "seconds_range": {name: [min(values), max(values)] for name, values in seconds.items()},
+        },
+        args,
+    )
+
+
+if __name__ == "__main__":
+    main()
