@@ -1,8 +1,10 @@
-"""Make a long film with svi-tiny, the model in this repository, and look at it.
+"""Make a long film with svi-tiny, the model in this repository, and look at it; then see how films of one scene last.
 
     python examples/demo.py --output_dir outputs/demo
 
-Writes `film.mp4`, clip by clip as it is made, and `contact_sheet.png` with a row for every clip.
+Writes `film.mp4`, clip by clip as it is made, and `contact_sheet.png` with a row for every clip. Then one prompt is
+told for 50 clips by svi-tiny as it is and with a LoRA that was trained by error recycling, from one image and with the
+same noise: `comparison.png`.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import matplotlib
 import numpy as np
 import PIL.Image
 import torch
+from tqdm.auto import tqdm
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.tiny import world
@@ -22,7 +25,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-MODEL = Path(__file__).parents[1] / "models" / "svi-tiny"
+MODELS = Path(__file__).parents[1] / "models"
+LORA = MODELS / "svi-tiny-loras" / "shot.safetensors"
 SCHEMES = {"pixel": PixelMotion(num_frames=1), "latent": LatentMotion(num_latents=1)}
 HELD_OUT_SEED = 1  # svi-tiny was trained on films of seed 0
 
@@ -41,6 +45,8 @@ def parse_args():
     parser.add_argument("--conditioning", choices=sorted(SCHEMES), default="pixel", help="How clips are chained.")
     parser.add_argument("--num_inference_steps", type=int, default=10, help="Denoising steps a clip.")
     parser.add_argument("--seed", type=int, default=0, help="Of the noise.")
+    parser.add_argument("--compare_clips", type=int, default=50, help="Clips of the comparison; 0: none is made.")
+    parser.add_argument("--compare_story", type=int, default=5, help="Which story's start it begins with.")
     return parser.parse_args()
 
 
@@ -57,38 +63,72 @@ def contact_sheet(rows: list[tuple[str, np.ndarray]], path: Path, columns: int =
     plt.close(figure)
 
 
-def main():
-    args = parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    pipe = SVIPipeline.from_pretrained(MODEL)
+class Story:
+    """A story of the world that svi-tiny was not trained on, and its film, clip by clip."""
 
-    state, actions = world.sample_story(HELD_OUT_SEED, args.story, args.num_clips, args.setting)
-    states = world.film(state, actions)
-    prompts = [world.caption(states[16 * clip], action) for clip, action in enumerate(actions)]
-    rows = []
-    film = args.output_dir / "film.mp4"
-    # Full chroma: at 64 x 64 pixels the usual subsampling would be seen.
-    options = {"codec": "libx264", "pixelformat": "yuv444p", "macro_block_size": 1, "output_params": ["-crf", "8"]}
-    with imageio.get_writer(film, fps=world.FPS, **options) as writer:
-        for clip in pipe.stream(
-            image=PIL.Image.fromarray(world.render(state)),
-            prompts=prompts,
-            conditioning=SCHEMES[args.conditioning],
+    def __init__(self, number: int, num_clips: int, setting: str, args: argparse.Namespace):
+        state, actions = world.sample_story(HELD_OUT_SEED, number, num_clips, setting)
+        states = world.film(state, actions)
+        self.image = PIL.Image.fromarray(world.render(state))
+        self.prompts = [world.caption(states[16 * clip], action) for clip, action in enumerate(actions)]
+        self.args = args
+
+    def tell(self, pipe: SVIPipeline, **options):
+        return pipe.stream(
+            image=self.image,
+            prompts=self.prompts,
             height=world.SIZE,
             width=world.SIZE,
             num_frames=world.CLIP_FRAMES,
-            num_inference_steps=args.num_inference_steps,
+            num_inference_steps=self.args.num_inference_steps,
             guidance_scale=1.0,
-            generator=torch.Generator().manual_seed(args.seed),
-        ):
+            generator=torch.Generator().manual_seed(self.args.seed),
+            **options,
+        )
+
+
+def make_film(pipe: SVIPipeline, args: argparse.Namespace) -> None:
+    rows, film, sheet = [], args.output_dir / "film.mp4", args.output_dir / "contact_sheet.png"
+    story = Story(args.story, args.num_clips, args.setting, args)
+    # Full chroma: at 64 x 64 pixels the usual subsampling would be seen.
+    options = {"codec": "libx264", "pixelformat": "yuv444p", "macro_block_size": 1, "output_params": ["-crf", "8"]}
+    with imageio.get_writer(film, fps=world.FPS, **options) as writer:
+        for clip in story.tell(pipe, conditioning=SCHEMES[args.conditioning]):
             frames = (clip.frames * 255).round().astype(np.uint8)
             for frame in frames:
                 writer.append_data(frame)
             rows.append((f"{clip.index + 1}. {clip.prompt}", frames))
-    sheet = args.output_dir / "contact_sheet.png"
     contact_sheet(rows, sheet)
     num_frames = sum(len(frames) for _, frames in rows)
     print(f"\n{num_frames} frames in {len(rows)} clips.\nFilm:          {film}\nContact sheet: {sheet}")
+
+
+def compare(pipe: SVIPipeline, args: argparse.Namespace) -> None:
+    """The same story by `pipe` as it is and with error recycling; rows of last frames."""
+    story = Story(args.compare_story, args.compare_clips, "consistent", args)
+    wanted = {1, 10, 25, 50, args.compare_clips}
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for name in ("svi-tiny", "with error recycling"):
+        if rows:
+            pipe.load_lora_weights(LORA)
+        # The LoRA knows how its clips are chained; without one they begin with the last frame of the clip before.
+        clips = tqdm(story.tell(pipe), desc=f"One prompt, {name}", total=args.compare_clips)
+        last = {clip.index + 1: (clip.frames[-1] * 255).round().astype(np.uint8) for clip in clips}
+        shown = {clip: frame for clip, frame in last.items() if clip in wanted}
+        rows.append((f"{name}: clips {', '.join(map(str, shown))}", np.stack(list(shown.values()))))
+    path = args.output_dir / "comparison.png"
+    contact_sheet(rows, path, len(rows[0][1]))
+    print(f"Comparison:    {path}")
+
+
+def main():
+    args = parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    pipe = SVIPipeline.from_pretrained(MODELS / "svi-tiny")
+    make_film(pipe, args)
+    if args.compare_clips:
+        compare(pipe, args)
 
 
 if __name__ == "__main__":

@@ -124,11 +124,12 @@ def test_the_committed_last_latent_is_close(results):
 
 
 def test_demo(tmp_path):
-    printed = run("demo.py", "--output_dir", tmp_path, "--num_clips", 3, "--num_inference_steps", 2)
-    film, sheet = re.findall(r"^(?:Film|Contact sheet): +(.+)$", printed, re.MULTILINE)
+    sizes = ("--num_clips", 3, "--num_inference_steps", 2, "--compare_clips", 2)
+    printed = run("demo.py", "--output_dir", tmp_path, *sizes)
+    film, sheet, comparison = re.findall(r"^(?:Film|Contact sheet|Comparison): +(.+)$", printed, re.MULTILINE)
     with av.open(film) as container:
         assert sum(1 for _ in container.decode(video=0)) == PixelMotion(1).film_length(3, 17)
-    assert PIL.Image.open(sheet).size[0] > 500
+    assert PIL.Image.open(sheet).size[0] > 500 and PIL.Image.open(comparison).size[0] > 200
 
 
 def test_evaluation_runs(tmp_path):
