@@ -15,7 +15,8 @@ LoRAs named `control`, and `erft` with anything behind it, go into the summary.
 
 *Kept* is quality at the last clip over quality at the tenth (or over the first). *Alive*, the mean change from frame
 to frame over the true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap
-over chains. Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side.
+over chains. Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side. In the
+summary LoRAs called `erft...` are compared with `control...` of the same ending, or with `control`.
 
 Any other model is measured on images and prompts of one's own, without a truth and without weights: colour (the shift
 of the mean over a tenth of the range), contrast and sharpness of the last frame against that of the first clip.
@@ -275,6 +276,24 @@ def summarize(chains: list[list[dict]], num_clips: int) -> dict:
     }
 
 
+def summarize_setting(measured: dict[str, dict]) -> dict[str, float]:
+    """What is kept by the base, by the LoRA with error recycling that ends best, and by its control."""
+    best = max(
+        (name for name in measured if name.startswith("erft")),
+        key=lambda name: measured[name]["quality_last"]["value"],
+        default="erft",
+    )
+    own = best.replace("erft", "control")
+    roles = {"base": "base", "control": own if own in measured else "control", "erft": best}
+    summary = {
+        f"{role}_kept": measured[name]["kept_over_tenth"]["value"] for role, name in roles.items() if name in measured
+    }
+    if {"control_kept", "erft_kept"} <= set(summary):
+        error, reference = (1 - measured[roles[role]]["quality_last"]["value"] for role in ("erft", "control"))
+        summary["error_vs_control"] = error / reference
+    return summary
+
+
 def plot(results: dict, path: Path) -> None:
     first = next(iter(next(iter(results.values())).values()))
     shown = [name for name in first["curves"] if name != "direction"]
@@ -295,19 +314,15 @@ def plot(results: dict, path: Path) -> None:
 
 def contact_sheet(rows: np.ndarray, path: Path) -> None:
     """Last frames `(chains, clips, height, width, 3)`: a row a chain, up to 12 clips of it."""
-    sheet = np.concatenate([np.concatenate(list(row[shown_clips(len(row))]), axis=1) for row in rows], axis=0)
+    shown = np.unique(np.linspace(0, rows.shape[1] - 1, 12).round().astype(int))
+    sheet = np.concatenate([np.concatenate(list(row[shown]), axis=1) for row in rows], axis=0)
     PIL.Image.fromarray((sheet * 255).round().astype(np.uint8)).save(path)
 
 
-def shown_clips(num_clips: int) -> np.ndarray:
-    return np.unique(np.linspace(0, num_clips - 1, 12).round().astype(int))
-
-
 def compare(rows: dict[str, np.ndarray], path: Path) -> None:
-    """Last frames `(chains, clips, height, width, 3)` of everyone side by side, four clips of those in the sheets."""
+    """Last frames `(chains, clips, height, width, 3)` of everyone side by side, at clips 1, 10, 25, 50."""
     chains, num_clips, height, width, _ = next(iter(rows.values())).shape
-    shown = shown_clips(num_clips)
-    chosen = shown[np.unique(np.linspace(0, len(shown) - 1, 4).round().astype(int))]
+    chosen = [clip - 1 for clip in sorted({1, 10, 25, 50, num_clips}) if clip <= num_clips]
     size = (1.6 * len(chosen) * len(rows), 1.6 * chains * height / width + 0.4)
     figure, axes = plt.subplots(1, len(rows), figsize=size, squeeze=False, layout="constrained")
     for axis, (name, frames) in zip(axes[0], rows.items(), strict=True):
@@ -332,22 +347,7 @@ def main():
             contact_sheet(rows, args.output_dir / f"{setting}-{name}.png")
             sheets[setting][name] = rows
 
-    summary = {}
-    for setting, measured in results.items():
-        best = max(
-            (name for name in measured if name.startswith("erft")),
-            key=lambda name: measured[name]["quality_last"]["value"],
-            default=None,
-        )
-        kept = {"base": "base", "control": "control", "erft": best}
-        summary[setting] = {
-            f"{role}_kept": measured[name]["kept_over_tenth"]["value"]
-            for role, name in kept.items()
-            if name in measured
-        }
-        if best and "control" in measured:
-            errors = [1 - measured[name]["quality_last"]["value"] for name in (best, "control")]
-            summary[setting]["error_vs_control"] = errors[0] / errors[1]
+    summary = {setting: summarize_setting(measured) for setting, measured in results.items()}
     report = {
         **provenance(),
         "summary": summary,

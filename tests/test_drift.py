@@ -130,3 +130,21 @@ def test_it_runs(tmp_path):
     assert PIL.Image.open(tmp_path / "drift.png").size[0] > 800
     assert PIL.Image.open(tmp_path / "creative-noise.png").size == (2 * 64, 64)
     assert PIL.Image.open(tmp_path / "creative.png").size[0] > 400
+
+
+def test_error_recycling_is_compared_with_the_control_of_its_own_scheme(drift):
+    def contestant(kept: float, last: float) -> dict:
+        return {"kept_over_tenth": {"value": kept}, "quality_last": {"value": last}}
+
+    measured = {
+        "base": contestant(0.8, 0.5),
+        "control-shot": contestant(0.7, 0.2),
+        "control-pro": contestant(0.6, 0.4),
+        "erft-shot": contestant(0.9, 0.6),
+        "erft-pro": contestant(0.95, 0.7),
+    }
+    expected = {"base_kept": 0.8, "control_kept": 0.6, "erft_kept": 0.95, "error_vs_control": 0.5}
+    assert drift.summarize_setting(measured) == pytest.approx(expected)
+    measured["control"] = measured.pop("control-pro")
+    assert drift.summarize_setting(measured) == pytest.approx(expected)
+    assert drift.summarize_setting({"base": measured["base"]}) == {"base_kept": 0.8}
