@@ -11,12 +11,10 @@ should show, so a clip's quality, between 0 and 1, is the mean of three parts, r
 - background: 0 in the wrong scene, else 1 less the mean absolute error over a tenth of the range;
 - sharpness: the root mean square difference of neighbouring pixels over the true one, or its inverse if that is less.
 
-LoRAs named `control`, and `erft` with anything behind it, go into the summary.
-
 *Kept* is quality at the last clip over quality at the tenth (or over the first). *Alive*, the mean change from frame
 to frame over the true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap
 over chains. Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side. In the
-summary LoRAs called `erft...` are compared with `control...` of the same ending, or with `control`.
+summary the best LoRA named `erft...` is compared with the `control...` of the same ending, or with `control`.
 
 Any other model is measured on images and prompts of one's own, without a truth and without weights: colour (the shift
 of the mean over a tenth of the range), contrast and sharpness of the last frame against that of the first clip.
