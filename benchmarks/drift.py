@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import imageio
 import matplotlib
 import numpy as np
 import PIL.Image
@@ -80,6 +81,11 @@ def parse_args():
     parser.add_argument("--num_frames", type=int, help="Of a clip. Default: 81.")
     parser.add_argument("--guidance_scale", type=float, help="Default: 5.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/drift"), help="Default: %(default)s.")
+    parser.add_argument(
+        "--save_clips",
+        action="store_true",
+        help="Keep every clip: <output_dir>/clips/<setting>-<name>/<film>-<clip>.mp4.",
+    )
     parser.add_argument("--quick", action="store_true", help="2 chains of 10 clips of `base` and the LoRAs.")
     args = parser.parse_args()
     if args.quick:
@@ -242,12 +248,22 @@ def run_chains(
             figures, row = [], []
             for clip in clips:
                 figures.append(film.measure(clip.frames, clip.start))
+                if args.save_clips:
+                    folder = args.output_dir / "clips" / f"{setting}-{name}"
+                    save_clip(clip.frames, folder / f"{film.number}-{clip.index + 1:03d}.mp4", args)
                 row.append(clip.frames[-1])
                 progress.update()
             chains.append(figures)
             if len(rows) < 8:
                 rows.append(row)
     return chains, np.array(rows)
+
+
+def save_clip(frames: np.ndarray, path: Path, args) -> None:
+    """`frames` `(frames, height, width, 3)` in [0, 1] as a video with little loss."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels, fps = (frames * 255).round().astype(np.uint8), 16 if args.images else world.FPS
+    imageio.mimwrite(path, pixels, fps=fps, codec="libx264", output_params=["-crf", "8"])
 
 
 def interval(values: np.ndarray, statistic) -> dict[str, float]:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
@@ -117,7 +118,13 @@ def test_correction_runs(tmp_path):
 
 
 def test_it_runs(tmp_path):
-    arguments = ["--num_chains=1", "--num_clips=2", "--num_inference_steps=2", f"--output_dir={tmp_path}"]
+    arguments = [
+        "--num_chains=1",
+        "--num_clips=2",
+        "--num_inference_steps=2",
+        f"--output_dir={tmp_path}",
+        "--save_clips",
+    ]
     command = [sys.executable, str(SCRIPT), *arguments, "--contestants", "base", "anchor", "noise"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -130,6 +137,11 @@ def test_it_runs(tmp_path):
     assert PIL.Image.open(tmp_path / "drift.png").size[0] > 800
     assert PIL.Image.open(tmp_path / "creative-noise.png").size == (2 * 64, 64)
     assert PIL.Image.open(tmp_path / "creative.png").size[0] > 400
+    clips = sorted(path.name.split("-")[1] for path in (tmp_path / "clips" / "creative-noise").iterdir())
+    assert clips == ["001.mp4", "002.mp4"]
+    with av.open(next((tmp_path / "clips" / "creative-noise").iterdir())) as container:
+        # The last frame of a clip that is gone on from is the first of the next.
+        assert sum(1 for _ in container.decode(video=0)) in (16, 17)
 
 
 def test_error_recycling_is_compared_with_the_control_of_its_own_scheme(drift):
