@@ -13,8 +13,9 @@ should show, so a clip's quality, between 0 and 1, is the mean of three parts, r
 
 *Kept* is quality at the last clip over quality at the tenth (or over the first). *Alive*, the mean change from frame
 to frame over the true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap
-over chains. Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side. In the
-summary the best LoRA named `erft...` is compared with the `control...` of the same ending, or with `control`.
+over chains. In the summary the best LoRA named `erft...` is compared with the `control...` of the same ending, or with
+`control`. Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side. Chains are
+kept in the folder `chains` as they are done; a run that was interrupted, or has one more contestant, takes them there.
 
 Any other model is measured on images and prompts of one's own, without a truth and without weights: colour (the shift
 of the mean over a tenth of the range), contrast and sharpness of the last frame against that of the first clip.
@@ -43,6 +44,7 @@ from tqdm.auto import tqdm
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.conditioning import Scheme
+from diffusers_svi.data import fingerprint
 from diffusers_svi.prompts import load_prompts
 from diffusers_svi.provenance import provenance
 from diffusers_svi.quality import drift_figures, sharpness
@@ -233,30 +235,47 @@ def run_chains(
     """Figures of every clip of every chain, and the last frames of the first chains for the contact sheet."""
     chains, rows = [], []
     films = own_films(setting, args) if args.images else world_films(setting, args, scheme)
+    weights = digest(pipe)
     with tqdm(total=args.num_chains * args.num_clips, desc=f"{setting}, {name}") as progress:
         for film in films:
-            clips = pipe.stream(
-                image=film.image.resize((args.options["width"], args.options["height"])),
-                prompts=film.prompts,
-                conditioning=scheme,
-                ignore_lora_conditioning=True,
-                max_sequence_length=512 if args.images else 32,
+            options = {
+                "prompts": film.prompts,
+                "max_sequence_length": 512 if args.images else 32,
                 # The noise of a clip is the same for every contestant.
-                seeds=[1000 * film.number + clip for clip in range(args.num_clips)],
+                "seeds": [1000 * film.number + clip for clip in range(args.num_clips)],
                 **args.options,
-            )
-            figures, row = [], []
-            for clip in clips:
-                figures.append(film.measure(clip.frames, clip.start))
-                if args.save_clips:
-                    folder = args.output_dir / "clips" / f"{setting}-{name}"
-                    save_clip(clip.frames, folder / f"{film.number}-{clip.index + 1:03d}.mp4", args)
-                row.append(clip.frames[-1])
-                progress.update()
+            }
+            image = film.image.resize((args.options["width"], args.options["height"]))
+            key = fingerprint(str(scheme), weights, image.tobytes(), sorted(options.items()), args.save_clips)
+            path = args.output_dir / "chains" / f"{setting}-{name}-{film.number}-{key[:12]}.json"
+            if path.exists():
+                figures, row = json.loads(path.read_text()), np.array(PIL.Image.open(path.with_suffix(".png")))
+                row = np.stack(np.split(row, args.num_clips, axis=1))
+                progress.update(args.num_clips)
+            else:
+                figures, row = [], []
+                for clip in pipe.stream(image, conditioning=scheme, ignore_lora_conditioning=True, **options):
+                    figures.append(film.measure(clip.frames, clip.start))
+                    if args.save_clips:
+                        folder = args.output_dir / "clips" / f"{setting}-{name}"
+                        save_clip(clip.frames, folder / f"{film.number}-{clip.index + 1:03d}.mp4", args)
+                    row.append((clip.frames[-1] * 255).round().astype(np.uint8))
+                    progress.update()
+                path.parent.mkdir(exist_ok=True)
+                PIL.Image.fromarray(np.concatenate(row, axis=1)).save(path.with_suffix(".png"))
+                path.with_suffix(".part").write_text(json.dumps(figures))
+                path.with_suffix(".part").replace(path)
             chains.append(figures)
             if len(rows) < 8:
                 rows.append(row)
     return chains, np.array(rows)
+
+
+def digest(pipe: SVIPipeline) -> str:
+    """Of the weights that make a clip, by the first values of every tensor."""
+    models = (pipe.transformer, pipe.transformer_2, pipe.vae, pipe.text_encoder, pipe.image_encoder)
+    tensors = (tensor for model in models if model is not None for tensor in model.state_dict().values())
+    return fingerprint(*(tensor.flatten()[:16].tolist() for tensor in tensors))
 
 
 def save_clip(frames: np.ndarray, path: Path, args) -> None:
@@ -330,7 +349,7 @@ def contact_sheet(rows: np.ndarray, path: Path) -> None:
     """Last frames `(chains, clips, height, width, 3)`: a row a chain, up to 12 clips of it."""
     shown = np.unique(np.linspace(0, rows.shape[1] - 1, 12).round().astype(int))
     sheet = np.concatenate([np.concatenate(list(row[shown]), axis=1) for row in rows], axis=0)
-    PIL.Image.fromarray((sheet * 255).round().astype(np.uint8)).save(path)
+    PIL.Image.fromarray(sheet).save(path)
 
 
 def compare(rows: dict[str, np.ndarray], path: Path) -> None:
