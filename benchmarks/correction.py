@@ -52,6 +52,12 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_contestant_options(parser, PLAIN)
     parser.add_argument("--num_samples", type=int, default=16, help="Held-out films. Default: %(default)s.")
+    parser.add_argument(
+        "--setting",
+        choices=("consistent", "creative"),
+        default="creative",
+        help="Whether the prompts of their two clips are the same or differ. Default: %(default)s.",
+    )
     parser.add_argument("--num_inference_steps", type=int, default=10, help="Default: %(default)s.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/correction"), help="Default: %(default)s.")
     parser.add_argument("--quick", action="store_true", help="2 films and 2 steps, for a test.")
@@ -72,7 +78,9 @@ class Films:
     def __init__(self, pipe: SVIPipeline, scheme: Scheme, args: argparse.Namespace):
         self.pipe, self.scheme, self.num_steps = pipe, scheme, args.num_inference_steps
         new = world.CLIP_FRAMES - scheme.overlap
-        stories = [world.sample_story(HELD_OUT_SEED, FIRST_STORY + i, 2) for i in range(args.num_samples)]
+        stories = [
+            world.sample_story(HELD_OUT_SEED, FIRST_STORY + i, 2, args.setting) for i in range(args.num_samples)
+        ]
         films = [world.film(state, actions, [world.CLIP_FRAMES - 1, new]) for state, actions in stories]
         frames = torch.from_numpy(np.stack([world.render(film) for film in films])).permute(0, 4, 1, 2, 3)
         pixels = frames.float() / 127.5 - 1
@@ -192,7 +200,7 @@ def main():
         for name, scheme, pipe in contestants(args, PLAIN)
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    report = {**provenance(), "num_samples": args.num_samples, "results": results}
+    report = {**provenance(), "num_samples": args.num_samples, "setting": args.setting, "results": results}
     (args.output_dir / "correction.json").write_text(json.dumps(report, indent=1) + "\n")
     plot({name: result["errors"] for name, result in results.items()}, args.output_dir / "correction.png")
     for name, result in results.items():

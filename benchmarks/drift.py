@@ -27,7 +27,6 @@ of the mean over a tenth of the range), contrast and sharpness of the last frame
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -369,7 +368,6 @@ def compare(rows: dict[str, np.ndarray], path: Path) -> None:
 
 def main():
     args = parse_args()
-    started = time.time()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = {setting: {} for setting in args.settings}
     sheets = {setting: {} for setting in args.settings}
@@ -385,7 +383,6 @@ def main():
         **provenance(),
         "summary": summary,
         "results": results,
-        "minutes": round((time.time() - started) / 60, 1),
     }
     (args.output_dir / "drift.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(results, args.output_dir / "drift.png")
