@@ -10,12 +10,12 @@ LORAS := models/svi-tiny-loras
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
 
-demo: $(VENV)/demo  ## Make a long film with the embedded model: outputs/demo/film.mp4 and a contact sheet
+demo: $(VENV)/demo  ## Make long films with the embedded model: outputs/demo/film.mp4 and comparison.png
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
 drift: $(VENV)/test  ## Measure how chains drift, with error recycling and without: outputs/drift
 	$(BIN)/python benchmarks/drift.py --quick --output_dir outputs/drift \
-		--lora control=$(LORAS)/control.safetensors erft-shot=$(LORAS)/shot.safetensors
+		--lora control-shot=$(LORAS)/control.safetensors erft-shot=$(LORAS)/shot.safetensors
 
 test: $(VENV)/test  ## Run the tests
 	$(BIN)/python -m pytest

@@ -68,3 +68,8 @@ def test_fused_lora():
     results = run("fused_lora", "--lora", ROOT / "models" / "svi-tiny-loras" / "shot.safetensors")
     assert COMMON | {"clip_ratio", "scheme", "num_clips"} <= set(results)
     assert results["clip_ratio"] > 0 and results["scheme"] == str(PixelMotion(1, padding="reference"))
+
+
+def test_the_committed_fused_lora_costs_nothing():
+    results = json.loads((ROOT / "docs" / "results" / "fused_lora.json").read_text())
+    assert results["clip_ratio"] <= 1.02 and results["num_clips"] >= 40
