@@ -112,6 +112,7 @@ def compare(pipe: SVIPipeline, args: argparse.Namespace) -> None:
     for name in ("svi-tiny", "with error recycling"):
         if rows:
             pipe.load_lora_weights(LORA)
+            pipe.fuse_lora()
         # The LoRA knows how its clips are chained; without one they begin with the last frame of the clip before.
         clips = tqdm(story.tell(pipe), desc=f"One prompt, {name}", total=args.compare_clips)
         last = {clip.index + 1: (clip.frames[-1] * 255).round().astype(np.uint8) for clip in clips}
