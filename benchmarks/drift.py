@@ -299,6 +299,7 @@ def summarize(chains: list[list[dict]], num_clips: int) -> dict:
     quality = arrays["quality"]
     return {
         "curves": {name: np.nanmean(values, axis=0).tolist() for name, values in arrays.items()},
+        "chains": {name: arrays[name].round(3).tolist() for name in ("quality", "background") if name in arrays},
         "quality_first": interval(quality, lambda q: q[:, 0].mean()),
         "quality_last": interval(quality, lambda q: q[:, -1].mean()),
         "kept_over_first": interval(quality, lambda q: q[:, -1].mean() / q[:, 0].mean()),
