@@ -37,7 +37,7 @@ import matplotlib
 import numpy as np
 import PIL.Image
 import torch
-from contestants import HELD_OUT_SEED, add_contestant_options, contestants
+from contestants import HELD_OUT_SEED, WORLD_OPTIONS, add_contestant_options, contestants
 from diffusers.utils import load_image
 from tqdm.auto import tqdm
 
@@ -58,13 +58,6 @@ import matplotlib.pyplot as plt
 FIRST_STORY = 40000
 SETTINGS = ("consistent", "creative")
 # What svi-tiny makes, and what a model of true size does unless told otherwise.
-WORLD_OPTIONS = {
-    "height": world.SIZE,
-    "width": world.SIZE,
-    "num_frames": world.CLIP_FRAMES,
-    "num_inference_steps": 10,
-    "guidance_scale": 1.0,
-}
 OWN_OPTIONS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
 
 
@@ -253,7 +246,7 @@ def run_chains(
                 progress.update(args.num_clips)
             else:
                 figures, row = [], []
-                for clip in pipe.stream(image, conditioning=scheme, ignore_lora_conditioning=True, **options):
+                for clip in pipe.stream(image, conditioning=scheme, **options):
                     figures.append(film.measure(clip.frames, clip.start))
                     if args.save_clips:
                         folder = args.output_dir / "clips" / f"{setting}-{name}"

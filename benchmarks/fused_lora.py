@@ -11,12 +11,10 @@ import statistics
 import time
 
 import PIL.Image
-from contestants import HELD_OUT_SEED, ROOT
+from contestants import HELD_OUT_SEED, SVI_TINY, WORLD_OPTIONS, load_fused, lora_scheme
 from report import add_report_options, report
 from tqdm.auto import tqdm
 
-from diffusers_svi import SVIPipeline
-from diffusers_svi.lora import read_lora
 from diffusers_svi.provenance import provenance
 from diffusers_svi.tiny import world
 
@@ -25,7 +23,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", required=True, help="File, with the scheme in the metadata.")
     parser.add_argument("--num_clips", type=int, default=40, help="Clips of each. Default: %(default)s.")
-    parser.add_argument("--num_inference_steps", type=int, default=10, help="Default: %(default)s.")
+    parser.add_argument(
+        "--num_inference_steps", type=int, default=WORLD_OPTIONS["num_inference_steps"], help="Default: %(default)s."
+    )
     parser.add_argument("--quick", action="store_true", help="2 clips of 1 step, for a test.")
     add_report_options(parser)
     args = parser.parse_args()
@@ -34,22 +34,10 @@ def parse_args():
     return args
 
 
-def make_pipe(lora: str | None) -> SVIPipeline:
-    pipe = SVIPipeline.from_pretrained(ROOT / "models" / "svi-tiny")
-    pipe.set_progress_bar_config(disable=True)
-    if lora is not None:
-        pipe.load_lora_weights(lora)
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
-    return pipe
-
-
 def main():
     args = parse_args()
-    scheme = read_lora(args.lora).conditioning
-    if scheme is None:
-        raise ValueError(f"`--lora {args.lora}`: the file does not say what scheme it was trained for.")
-    pipes = {"base": make_pipe(None), "fused": make_pipe(args.lora)}
+    scheme = lora_scheme(args.lora)
+    pipes = {"base": load_fused(SVI_TINY, None), "fused": load_fused(SVI_TINY, args.lora)}
     state, actions = world.sample_story(HELD_OUT_SEED, 0, 1, "consistent")
     chains = {
         name: pipe.stream(
@@ -57,13 +45,9 @@ def main():
             prompts=world.caption(state, actions[0]),
             num_clips=args.num_clips + 1,
             conditioning=scheme,
-            height=world.SIZE,
-            width=world.SIZE,
-            num_frames=world.CLIP_FRAMES,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=1.0,
             max_sequence_length=32,
             seeds=list(range(args.num_clips + 1)),
+            **{**WORLD_OPTIONS, "num_inference_steps": args.num_inference_steps},
         )
         for name, pipe in pipes.items()
     }

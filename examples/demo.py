@@ -115,9 +115,9 @@ def compare(pipe: SVIPipeline, args: argparse.Namespace) -> None:
             pipe.fuse_lora()
         # The LoRA knows how its clips are chained; without one they begin with the last frame of the clip before.
         clips = tqdm(story.tell(pipe), desc=f"One prompt, {name}", total=args.compare_clips)
-        last = {clip.index + 1: (clip.frames[-1] * 255).round().astype(np.uint8) for clip in clips}
-        shown = {clip: frame for clip, frame in last.items() if clip in wanted}
-        rows.append((f"{name}: clips {', '.join(map(str, shown))}", np.stack(list(shown.values()))))
+        shown = {clip.index + 1: clip.frames[-1] for clip in clips if clip.index + 1 in wanted}
+        frames = (np.stack(list(shown.values())) * 255).round().astype(np.uint8)
+        rows.append((f"{name}: clips {', '.join(map(str, shown))}", frames))
     path = args.output_dir / "comparison.png"
     contact_sheet(rows, path, len(rows[0][1]))
     print(f"Comparison:    {path}")

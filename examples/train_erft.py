@@ -536,12 +536,13 @@ def encode_sample(
     device = pipe.vae.device
     video, frames, reference = (sample[name][None].to(device) for name in ("video", "condition", "reference"))
     clip, history = video[:, :, -args.num_frames :], video[:, :, : args.num_frames]
+    # A film begins with its start image, which is the reference or anchor too.
+    known, first = {"image": reference}, {"image": frames[:, :, 0]}
     if scheme.carried_latents:
-        known = {"image": reference, "latents": encode_video(pipe.vae, history)}
+        known["latents"] = encode_video(pipe.vae, history)
     elif scheme.carried_frames:
-        known = {"image": reference, "frames": frames}
-    else:
-        known = {"image": reference}
+        known["frames"] = frames
+        first = {"image": clip[:, :, 0], "frames": frames[:, :, :1]}
 
     def condition(**known) -> torch.Tensor:
         if pipe.config.expand_timesteps:
@@ -550,9 +551,7 @@ def encode_sample(
 
     encoded = {"latents": encode_video(pipe.vae, clip), "condition": condition(**known)}
     if args.p_motion < 1:
-        # A film begins with its start image, which is the reference or anchor too.
-        first = {"image": clip[:, :, 0], "frames": frames[:, :, :1]}
-        encoded["first_condition"] = condition(**(first if scheme.carried_frames else {"image": frames[:, :, 0]}))
+        encoded["first_condition"] = condition(**first)
     if args.boundary_steps:
         # What the clip before was made from, and what the scheme makes of its end when that is as it should be.
         carried = scheme.carried_frames
