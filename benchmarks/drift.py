@@ -11,7 +11,8 @@ should show, so a clip's quality, between 0 and 1, is the mean of three parts, r
 - background: 0 in the wrong scene, else 1 less the mean absolute error over a tenth of the range;
 - sharpness: the root mean square difference of neighbouring pixels over the true one, or its inverse if that is less.
 
-*Kept* is quality at the last clip over quality at the tenth (or over the first). *Alive*, the mean change from frame
+*Kept* is quality at the last clip over quality at the tenth (or over the first), *lost* quality at the first clip less
+that at the last: what the chain adds to the error of one clip. *Alive*, the mean change from frame
 to frame over the true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap
 over chains. In the summary the best LoRA named `erft...` is compared with the `control...` of the same ending, or with
 `control`. Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side. Chains are
@@ -285,6 +286,11 @@ def interval(values: np.ndarray, statistic) -> dict[str, float]:
     return {"value": float(statistic(values)), "low": float(low), "high": float(high)}
 
 
+def lost(quality: np.ndarray) -> float:
+    """Mean quality `(chains, clips)` of the first clips less that of the last."""
+    return quality[:, 0].mean() - quality[:, -1].mean()
+
+
 def summarize(chains: list[list[dict]], num_clips: int) -> dict:
     """Curves over clips, and the headline numbers with intervals."""
     arrays = {name: np.array([[clip[name] for clip in chain] for chain in chains]) for name in chains[0][0]}
@@ -295,6 +301,7 @@ def summarize(chains: list[list[dict]], num_clips: int) -> dict:
         "chains": {name: arrays[name].round(3).tolist() for name in ("quality", "background") if name in arrays},
         "quality_first": interval(quality, lambda q: q[:, 0].mean()),
         "quality_last": interval(quality, lambda q: q[:, -1].mean()),
+        "lost": interval(quality, lost),
         "kept_over_first": interval(quality, lambda q: q[:, -1].mean() / q[:, 0].mean()),
         "kept_over_tenth": interval(quality, lambda q: q[:, -1].mean() / q[:, tenth].mean()),
         "alive_first": interval(arrays["alive"], lambda a: np.nanmean(a[:, 0])),
@@ -302,7 +309,7 @@ def summarize(chains: list[list[dict]], num_clips: int) -> dict:
     }
 
 
-def summarize_setting(measured: dict[str, dict]) -> dict[str, float]:
+def summarize_setting(measured: dict[str, dict]) -> dict:
     """What is kept by the base, by the LoRA with error recycling that ends best, and by its control."""
     best = max(
         (name for name in measured if name.startswith("erft")),
@@ -317,6 +324,8 @@ def summarize_setting(measured: dict[str, dict]) -> dict[str, float]:
     if {"control_kept", "erft_kept"} <= set(summary):
         error, reference = (1 - measured[roles[role]]["quality_last"]["value"] for role in ("erft", "control"))
         summary["error_vs_control"] = error / reference
+        pairs = np.stack([measured[roles[role]]["chains"]["quality"] for role in ("control", "erft")], axis=1)
+        summary["lost_less_than_control"] = interval(pairs, lambda pair: lost(pair[:, 0]) - lost(pair[:, 1]))
     return summary
 
 
@@ -383,12 +392,12 @@ def main():
     for setting, rows in sheets.items():
         compare(rows, args.output_dir / f"{setting}.png")
     for setting, measured in results.items():
-        print(f"\n{setting:24} first  last   kept over 10th (95%)   over 1st  alive  direction")
+        print(f"\n{setting:24} first  last   kept over 10th (95%)   lost    alive  direction")
         for name, result in measured.items():
-            kept, over_first = result["kept_over_tenth"], result["kept_over_first"]
+            kept = result["kept_over_tenth"]
             print(
                 f"{name:24} {result['quality_first']['value']:.3f}  {result['quality_last']['value']:.3f}  "
-                f"{kept['value']:.3f} ({kept['low']:.3f} to {kept['high']:.3f})  {over_first['value']:.3f}     "
+                f"{kept['value']:.3f} ({kept['low']:.3f} to {kept['high']:.3f})  {result['lost']['value']:6.3f}  "
                 f"{result['alive']['value']:.2f}   {result.get('direction', {}).get('value', math.nan):.2f}"
             )
 

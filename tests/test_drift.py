@@ -157,7 +157,8 @@ def test_it_runs(tmp_path):
 
 def test_error_recycling_is_compared_with_the_control_of_its_own_scheme(drift):
     def contestant(kept: float, last: float) -> dict:
-        return {"kept_over_tenth": {"value": kept}, "quality_last": {"value": last}}
+        quality = [[0.9, last], [0.9, last]]
+        return {"kept_over_tenth": {"value": kept}, "quality_last": {"value": last}, "chains": {"quality": quality}}
 
     measured = {
         "base": contestant(0.8, 0.5),
@@ -167,9 +168,12 @@ def test_error_recycling_is_compared_with_the_control_of_its_own_scheme(drift):
         "erft-pro": contestant(0.95, 0.7),
     }
     expected = {"base_kept": 0.8, "control_kept": 0.6, "erft_kept": 0.95, "error_vs_control": 0.5}
-    assert drift.summarize_setting(measured) == pytest.approx(expected)
+    summary = drift.summarize_setting(measured)
+    assert summary.pop("lost_less_than_control") == pytest.approx({"value": 0.3, "low": 0.3, "high": 0.3})
+    assert summary == pytest.approx(expected)
     measured["control"] = measured.pop("control-pro")
-    assert drift.summarize_setting(measured) == pytest.approx(expected)
+    summary = drift.summarize_setting(measured)
+    assert {name: summary[name] for name in expected} == pytest.approx(expected)
     assert drift.summarize_setting({"base": measured["base"]}) == {"base_kept": 0.8}
 
 
