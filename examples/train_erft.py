@@ -458,6 +458,11 @@ def find_videos(args: argparse.Namespace, layout: SampleLayout, scheme: Scheme) 
                 f"The world of svi-tiny is {world.SIZE} x {world.SIZE} pixels: `--height` and `--width` must be "
                 f"{world.SIZE}, got {args.height} x {args.width}."
             )
+        if args.world_setting == "creative" and scheme.overlap > 1 and args.p_motion < 1:
+            logger.warning(
+                f"First clips (`--p_motion` {args.p_motion}) begin with {scheme.overlap - 1} frames that their prompt "
+                "does not tell: they re-tell the action before. Take `--world_setting consistent` or `--p_motion 1`."
+            )
         sizes = args.num_frames, layout.history, scheme.overlap
         return world_videos(args.world_videos, args.seed, *sizes, args.world_setting)
     columns = {"video_column": args.video_column, "caption_column": args.caption_column}

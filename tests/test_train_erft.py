@@ -13,6 +13,7 @@ import av
 import PIL.Image
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -51,6 +52,7 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def train_erft():
     """The script as a module: starting it takes longer than what some tests look at."""
+    PartialState(cpu=True)  # without it accelerate's logger refuses to log
     return load_script(SCRIPT)
 
 
@@ -302,8 +304,11 @@ def test_names_known_from_elsewhere(train_erft):
 
 
 @pytest.mark.parametrize("preset", ["shot", "film-2.0", "pro"])
-def test_a_first_clip_has_its_own_first_frame_as_reference(train_erft, preset):
-    """The condition that the pipeline gives the first clip of a film; of one that goes on it is another."""
+def test_a_first_clip_has_its_own_first_frame_as_reference(train_erft, preset, caplog):
+    """The condition that the pipeline gives the first clip of a film; of one that goes on it is another.
+
+    Where clips re-tell more than a frame of another action, it is told that prompts don't tell how first clips begin.
+    """
     base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1", f"--preset={preset}"]
     small = ["--height=64", "--width=64", "--num_frames=17", "--p_motion=0.5", "--no-first_frame_augmentation"]
     args = train_erft.parse_args([*base, *small])
@@ -312,6 +317,7 @@ def test_a_first_clip_has_its_own_first_frame_as_reference(train_erft, preset):
     scheme = train_erft.make_scheme(args)
     layout = train_erft.make_layout(args, scheme)
     sample = train_erft.Samples(train_erft.find_videos(args, layout, scheme), layout, 0)[0]
+    assert ("their prompt does not tell" in caplog.text) == (scheme.overlap > 1)
     encoded = train_erft.encode_sample(pipe, sample, scheme, args)
     begin = sample["video"][None, :, -17]
     expected = scheme.condition(pipe.vae, begin, num_frames=17)[0]
