@@ -12,11 +12,11 @@ should show, so a clip's quality, between 0 and 1, is the mean of three parts, r
 - sharpness: the root mean square difference of neighbouring pixels over the true one, or its inverse if that is less.
 
 *Kept* is quality at the last clip over quality at the tenth (or over the first), *lost* quality at the first clip less
-that at the last: what the chain adds to the error of one clip. *Alive*, the mean change from frame
-to frame over the true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap
-over chains. In the summary the best LoRA named `erft...` is compared with the `control...` of the same ending, or with
-`control`. Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side. Chains are
-kept in the folder `chains` as they are done; a run that was interrupted, or has one more contestant, takes them there.
+that at the last: what the chain adds to the error of one clip. *Alive*, the mean change from frame to frame over the
+true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap over chains. In
+the summary the best LoRA named `erft...` is compared with the `control...` of the same ending, or with `control`.
+Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side. Chains are kept in the
+folder `chains` as they are done; a run that was interrupted, or has one more contestant, takes them there.
 
 Any other model is measured on images and prompts of one's own, without a truth and without weights: colour (the shift
 of the mean over a tenth of the range), contrast and sharpness of the last frame against that of the first clip.
@@ -58,7 +58,7 @@ import matplotlib.pyplot as plt
 
 FIRST_STORY = 40000
 SETTINGS = ("consistent", "creative")
-# What svi-tiny makes, and what a model of true size does unless told otherwise.
+# What a model of true size makes unless told otherwise.
 OWN_OPTIONS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
 
 

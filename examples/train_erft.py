@@ -458,11 +458,6 @@ def find_videos(args: argparse.Namespace, layout: SampleLayout, scheme: Scheme) 
                 f"The world of svi-tiny is {world.SIZE} x {world.SIZE} pixels: `--height` and `--width` must be "
                 f"{world.SIZE}, got {args.height} x {args.width}."
             )
-        if args.world_setting == "creative" and scheme.overlap > 1 and args.p_motion < 1:
-            logger.warning(
-                f"First clips (`--p_motion` {args.p_motion}) begin with {scheme.overlap - 1} frames that their prompt "
-                "does not tell: they re-tell the action before. Take `--world_setting consistent` or `--p_motion 1`."
-            )
         sizes = args.num_frames, layout.history, scheme.overlap
         return world_videos(args.world_videos, args.seed, *sizes, args.world_setting)
     columns = {"video_column": args.video_column, "caption_column": args.caption_column}
@@ -542,12 +537,14 @@ def encode_sample(
     video, frames, reference = (sample[name][None].to(device) for name in ("video", "condition", "reference"))
     clip, history = video[:, :, -args.num_frames :], video[:, :, : args.num_frames]
     # A film begins with its start image, which is the reference or anchor too.
-    known, first = {"image": reference}, {"image": frames[:, :, 0]}
+    first_clip = sample["first"][None].to(device) if "first" in sample else clip
+    begin = frames[:, :, :1] if first_clip is clip else first_clip[:, :, :1]
+    known, first = {"image": reference}, {"image": begin[:, :, 0]}
     if scheme.carried_latents:
         known["latents"] = encode_video(pipe.vae, history)
     elif scheme.carried_frames:
         known["frames"] = frames
-        first = {"image": clip[:, :, 0], "frames": frames[:, :, :1]}
+        first = {"image": first_clip[:, :, 0], "frames": begin}
 
     def condition(**known) -> torch.Tensor:
         if pipe.config.expand_timesteps:
@@ -557,6 +554,8 @@ def encode_sample(
     encoded = {"latents": encode_video(pipe.vae, clip), "condition": condition(**known)}
     if args.p_motion < 1:
         encoded["first_condition"] = condition(**first)
+        if first_clip is not clip:
+            encoded["first_latents"] = encode_video(pipe.vae, first_clip)
     if args.boundary_steps:
         # What the clip before was made from, and what the scheme makes of its end when that is as it should be.
         carried = scheme.carried_frames
@@ -567,13 +566,12 @@ def encode_sample(
         encoded["reference"] = reference
     if pipe.image_encoder is not None:
         if args.boundary_steps:
-            begin = history[:, :, 0]
-            encoded["history_image_embeds"] = pipe.encode_image(to_image(begin[0].cpu()), device)
+            encoded["history_image_embeds"] = pipe.encode_image(to_image(history[0, :, 0].cpu()), device)
         # source: the image that CLIP sees is the first condition frame; with an anchor latent, the anchor
         oldest = frames[:, :, 0] if scheme.carried_frames else reference
         encoded["image_embeds"] = pipe.encode_image(to_image(oldest[0].cpu()), device)
         if args.p_motion < 1:
-            encoded["first_image_embeds"] = pipe.encode_image(to_image(frames[0, :, 0].cpu()), device)
+            encoded["first_image_embeds"] = pipe.encode_image(to_image(begin[0, :, 0].cpu()), device)
     return {name: value[0].float().cpu() for name, value in encoded.items()}
 
 
@@ -792,6 +790,8 @@ class TrainingStep:
         """Losses `(batch,)`, residuals and noise levels of a batch, and the switches it was corrupted by."""
         latents, generator = batch["latents"], self.generator
         condition, image_embeds, goes_on = self.choose_condition(batch)
+        if "first_latents" in batch:
+            latents = torch.where(goes_on.to(latents.device).view(-1, 1, 1, 1, 1), latents, batch["first_latents"])
         prompt_embeds = self.choose_prompt(batch)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         picks = self.timesteps[torch.randint(len(self.timesteps), (len(latents),), generator=generator)]

@@ -560,24 +560,29 @@ def test_a_stray_temporary_file_does_no_harm(tmp_path):
 # The world of svi-tiny
 
 
+@pytest.mark.parametrize("setting", ["consistent", "creative"])
 @pytest.mark.parametrize(
     ("clip_frames", "history", "retold"), [(17, 0, 1), (17, 0, 5), (17, 12, 5), (33, 24, 9), (81, 76, 5), (17, 40, 1)]
 )
-def test_a_clip_of_the_world_shows_what_its_caption_says(clip_frames, history, retold):
-    for index, video in enumerate(world_videos(3, 7, clip_frames, history, retold)):
+def test_a_clip_of_the_world_shows_what_its_caption_says(clip_frames, history, retold, setting):
+    """From its last re-told frame on; a first clip re-tells nothing."""
+    new = clip_frames - retold
+    for index, video in enumerate(world_videos(3, 7, clip_frames, history, retold, setting)):
         (start,) = video.starts
-        assert start > history and start + clip_frames == video.num_frames
-        new = clip_frames - retold
-        state, actions = world.sample_story(7, index, (video.num_frames - 1) // new)
-        states = world.film(state, actions, new)
-        assert len(states) == video.num_frames
-        begin = states[start + retold - 1]
+        assert start > history
+        own = start + retold - 1
+        state, actions = world.sample_story(7, index, own // new + 1, setting)
+        moved = setting == "creative" and retold > 1
+        assert video.first_start == (own if moved else None)
+        assert video.num_frames == (own if moved else start) + clip_frames
+        states = world.film(state, actions, [new] * (own // new) + [video.num_frames - 1 - own])
+        begin = states[own]
         assert begin.settled and video.caption == world.caption(begin, actions[-1])
-        shown = video.read(list(range(start + retold - 1, video.num_frames)))
-        assert np.array_equal(shown, world.render(world.film(begin, actions[-1:], new)))
+        shown = video.read(list(range(own, video.num_frames)))
+        assert np.array_equal(shown, world.render(world.film(begin, actions[-1:], len(shown) - 1)))
         assert np.array_equal(video.read([start, 0]), world.render([states[start], state]))
-        before = states[start + retold - 1 - new]
-        assert video.history_caption == world.caption(before, actions[-2])
+        assert video.history_caption == world.caption(states[own - new], actions[-2])
+        assert moved or retold == 1 or video.caption == video.history_caption
 
 
 def test_samples_of_the_world_are_its_frames():

@@ -303,26 +303,68 @@ def test_names_known_from_elsewhere(train_erft):
     assert (args.bank_capacity, args.bank_replacement, args.p_motion) == (7, "l2", 0.5)
 
 
+@pytest.mark.parametrize("setting", ["consistent", "creative"])
 @pytest.mark.parametrize("preset", ["shot", "film-2.0", "pro"])
-def test_a_first_clip_has_its_own_first_frame_as_reference(train_erft, preset, caplog):
+def test_a_first_clip_has_its_own_first_frame_as_reference(train_erft, preset, setting):
     """The condition that the pipeline gives the first clip of a film; of one that goes on it is another.
 
-    Where clips re-tell more than a frame of another action, it is told that prompts don't tell how first clips begin.
+    Where clips re-tell more than a frame of another action, a first clip begins where its own action does.
     """
     base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1", f"--preset={preset}"]
     small = ["--height=64", "--width=64", "--num_frames=17", "--p_motion=0.5", "--no-first_frame_augmentation"]
-    args = train_erft.parse_args([*base, *small])
+    args = train_erft.parse_args([*base, *small, f"--world_setting={setting}"])
     train_erft.check_args(args)
     pipe = SVIPipeline(**make_components("i2v"))
     scheme = train_erft.make_scheme(args)
     layout = train_erft.make_layout(args, scheme)
     sample = train_erft.Samples(train_erft.find_videos(args, layout, scheme), layout, 0)[0]
-    assert ("their prompt does not tell" in caplog.text) == (scheme.overlap > 1)
     encoded = train_erft.encode_sample(pipe, sample, scheme, args)
-    begin = sample["video"][None, :, -17]
-    expected = scheme.condition(pipe.vae, begin, num_frames=17)[0]
+    clip = sample["video"][None, :, -17:]
+    first = clip
+    moved = setting == "creative" and scheme.overlap > 1
+    assert ("first_latents" in encoded) == moved
+    if moved:
+        first = sample["first"][None]
+        assert torch.equal(first[:, :, : 18 - scheme.overlap], clip[:, :, scheme.overlap - 1 :])
+        latents = train_erft.encode_video(pipe.vae, first)[0]
+        torch.testing.assert_close(encoded["first_latents"], latents)
+        assert (encoded["latents"] - latents).abs().max() > 1e-3
+    expected = scheme.condition(pipe.vae, first[:, :, 0], num_frames=17)[0]
     torch.testing.assert_close(encoded["first_condition"], expected)
     assert (encoded["condition"] - expected).abs().max() > 1e-3
+
+
+def test_a_first_clip_with_a_beginning_of_its_own_is_the_target(train_erft):
+    """`first_latents` take the place of the clip's where `--p_motion` draws a first clip, and only there."""
+    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1", "--preset=film"]
+    args = train_erft.parse_args([*base, "--bank_capacity=1"])
+    transformer = make_components("i2v")["transformer"]
+    channels = transformer.config.out_channels
+    generator = seeded()
+    names = ("latents", "first_latents", "condition", "first_condition")
+    batch = {name: torch.randn(2, channels, 3, 8, 8, generator=generator) for name in names}
+    batch |= {"prompt_embeds": torch.randn(2, 5, 16, generator=generator), "number": torch.arange(2)}
+    timesteps = torch.arange(1000)
+
+    def losses(batch):
+        sample = {name: value[0] for name, value in batch.items()}
+        recycler = train_erft.make_recycler(args, PartialState(), [sample], timesteps)
+        step = train_erft.TrainingStep(
+            args,
+            transformer=transformer,
+            recycler=recycler,
+            generator=torch.Generator().manual_seed(0),
+            timesteps=timesteps,
+            no_prompt=torch.zeros(5, 16),
+            patch_size=(1, 2, 2),
+            expand_timesteps=False,
+            weight_dtype=torch.float32,
+        )
+        return step(batch)[0].detach()
+
+    for args.p_motion, taken in ((0.0, "first_latents"), (1.0, "latents")):
+        alone = {name: value for name, value in batch.items() if name != "first_latents"}
+        assert torch.equal(losses(batch), losses({**alone, "latents": batch[taken]}))
 
 
 def test_films_of_one_scene(train_erft):

@@ -55,6 +55,9 @@ class Video:
         read (`Callable`): From any list of frame numbers to these frames, `(n, height, width, 3)` uint8.
         starts (`tuple[int, ...]`, *optional*): Frames at which a clip may begin; anywhere if not given.
         history_caption (`str`, *optional*): Prompt of what comes before the clip; its own if not given.
+        first_start (`int`, *optional*):
+            Frame at which the first clip of a film begins, if elsewhere than a clip that goes on: where that re-tells
+            frames that its caption does not tell.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Video:
     read: Callable[[list[int]], np.ndarray]
     starts: tuple[int, ...] | None = None
     history_caption: str | None = None
+    first_start: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,7 +425,8 @@ class Samples(torch.utils.data.Dataset):
 
     A sample holds `video`, float32 `(3, history + num_frames, height, width)` in [-1, 1], history first; `condition`,
     `(3, condition_frames, height, width)`, the first frames of the clip, augmented if the layout says so; `reference`,
-    `(3, height, width)`; and its `caption` and `key`. Clips are of consecutive frames at the video's own rate.
+    `(3, height, width)`; and its `caption` and `key`. Clips are of consecutive frames at the video's own rate. If the
+    video has a `first_start`, `first` is the clip `(3, num_frames, height, width)` that begins there.
 
     Args:
         videos (`list[Video]`): Where samples come from.
@@ -452,16 +457,10 @@ class Samples(torch.utils.data.Dataset):
     def key(self, index: int) -> str:
         """What the cache calls sample `index`: the same in every run, whatever other videos there are."""
         video, number = self._locate(index)
-        return fingerprint(
-            "sample",
-            VERSION,
-            self.seed,
-            number,
-            video.fingerprint,
-            video.num_frames,
-            video.starts,
-            asdict(self.layout),
-        )
+        parts = [self.seed, number, video.fingerprint, video.num_frames, video.starts, asdict(self.layout)]
+        if video.first_start is not None:
+            parts.append(video.first_start)
+        return fingerprint("sample", VERSION, *parts)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
         video, number = self._locate(index)
@@ -477,22 +476,27 @@ class Samples(torch.utils.data.Dataset):
             options = list(range(indices[0]))
             if layout.reference == "outside":
                 options += range(indices[-1] + 1, video.num_frames)
-        pixels = video.read([*indices, options[rng.integers(len(options))]])
-        assert len(pixels) == len(indices) + 1
+        first = [] if video.first_start is None else range(video.first_start, video.first_start + layout.num_frames)
+        wanted = [*indices, options[rng.integers(len(options))], *first]
+        pixels = video.read(wanted)
+        assert len(pixels) == len(wanted)
 
         top, left, height, width = crop_box(pixels.shape[1:3], layout, rng)
         frames = _resize(pixels[:, top : top + height, left : left + width], layout.height, layout.width)
-        frames, reference = frames[:, :-1], frames[:, -1]
+        frames, reference, first = frames.tensor_split([len(indices), len(indices) + 1], dim=1)
         condition = frames[:, layout.history : layout.history + layout.condition_frames].clone()
         if layout.augment:
             condition = augment(condition, rng)
-        return {
+        sample = {
             "video": frames.contiguous(),
             "condition": condition,
-            "reference": reference.contiguous(),
+            "reference": reference[:, 0].contiguous(),
             "caption": video.caption,
             "key": self.key(index),
         }
+        if video.first_start is not None:
+            sample["first"] = first.contiguous()
+        return sample
 
     def _locate(self, index: int) -> tuple[Video, int]:
         index, number = divmod(range(len(self))[index], self.samples_per_video)

@@ -67,8 +67,9 @@ def world_videos(
 ) -> list[Video]:
     """Films for `diffusers_svi.data.Samples`, made on the fly, with one clip each that goes on from what was before.
 
-    That clip is the end of the film. Its first `retold` frames re-tell the end of the action before; the others show
-    the action of the caption. As in a chain, every action takes `clip_frames - retold` frames.
+    Its first `retold` frames re-tell the end of the action before; the others show the action of the caption. As in a
+    chain, every action takes `clip_frames - retold` frames. The clip is the end of the film, but if it re-tells more
+    than one frame of another action: then a first clip begins where its own action does, and ends after it.
 
     Args:
         num_videos (`int`): How many films.
@@ -91,11 +92,17 @@ def world_videos(
         )
     # Frames 0 to num_before * new are told when the last action begins; retold + history + 1 of them are needed.
     num_before = -(-(history + retold) // new)
-    num_frames = (num_before + 1) * new + 1
+    last_start = num_before * new
+    num_frames = last_start + new + 1
+    # A first clip is told by its caption alone: it must not begin with the end of another action.
+    moved = setting == "creative" and retold > 1
+    if moved:
+        num_frames = last_start + clip_frames
+    durations = [new] * num_before + [num_frames - 1 - last_start]
     videos = []
     for index in range(num_videos):
         story = (seed, index, num_before + 1, setting)
-        states, actions = _film(story, new), sample_story(*story)[1]
+        states, actions = _film(story, durations), sample_story(*story)[1]
         before, last = (caption(states[i * new], actions[i]) for i in (num_before - 1, num_before))
         videos.append(
             Video(
@@ -104,17 +111,18 @@ def world_videos(
                 history_caption=before,
                 num_frames=num_frames,
                 fingerprint=fingerprint("svi-tiny world 2", *story, new),
-                read=partial(_render_frames, story, new),
-                starts=(num_frames - clip_frames,),
+                read=partial(_render_frames, story, durations),
+                starts=(last_start + 1 - retold,),
+                first_start=last_start if moved else None,
             )
         )
     return videos
 
 
-def _film(story: tuple, duration: int) -> list[State]:
-    return film(*sample_story(*story), duration)
+def _film(story: tuple, durations: list[int]) -> list[State]:
+    return film(*sample_story(*story), durations)
 
 
-def _render_frames(story: tuple, duration: int, indices: list[int]) -> np.ndarray:
-    states = _film(story, duration)
+def _render_frames(story: tuple, durations: list[int], indices: list[int]) -> np.ndarray:
+    states = _film(story, durations)
     return render([states[index] for index in indices])
