@@ -1045,16 +1045,31 @@ def write_model_card(args: argparse.Namespace, scheme: Scheme, repo_id: str, val
     rows = "\n".join(f"| {name} | {getattr(args, name)} |" for name in settings if getattr(args, name) is not None)
     expert = {"high": "", "low": ", load_into_transformer_2=True", None: ""}[args.expert]
     base, is_local = args.pretrained_model_name_or_path, os.path.isdir(args.pretrained_model_name_or_path)
+    if args.p_clean == 1 or not (args.p_vid or args.p_img or args.p_noi):
+        method = "by plain tuning on clean conditions, the control of error recycling"
+    else:
+        method = "by error recycling"
     text = f"""# SVI LoRA: {repo_id}
 
 A LoRA for {f"`{base}`" if is_local else f"[{base}](https://huggingface.co/{base})"} for
-videos of any length, trained by error recycling ([paper](https://arxiv.org/abs/2510.09212)) with diffusers_svi.
+videos of any length, trained {method} ([paper](https://arxiv.org/abs/2510.09212)) with diffusers_svi.
 Clips are chained by `{scheme}`, which `load_lora_weights` reads from the file.
 
 ```python
-pipe = SVIPipeline.from_pretrained("{base}", dtype=torch.bfloat16)
+import torch
+from diffusers.utils import export_to_video, load_image
+from diffusers_svi import SVIPipeline
+
+pipe = SVIPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("{repo_id}", weight_name="{LORA_NAME}"{expert})
-film = pipe(image=image, prompts=["...", "..."], height={args.height}, width={args.width}).frames[0]
+film = pipe(
+    image=load_image("start.png"),
+    prompts=["what the first clip shows", "what the next one shows"],
+    height={args.height},
+    width={args.width},
+    num_frames={args.num_frames},
+).frames[0]
+export_to_video(film, "film.mp4", fps={args.fps})
 ```
 
 | setting | |

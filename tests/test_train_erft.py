@@ -122,7 +122,9 @@ def test_presets_train_what_the_pipeline_loads(models, tmp_path, kind, preset, o
     size = {"height": 64, "width": 64, "num_frames": 17}
     film = pipe(image=image, prompts="a cat sits", num_clips=2, num_inference_steps=2, generator=seeded(), **size)
     assert len(film.frames[0]) == scheme.film_length(2, 17)
-    assert "SVIPipeline.from_pretrained" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert ("plain tuning" in card) == (preset == "none")
+    compile(card.split("```python\n")[1].split("```")[0], "README.md", "exec")
 
 
 @pytest.mark.parametrize(
