@@ -68,7 +68,7 @@ def world_videos(
     """Films for `diffusers_svi.data.Samples`, made on the fly, with one clip each that goes on from what was before.
 
     Its first `retold` frames re-tell the end of the action before; the others show the action of the caption. As in a
-    chain, every action takes `clip_frames - retold` frames. The clip is the end of the film, but if it re-tells more
+    chain, every action takes `clip_frames - retold` frames. The clip is the end of the film, unless it re-tells more
     than one frame of another action: then a first clip begins where its own action does, and ends after it.
 
     Args:
