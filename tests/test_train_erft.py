@@ -52,7 +52,6 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def train_erft():
     """The script as a module: starting it takes longer than what some tests look at."""
-    PartialState(cpu=True)  # without it accelerate's logger refuses to log
     return load_script(SCRIPT)
 
 
@@ -350,7 +349,7 @@ def test_a_first_clip_with_a_beginning_of_its_own_is_the_target(train_erft):
 
     def losses(batch):
         sample = {name: value[0] for name, value in batch.items()}
-        recycler = train_erft.make_recycler(args, PartialState(), [sample], timesteps)
+        recycler = train_erft.make_recycler(args, PartialState(cpu=True), [sample], timesteps)
         step = train_erft.TrainingStep(
             args,
             transformer=transformer,

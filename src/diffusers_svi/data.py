@@ -458,6 +458,7 @@ class Samples(torch.utils.data.Dataset):
         """What the cache calls sample `index`: the same in every run, whatever other videos there are."""
         video, number = self._locate(index)
         parts = [self.seed, number, video.fingerprint, video.num_frames, video.starts, asdict(self.layout)]
+        # Only then: what was cached before keeps its key.
         if video.first_start is not None:
             parts.append(video.first_start)
         return fingerprint("sample", VERSION, *parts)

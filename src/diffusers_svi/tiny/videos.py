@@ -93,12 +93,9 @@ def world_videos(
     # Frames 0 to num_before * new are told when the last action begins; retold + history + 1 of them are needed.
     num_before = -(-(history + retold) // new)
     last_start = num_before * new
-    num_frames = last_start + new + 1
     # A first clip is told by its caption alone: it must not begin with the end of another action.
     moved = setting == "creative" and retold > 1
-    if moved:
-        num_frames = last_start + clip_frames
-    durations = [new] * num_before + [num_frames - 1 - last_start]
+    durations = [new] * num_before + [clip_frames - 1 if moved else new]
     videos = []
     for index in range(num_videos):
         story = (seed, index, num_before + 1, setting)
@@ -109,7 +106,7 @@ def world_videos(
                 name=f"svi-tiny {seed}-{index}",
                 caption=last,
                 history_caption=before,
-                num_frames=num_frames,
+                num_frames=sum(durations) + 1,
                 fingerprint=fingerprint("svi-tiny world 2", *story, new),
                 read=partial(_render_frames, story, durations),
                 starts=(last_start + 1 - retold,),
