@@ -17,8 +17,9 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -35,7 +36,7 @@ from diffusers.training_utils import cast_training_params, free_memory
 from diffusers.utils import export_to_video, load_image
 from diffusers.utils.torch_utils import is_compiled_module
 from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
-from peft import LoraConfig, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft import LoraConfig, convert_to_lora, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -347,6 +348,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="Of the finished weights; checkpoints stay float32. Default: %(default)s.",
     )
+    add(
+        "--export_rank",
+        type=int,
+        help="Of the finished weights: a LoRA trained at a high rank, brought to a lower one by singular value "
+        "decomposition; validation films show the trained one. Default: the rank.",
+    )
     add("--push_to_hub", action="store_true", help="Push LoRA, model card and film to the Hub.")
     add("--hub_model_id", help="Repository there. Default: the name of `output_dir`.")
     add("--hub_token", help="Token for it; by default that of `hf auth login`.")
@@ -376,6 +383,10 @@ def check_args(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
+    if args.export_rank is not None and not 1 <= args.export_rank <= args.rank:
+        raise ValueError(
+            f"`--export_rank` can only lower the rank: it must be between 1 and {args.rank}, got {args.export_rank}."
+        )
     for name in ("p_motion", "p_text_start", "proportion_empty_prompts", "boundary_sigma"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"`--{name}` is a share in [0, 1], got {getattr(args, name)}.")
@@ -864,16 +875,23 @@ def unwrap(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
     return model._orig_mod if is_compiled_module(model) else model
 
 
-def lora_state_dict(accelerator: Accelerator, transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The LoRA's weights; under ZeRO-3 put together from all processes, which must all call this."""
+def lora_state_dict(
+    accelerator: Accelerator, transformer: torch.nn.Module, rank: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The LoRA's weights, or the nearest of a lower `rank`, with an alpha equal to it.
+
+    Under ZeRO-3 they are put together from all processes, which must all call this.
+    """
     model, gathered = unwrap(accelerator, transformer), nullcontext()
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         import deepspeed
 
         gathered = deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad])
-    with gathered:
-        return {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(model).items()}
+    with gathered, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Converting a PEFT adapter to LoRA that is already a LoRA")
+        state_dict = convert_to_lora(model, rank)[1] if rank else get_peft_model_state_dict(model)
+        return {name: value.detach().cpu().clone() for name, value in state_dict.items()}
 
 
 class Checkpoints:
@@ -1021,6 +1039,7 @@ def write_model_card(args: argparse.Namespace, scheme: Scheme, repo_id: str, val
         "init_lora",
         "rank",
         "lora_alpha",
+        "export_rank",
         "p_vid",
         "p_img",
         "p_noi",
@@ -1300,7 +1319,9 @@ def main(args: argparse.Namespace) -> None:
     checkpoints.finish()
 
     # Save, validate, push
-    state_dict = lora_state_dict(accelerator, transformer)
+    state_dict = lora_state_dict(accelerator, transformer, args.export_rank)
+    if args.export_rank:
+        config = replace(config, r=args.export_rank, lora_alpha=args.export_rank)
     state_dict = {name: value.to(getattr(torch, args.export_dtype)) for name, value in state_dict.items()}
     if accelerator.is_main_process:
         write_lora(output_dir / LORA_NAME, state_dict)

@@ -254,6 +254,27 @@ def test_it_goes_on_from_a_lora(models, tmp_path):
     assert "No LoRA could be read" in message
 
 
+def test_a_lower_rank_is_exported(models, tmp_path):
+    options = {"max_train_steps": 1, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "first", preset="none", lora_alpha=8, **options)
+    first = read_lora(tmp_path / "first", LORA).state_dict
+    options |= {"init_lora": tmp_path / "first" / LORA, "lora_alpha": 8, "learning_rate": 0.0}
+    card = tmp_path / "2" / "README.md"
+    for rank in (4, 2):
+        train(models / "i2v", tmp_path / str(rank), export_rank=rank, **options)
+        lora = read_lora(tmp_path / str(rank), LORA)
+        assert lora.adapter_metadata["transformer.r"] == lora.adapter_metadata["transformer.lora_alpha"] == rank
+        for name in [name for name in first if ".lora_A." in name]:
+            up = name.replace(".lora_A.", ".lora_B.")
+            trained, exported = 2 * first[up] @ first[name], lora.state_dict[up] @ lora.state_dict[name]
+            lost = torch.linalg.svdvals(trained)[rank:].norm()
+            assert lora.state_dict[name].shape[0] == rank
+            torch.testing.assert_close((trained - exported).norm(), lost, rtol=1e-3, atol=1e-6)
+    assert "| export_rank | 2 |" in card.read_text()
+    message = refused(models / "i2v", tmp_path / "third", **{**options, "export_rank": 5})
+    assert "between 1 and 4, got 5" in message
+
+
 def test_training_from_the_cache_encodes_nothing(models, tmp_path):
     first = train(models / "i2v", tmp_path / "one", max_train_steps=1, latent_cache_dir=tmp_path / "cache")
     entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}

@@ -57,10 +57,19 @@ def parse_args():
     )
     parser.add_argument("--mse_weight", type=float, default=2.0, help="Of the mean squared error, beside L1.")
     parser.add_argument(
+        "--shade_weight",
+        type=float,
+        default=0.0,
+        help="Of the squared error of means over 16 x 16 pixels: small errors that round trips add up.",
+    )
+    parser.add_argument(
         "--kl_weight", type=float, default=1e-4, help="Weight of the KL divergence, mean over latents."
     )
     parser.add_argument(
         "--round_trips_from", type=float, default=0.3, help="Share of the run before round trips begin."
+    )
+    parser.add_argument(
+        "--still_clips", action="store_true", help="Before round trips begin, every fourth step sees stills."
     )
     add_shared_options(parser)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
@@ -198,18 +207,20 @@ def main():
         rng = np.random.default_rng([args.seed, step])
         target = to_pixels(sample_batch(args, step, rng)).to(accelerator.device)
         with accelerator.autocast():
-            inputs = target
+            inputs, still = target, args.still_clips and step % 4 == 1
             if step >= args.round_trips_from * args.max_train_steps and step % 2:
-                inputs = own_output(vae, target, rng)
-                if step % 4 == 3:
-                    # A still clip of one frame, as the end of one clip becomes the beginning of the next.
-                    frame = rng.integers(target.shape[2])
-                    inputs = inputs[:, :, frame : frame + 1].expand_as(target)
-                    target = target[:, :, frame : frame + 1].expand_as(target)
+                inputs, still = own_output(vae, target, rng), step % 4 == 3
+            if still:
+                # Clips of one frame, as the end of one clip becomes the beginning of the next.
+                frame = rng.integers(target.shape[2])
+                inputs, target = (video[:, :, frame, None].expand_as(target) for video in (inputs, target))
             posterior = vae.encode(inputs).latent_dist
             decoded = decode(vae, posterior.sample())
         error = decoded.float() - target
         reconstruction = error.abs().mean() + args.mse_weight * error.square().mean()
+        if args.shade_weight:
+            blocks = torch.nn.functional.avg_pool3d(error, (1, 16, 16))
+            reconstruction = reconstruction + args.shade_weight * blocks.square().mean()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         accelerator.backward(reconstruction + args.kl_weight * kl)
