@@ -57,6 +57,12 @@ def parse_args():
     )
     parser.add_argument("--mse_weight", type=float, default=2.0, help="Of the mean squared error, beside L1.")
     parser.add_argument(
+        "--frame_power",
+        type=float,
+        default=1.0,
+        help="Of the power mean of a batch's squared error over frames: the higher, the more the worst frames count.",
+    )
+    parser.add_argument(
         "--shade_weight",
         type=float,
         default=0.0,
@@ -217,7 +223,8 @@ def main():
             posterior = vae.encode(inputs).latent_dist
             decoded = decode(vae, posterior.sample())
         error = decoded.float() - target
-        reconstruction = error.abs().mean() + args.mse_weight * error.square().mean()
+        squared = error.square().mean(dim=(0, 1, 3, 4)).pow(args.frame_power).mean().pow(1 / args.frame_power)
+        reconstruction = error.abs().mean() + args.mse_weight * squared
         if args.shade_weight:
             blocks = torch.nn.functional.avg_pool3d(error, (1, 16, 16))
             reconstruction = reconstruction + args.shade_weight * blocks.square().mean()
