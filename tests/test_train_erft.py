@@ -259,7 +259,6 @@ def test_a_lower_rank_is_exported(models, tmp_path):
     train(models / "i2v", tmp_path / "first", preset="none", lora_alpha=8, **options)
     first = read_lora(tmp_path / "first", LORA).state_dict
     options |= {"init_lora": tmp_path / "first" / LORA, "lora_alpha": 8, "learning_rate": 0.0}
-    card = tmp_path / "2" / "README.md"
     for rank in (4, 2):
         train(models / "i2v", tmp_path / str(rank), export_rank=rank, **options)
         lora = read_lora(tmp_path / str(rank), LORA)
@@ -270,7 +269,7 @@ def test_a_lower_rank_is_exported(models, tmp_path):
             lost = torch.linalg.svdvals(trained)[rank:].norm()
             assert lora.state_dict[name].shape[0] == rank
             torch.testing.assert_close((trained - exported).norm(), lost, rtol=1e-3, atol=1e-6)
-    assert "| export_rank | 2 |" in card.read_text()
+    assert "| export_rank | 2 |" in (tmp_path / "2" / "README.md").read_text()
     message = refused(models / "i2v", tmp_path / "third", **{**options, "export_rank": 5})
     assert "between 1 and 4, got 5" in message
 
