@@ -58,6 +58,7 @@ import matplotlib.pyplot as plt
 
 FIRST_STORY = 40000
 SETTINGS = ("consistent", "creative")
+PARTS = ("quality", "sprite", "background")  # of which every chain's figures are kept
 # What a model of true size makes unless told otherwise.
 OWN_OPTIONS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
 
@@ -298,7 +299,7 @@ def summarize(chains: list[list[dict]], num_clips: int) -> dict:
     quality = arrays["quality"]
     return {
         "curves": {name: np.nanmean(values, axis=0).tolist() for name, values in arrays.items()},
-        "chains": {name: arrays[name].round(3).tolist() for name in ("quality", "background") if name in arrays},
+        "chains": {name: arrays[name].round(3).tolist() for name in PARTS if name in arrays},
         "quality_first": interval(quality, lambda q: q[:, 0].mean()),
         "quality_last": interval(quality, lambda q: q[:, -1].mean()),
         "lost": interval(quality, lost),

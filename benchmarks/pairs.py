@@ -2,8 +2,9 @@
 
     python benchmarks/pairs.py docs/results/*/drift.json --output_dir docs/results/drift_pairs
 
-A pair is `erft-<name>` and `control-<name>` of one `drift.json`: the same films with the same noise. Of quality and of
-its part background, error recycling less control, with intervals of 95% by bootstrap over chains:
+A pair is `erft-NAME` and `control-NAME` of one `drift.json`: the same films with the same noise. Of quality and its
+parts sprite and background, where the file has them by chain, error recycling less control, with intervals of 95% by
+bootstrap over chains:
 
 - end: the mean of the last ten clips, or of the second half where there are fewer than twenty;
 - change: that, less the mean of as many clips at the beginning: what the chain does.
@@ -14,20 +15,21 @@ pairs say that. Writes `pairs.json` and a plot.
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from drift import interval
+from drift import PARTS, interval
 
 from diffusers_svi.provenance import provenance
 
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 
-PARTS = ("quality", "background")
 STATISTICS = ("end", "change")
 
 
@@ -63,11 +65,10 @@ def find_pairs(path: Path) -> dict[str, dict]:
 
 
 def plot(pairs: dict[str, dict], path: Path) -> None:
-    height = 0.35 * len(pairs) + 1.2
-    columns = [(part, statistic) for part in PARTS for statistic in STATISTICS]
-    figure, axes = plt.subplots(1, len(columns), figsize=(14, height), sharex=True, sharey=True)
-    labels = [f"{name} ({pair['chains']})" for name, pair in pairs.items()]
-    for axis, (part, statistic) in zip(axes, columns, strict=True):
+    rows, columns = len(STATISTICS), len(PARTS)
+    size = (4 * columns + 2, rows * (0.3 * len(pairs) + 1))
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex="col", sharey=True)
+    for axis, (statistic, part) in zip(axes.flat, product(STATISTICS, PARTS), strict=True):
         for row, pair in enumerate(pairs.values()):
             if part in pair:
                 figures = pair[part][statistic]
@@ -75,10 +76,13 @@ def plot(pairs: dict[str, dict], path: Path) -> None:
                 axis.plot(figures["value"], row, "o", color="tab:blue")
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set_title(f"{part}, {statistic}", fontsize=10)
+        axis.tick_params(labelsize=8)
+    for axis in axes[-1]:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set_xlabel("worse   |   better than the control", fontsize=9)
-    axes[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
-    axes[0].invert_yaxis()
+    labels = [f"{name} ({pair['chains']})" for name, pair in pairs.items()]
+    axes[0, 0].set_yticks(range(len(labels)), labels)
+    axes[0, 0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -98,14 +102,12 @@ def main():
     (args.output_dir / "pairs.json").write_text(json.dumps({**provenance(), "pairs": pairs}, indent=1) + "\n")
     plot(pairs, args.output_dir / "pairs.png")
     width = max(map(len, pairs))
-    print(
-        f"{'error recycling less control':{width}}  chains  "
-        + "  ".join(f"{f'{part}, {statistic}':24}" for part in PARTS for statistic in STATISTICS)
-    )
+    print(f"{'error recycling less control':{width}}  chains  part        end                        change")
     for name, pair in pairs.items():
-        shown = [pair[part][statistic] for part in PARTS if part in pair for statistic in STATISTICS]
-        figures = "  ".join(f"{x['value']:+.3f} ({x['low']:+.3f} to {x['high']:+.3f})" for x in shown)
-        print(f"{name:{width}}  {pair['chains']:6}  {figures}")
+        for part in (part for part in PARTS if part in pair):
+            figures = (pair[part][statistic] for statistic in STATISTICS)
+            shown = "   ".join(f"{x['value']:+.3f} ({x['low']:+.3f} to {x['high']:+.3f})" for x in figures)
+            print(f"{name:{width}}  {pair['chains']:6}  {part:10}  {shown}")
 
 
 if __name__ == "__main__":
