@@ -43,7 +43,7 @@ def parse_args():
 def differences(erft: list[list[float]], control: list[list[float]]) -> dict[str, dict[str, float]]:
     """Of figures `(chains, clips)` of both, each of `STATISTICS` with its interval."""
     pair = np.array(erft) - np.array(control)
-    window = min(10, pair.shape[1] // 2)
+    window = max(1, min(10, pair.shape[1] // 2))
     first, last = pair[:, :window].mean(axis=1), pair[:, -window:].mean(axis=1)
     return {"end": interval(last, np.mean), "change": interval(last - first, np.mean)}
 
@@ -51,7 +51,7 @@ def differences(erft: list[list[float]], control: list[list[float]]) -> dict[str
 def find_pairs(path: Path) -> dict[str, dict]:
     """What `differences` says of every pair of a file, by the folder, the setting and the name."""
     pairs = {}
-    for setting, measured in json.loads(path.read_text())["results"].items():
+    for setting, measured in json.loads(path.read_text()).get("results", {}).items():
         for name in measured:
             control = name.replace("erft", "control", 1)
             if not name.startswith("erft") or control not in measured or not measured[name].get("chains"):
