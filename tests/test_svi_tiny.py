@@ -73,6 +73,25 @@ def test_a_first_clip_follows_its_prompt(svi_tiny):
         np.testing.assert_allclose(moved, 24 * np.array([dx, dy]), atol=4)
 
 
+def test_blocks_can_be_left_out_or_doubled(svi_tiny):
+    script = load_script(ROOT / "examples" / "svi_tiny" / "train_transformer.py")
+    config = svi_tiny.transformer.config
+    inputs = {
+        "hidden_states": torch.randn(1, config.in_channels, 2, 4, 4, generator=seeded()),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 8, config.text_dim, generator=seeded()),
+    }
+    outputs = {}
+    for num_layers in (3, 6, 9):
+        transformer = WanTransformer3DModel.from_pretrained(MODEL, subfolder="transformer", dtype=torch.float32)
+        script.change_depth(transformer, num_layers)
+        assert len(transformer.blocks) == transformer.config.num_layers == num_layers
+        with torch.no_grad():
+            outputs[num_layers] = transformer(**inputs).sample
+    torch.testing.assert_close(outputs[9], outputs[6])
+    assert not torch.allclose(outputs[3], outputs[6], atol=0.1)
+
+
 def test_defaults_of_the_pipeline_work_with_it(svi_tiny):
     """Guidance of 5, a prompt padded to 512 tokens, two clips: nothing has to be set but the size."""
     state, (action,) = world.sample_story(HELD_OUT_SEED, 3)

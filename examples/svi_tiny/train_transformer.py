@@ -8,6 +8,7 @@ the model drifts when it is chained is the point.
 """
 
 import argparse
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,12 @@ def parse_args():
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("outputs/svi-tiny"), help="For interrupted runs.")
     parser.add_argument(
         "--init_from", type=Path, help="Model folder whose transformer and text encoder to go on from, not scratch."
+    )
+    parser.add_argument(
+        "--num_layers",
+        type=int,
+        default=6,
+        help="Blocks of the transformer. Those of `--init_from` are left out or doubled, evenly, to have as many.",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_clips", type=int, default=16384, help="Clips to train on.")
@@ -116,7 +123,7 @@ def look_back(text_encoder: UMT5EncoderModel) -> None:
         bias[1, 0] = bias[2, 1] = bias[3, 2] = 4
 
 
-def build_transformer(z_dim: int) -> WanTransformer3DModel:
+def build_transformer(z_dim: int, num_layers: int) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=4,
@@ -126,9 +133,25 @@ def build_transformer(z_dim: int) -> WanTransformer3DModel:
         text_dim=128,
         freq_dim=128,
         ffn_dim=768,
-        num_layers=6,
+        num_layers=num_layers,
         rope_max_seq_len=64,
     )
+
+
+@torch.no_grad()
+def change_depth(transformer: WanTransformer3DModel, num_layers: int) -> None:
+    """Leave out blocks, or double some of them, evenly. The second of a pair begins as one that adds nothing."""
+    blocks = torch.nn.ModuleList()
+    kept = torch.linspace(0, len(transformer.blocks) - 1, num_layers).round().int().tolist()
+    for index, before in zip(kept, [None, *kept], strict=False):
+        block = deepcopy(transformer.blocks[index])
+        if index == before:
+            for layer in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[-1]):
+                layer.weight.zero_()
+                layer.bias.zero_()
+        blocks.append(block)
+    transformer.blocks = blocks
+    transformer.register_to_config(num_layers=num_layers)
 
 
 def encode_clips(args, vae: AutoencoderKLWan, tokenizer, device, batch_size: int = 16) -> dict[str, np.ndarray]:
@@ -202,12 +225,14 @@ def main():
     arrays = encode_clips(args, vae, tokenizer, device)
 
     if args.init_from is None:
-        text_encoder, transformer = build_text_encoder(len(tokenizer)), build_transformer(vae.config.z_dim)
+        text_encoder = build_text_encoder(len(tokenizer))
+        transformer = build_transformer(vae.config.z_dim, args.num_layers)
     else:
         text_encoder = UMT5EncoderModel.from_pretrained(args.init_from / "text_encoder", dtype=torch.float32)
         transformer = WanTransformer3DModel.from_pretrained(
             args.init_from, subfolder="transformer", dtype=torch.float32
         )
+        change_depth(transformer, args.num_layers)
     text_encoder, transformer = text_encoder.to(device), transformer.to(device).train()
     accelerator.print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters")
     scheduler = UniPCMultistepScheduler(
