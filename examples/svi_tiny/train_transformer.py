@@ -80,7 +80,10 @@ def parse_args():
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--validation_steps", type=int, default=500)
     parser.add_argument("--num_validation_clips", type=int, default=12)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.num_layers < 1:
+        parser.error(f"--num_layers must be at least 1, got {args.num_layers}.")
+    return args
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
