@@ -188,12 +188,32 @@ def test_training_scripts_run_and_resume(tmp_path):
         "--shade_weight=200",
         "--frame_power=4",
         "--still_clips",
+        "--own_stills=8",
         "--optimizer=adamw",
         steps=2,
     )
     weights, before = (load_file(folder / "vae" / SAFETENSORS_WEIGHTS_NAME) for folder in (model, MODEL))
     changed = {name.split(".")[0] for name in before if not torch.equal(weights[name], before[name])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_own_stills_are_kept_and_the_gradient_goes_through_their_end(svi_tiny):
+    script = load_script(ROOT / "examples" / "svi_tiny" / "train_vae.py")
+    memory, fresh = script.OwnStills(4), torch.full((6, 3, 8, 8), -1.0)
+    rng = np.random.default_rng(0)
+    torch.testing.assert_close(memory.mix(fresh, rng), fresh)
+    memory.keep(torch.linspace(-0.5, 1.5, 6)[:, None, None, None].expand_as(fresh))
+    assert len(memory.frames) == 4 and max(frame.max() for frame in memory.frames) == 1
+    mixed = memory.mix(fresh, rng)
+    taken = 4 - len(memory.frames)
+    assert taken > 0 and (mixed > -1).all(dim=(1, 2, 3)).sum() == taken
+    torch.testing.assert_close((mixed + 1) * 127.5, ((mixed + 1) * 127.5).round(), atol=1e-4, rtol=0)
+
+    latents = torch.randn(1, svi_tiny.vae.config.z_dim, 3, 2, 2, generator=seeded()).requires_grad_()
+    whole, end = script.decode(svi_tiny.vae, latents), script.decode(svi_tiny.vae, latents, first_latent=2)
+    torch.testing.assert_close(end, whole[:, :, -4:])
+    (gradient,) = torch.autograd.grad(end.square().sum(), latents)
+    assert [bool(part.any()) for part in gradient.unbind(2)] == [False, False, True]
 
 
 def test_windows_of_the_vae_show_the_sprite():
