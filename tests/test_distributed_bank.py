@@ -16,7 +16,7 @@ from diffusers_svi.erft import BankConfig, ErrorRecycler, InjectionConfig, Recyc
 from diffusers_svi.flow import shifted_sigmas
 
 kind = sys.argv[1]
-PartialState(cpu=True)
+state = PartialState(cpu=True)
 rank = dist.get_rank()
 SHAPE = (2, 3, 4, 4)
 sigmas = shifted_sigmas(6, 5.0)
@@ -83,6 +83,7 @@ else:
         injected = recycler.inject(*(torch.zeros(2, *SHAPE) for _ in range(3)), noise_levels)
         recycler.recycle(error(rank, step).expand(2, *SHAPE), noise_levels, injected.switches)
 dist.barrier()
+state.destroy_process_group()  # threads of gloo still at work would abort the process as it ends
 print("ok")
 """
 
