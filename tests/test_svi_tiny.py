@@ -188,7 +188,6 @@ def test_training_scripts_run_and_resume(tmp_path):
         "--shade_weight=200",
         "--frame_power=4",
         "--still_clips",
-        "--own_stills=8",
         "--optimizer=adamw",
         steps=2,
     )
@@ -197,20 +196,53 @@ def test_training_scripts_run_and_resume(tmp_path):
     assert changed == {"decoder", "post_quant_conv"}
 
 
-def test_own_stills_are_kept_and_the_gradient_goes_through_their_end(svi_tiny):
-    script = load_script(ROOT / "examples" / "svi_tiny" / "train_vae.py")
-    memory, fresh = script.OwnStills(4), torch.full((6, 3, 8, 8), -1.0)
-    rng = np.random.default_rng(0)
-    torch.testing.assert_close(memory.mix(fresh, rng), fresh)
-    memory.keep(torch.linspace(-0.5, 1.5, 6)[:, None, None, None].expand_as(fresh))
-    assert len(memory.frames) == 4 and max(frame.max() for frame in memory.frames) == 1
-    mixed = memory.mix(fresh, rng)
-    taken = 4 - len(memory.frames)
-    assert taken > 0 and (mixed > -1).all(dim=(1, 2, 3)).sum() == taken
-    torch.testing.assert_close((mixed + 1) * 127.5, ((mixed + 1) * 127.5).round(), atol=1e-4, rtol=0)
+def test_decoder_settles(tmp_path):
+    """`settle_decoder.py` runs, goes on after a stop, and changes nothing but the decoder."""
+    for steps in (2, 4):
+        run(
+            "svi_tiny/settle_decoder.py",
+            f"--init_from={MODEL / 'vae'}",
+            f"--output_dir={tmp_path}",
+            f"--checkpoint_dir={tmp_path / 'checkpoints'}",
+            f"--max_train_steps={steps}",
+            "--train_batch_size=4",
+            "--first_stills=8",
+            "--checkpointing_steps=2",
+            "--validation_steps=2",
+            "--num_validation_clips=2",
+        )
+    record = json.loads((tmp_path / "training" / "vae.json").read_text())
+    assert [point["step"] for point in record["curve"]] == [2, 4]
+    assert {"change_16", "change_64", "psnr_worst_frame"} < set(record["curve"][0])
+    weights, before = (load_file(folder / "vae" / SAFETENSORS_WEIGHTS_NAME) for folder in (tmp_path, MODEL))
+    changed = {name.split(".")[0] for name in before if not torch.equal(weights[name], before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
+
+def test_stills_of_the_vae_are_kept(svi_tiny):
+    script = load_script(ROOT / "examples" / "svi_tiny" / "settle_decoder.py")
+    stills, rng = script.Stills(svi_tiny.vae, seed=0, size=4), np.random.default_rng(0)
+    stills.make(3, rng)
+    stills.make(3, rng)
+    assert stills.made == 6 and len(stills.frames) == len(stills.latents) == 4
+    frames, latents = stills.sample(4, rng)
+    torch.testing.assert_close((frames + 1) * 127.5, ((frames + 1) * 127.5).round(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(script.encode_still(svi_tiny.vae, frames), latents)
+    # They are near to what the world drew, whose shade they may have.
+    drawn = script.first_frames(0, range(2, 6))
+    assert (torch.stack(stills.frames) - drawn).abs().mean(dim=(1, 2, 3)).max() < 0.25
+
+    # An error of the whole frame counts at every scale, one of a chequered frame as pixels alone.
+    even = torch.full((1, 3, 1, 64, 64), 0.1)
+    chequered = even * (-1) ** (torch.arange(64)[:, None] + torch.arange(64))
+    torch.testing.assert_close(script.error_of_scales(even), torch.tensor(0.01 * sum(script.SCALES.values())))
+    torch.testing.assert_close(script.error_of_scales(chequered), torch.tensor(0.01 * script.SCALES[1]))
+
+
+def test_gradient_goes_through_the_end_of_a_clip(svi_tiny):
+    decode = load_script(ROOT / "examples" / "svi_tiny" / "train_vae.py").decode
     latents = torch.randn(1, svi_tiny.vae.config.z_dim, 3, 2, 2, generator=seeded()).requires_grad_()
-    whole, end = script.decode(svi_tiny.vae, latents), script.decode(svi_tiny.vae, latents, first_latent=2)
+    whole, end = decode(svi_tiny.vae, latents), decode(svi_tiny.vae, latents, first_latent=2)
     torch.testing.assert_close(end, whole[:, :, -4:])
     (gradient,) = torch.autograd.grad(end.square().sum(), latents)
     assert [bool(part.any()) for part in gradient.unbind(2)] == [False, False, True]

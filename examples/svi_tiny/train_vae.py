@@ -6,9 +6,6 @@ Besides reconstruction it learns to bear its own round trip: once it is halfway 
 made of a clip itself, one to three times over, to be turned into the clip as it was. Chained clips are decoded and
 encoded again and again, and a VAE that drifts on its own would hide everything else.
 
-With `--own_stills` it learns to leave a still that it has made as it is. What a decoder gets wrong changes smoothly
-with the picture: every round trip errs in nearly the same direction as the one before it.
-
 Most of the error lies in the few pixels of the sprite. With `--crop_size` three of four steps see windows around it,
 which also costs less. The others see whole frames.
 """
@@ -39,7 +36,6 @@ from diffusers_svi.tiny import world
 
 Z_DIM = 48
 HELD_OUT = 2**31  # clips with an index from here on are never trained on
-STILL_FIRST_LATENT = 3  # of five: where a still has come to rest
 
 
 def parse_args():
@@ -80,13 +76,6 @@ def parse_args():
     )
     parser.add_argument(
         "--still_clips", action="store_true", help="Before round trips begin, every fourth step sees stills."
-    )
-    parser.add_argument(
-        "--own_stills",
-        type=int,
-        default=0,
-        help="Size of a memory of stills that the VAE made, by one or many round trips. Three of four steps see such "
-        "stills and new ones, whole frames, and learn to give them back unchanged; 0 leaves that out.",
     )
     add_shared_options(parser)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
@@ -136,12 +125,12 @@ def window_around_sprite(states: list[world.State], size: int, rng: np.random.Ge
     return slice(top, top + size), slice(left, left + size)
 
 
-def sample_batch(args: argparse.Namespace, step: int, rng: np.random.Generator, whole: bool) -> np.ndarray:
-    """Clips `(batch, frames, size, size, 3)` of a step, uint8; in three of four steps windows, unless `whole`."""
+def sample_batch(args: argparse.Namespace, step: int, rng: np.random.Generator) -> np.ndarray:
+    """Clips `(batch, frames, size, size, 3)` of a step, uint8: whole frames, or windows of them."""
     first = step * args.train_batch_size
     stories = [world.sample_story(args.seed, first + i) for i in range(args.train_batch_size)]
     films = [world.film(*story) for story in stories]
-    if whole or args.crop_size == world.SIZE or step // 4 % 4 == 0:
+    if args.crop_size == world.SIZE or step // 4 % 4 == 0:
         return np.stack([world.render(film) for film in films])
     windows = [window_around_sprite(film, args.crop_size, rng) for film in films]
     return np.stack([world.render(film)[:, rows, cols] for film, (rows, cols) in zip(films, windows, strict=True)])
@@ -168,27 +157,6 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor, first_latent: int = 0) 
 def eight_bits(pixels: torch.Tensor) -> torch.Tensor:
     """What is left of pixels in [-1, 1] in an image."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-
-
-class OwnStills:
-    """A memory of `(3, height, width)` frames that the VAE made of stills, to be made again."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self.frames: list[torch.Tensor] = []
-
-    def mix(self, frames: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        """`(batch, 3, height, width)` with two in three replaced from the memory, which forgets them."""
-        mixed = [
-            self.frames.pop(rng.integers(len(self.frames))) if self.frames and rng.random() < 2 / 3 else frame
-            for frame in frames
-        ]
-        return torch.stack(mixed)
-
-    def keep(self, frames: torch.Tensor) -> None:
-        """Add what became of a batch, in place of the oldest."""
-        self.frames += eight_bits(frames.detach()).unbind()
-        del self.frames[: -self.size]
 
 
 def flat_convolutions(vae: AutoencoderKLWan) -> dict[torch.nn.Parameter, torch.nn.Parameter]:
@@ -244,7 +212,6 @@ def main():
     vae, *prepared = accelerator.prepare(vae, *optimizers, *schedules)
     optimizers, schedules = prepared[:2], prepared[2:]
     first_step = resume(accelerator, args.checkpoint_dir)
-    own_stills = OwnStills(args.own_stills)
 
     record = Record(args.output_dir / "training" / "vae.json", args.seed)
     held_out = to_pixels(np.stack([sample_clip(args.seed, HELD_OUT + i)[1] for i in range(args.num_validation_clips)]))
@@ -253,28 +220,18 @@ def main():
     )
     for step in progress:
         rng = np.random.default_rng([args.seed, step])
-        sees_own = args.own_stills > 0 and step % 4 > 0
-        target = to_pixels(sample_batch(args, step, rng, whole=sees_own)).to(accelerator.device)
+        target = to_pixels(sample_batch(args, step, rng)).to(accelerator.device)
         with accelerator.autocast():
-            inputs, first_latent = target, 0
-            still = args.still_clips and step % 4 == 1 and not sees_own
-            if sees_own:
-                frames = own_stills.mix(target[:, :, rng.integers(target.shape[2])], rng)
-                # The last frames of a still are those that come back: the gradient goes through these alone.
-                inputs = target = frames[:, :, None].expand_as(target)
-                first_latent = STILL_FIRST_LATENT
-            elif step >= args.round_trips_from * args.max_train_steps and step % 2:
+            inputs, still = target, args.still_clips and step % 4 == 1
+            if step >= args.round_trips_from * args.max_train_steps and step % 2:
                 inputs, still = own_output(vae, target, rng), step % 4 == 3
             if still:
                 # Clips of one frame, as the end of one clip becomes the beginning of the next.
                 frame = rng.integers(target.shape[2])
                 inputs, target = (video[:, :, frame, None].expand_as(target) for video in (inputs, target))
             posterior = vae.encode(inputs).latent_dist
-            # What is to be precise to a small part of a level is not learnt beside the noise of the posterior.
-            decoded = decode(vae, posterior.mode() if args.own_stills else posterior.sample(), first_latent)
-        if sees_own:
-            own_stills.keep(decoded[:, :, -1])
-        error = decoded.float() - target[:, :, -decoded.shape[2] :]
+            decoded = decode(vae, posterior.sample())
+        error = decoded.float() - target
         squared = error.square().mean(dim=(0, 1, 3, 4)).pow(args.frame_power).mean().pow(1 / args.frame_power)
         reconstruction = error.abs().mean() + args.mse_weight * squared
         if args.shade_weight:
