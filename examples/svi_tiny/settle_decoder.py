@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan
 from tqdm.auto import tqdm
-from train_vae import HELD_OUT, decode, eight_bits, psnr
+from train_vae import decode, eight_bits, freeze_encoder, held_out_clips, psnr, save
 from training import Record, checkpoint, cosine_schedule, resume, sample_clip, to_pixels
 
 from diffusers_svi.tiny import world
@@ -130,8 +130,7 @@ def main():
     accelerator = Accelerator(mixed_precision="no")  # what is learnt is a small part of a level
     vae = AutoencoderKLWan.from_pretrained(args.init_from).to(accelerator.device)
     before = copy.deepcopy(vae).requires_grad_(False)
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
+    freeze_encoder(vae)
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = cosine_schedule(optimizer, 30, args.max_train_steps)
@@ -142,9 +141,7 @@ def main():
         stills.make(8, np.random.default_rng([args.seed, first_step, batch]))
 
     record = Record(args.output_dir / "training" / "vae.json", args.seed)
-    held_out = [HELD_OUT + i for i in range(args.num_validation_clips)]
-    held_out_stills = first_frames(args.seed, held_out).to(accelerator.device)
-    held_out_clips = to_pixels(np.stack([sample_clip(args.seed, index)[1] for index in held_out]))
+    clips = held_out_clips(args.seed, args.num_validation_clips).to(accelerator.device)
     progress = tqdm(
         range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Decoder"
     )
@@ -168,11 +165,11 @@ def main():
         optimizer.zero_grad()
 
         if (step + 1) % args.validation_steps == 0 or step + 1 == args.max_train_steps:
-            held_out_psnr = psnr(vae, held_out_clips.to(accelerator.device))
+            held_out_psnr = psnr(vae, clips)
             figures = {
                 "still_loss": still_loss.detach(),
                 "clip_loss": clip_loss.detach(),
-                **changes(vae, held_out_stills),
+                **changes(vae, clips[:, :, 0]),
                 "psnr": held_out_psnr.mean(),
                 "psnr_worst_frame": held_out_psnr.min(),
             }
@@ -182,9 +179,7 @@ def main():
             checkpoint(accelerator, args.checkpoint_dir, step + 1)
 
     vae = accelerator.unwrap_model(vae).cpu()
-    vae.half()  # half the bytes: loading turns them into float32 again
-    vae.save_pretrained(args.output_dir / "vae")
-    record.write(parameters=sum(p.numel() for p in vae.parameters()))
+    save(vae, args.output_dir, record)
     accelerator.print(f"Saved {args.output_dir / 'vae'}.")
 
 

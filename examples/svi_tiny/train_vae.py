@@ -192,6 +192,24 @@ def set_latent_statistics(vae: AutoencoderKLWan, seed: int, num_clips: int, batc
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
+def freeze_encoder(vae: AutoencoderKLWan) -> None:
+    """Leave all as it is that latents depend on."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+
+
+def held_out_clips(seed: int, count: int) -> torch.Tensor:
+    """`(count, 3, frames, height, width)` in [-1, 1]."""
+    return to_pixels(np.stack([sample_clip(seed, HELD_OUT + i)[1] for i in range(count)]))
+
+
+def save(vae: AutoencoderKLWan, output_dir: Path, record: Record) -> None:
+    """Into `output_dir/vae`, and end the record beside it."""
+    vae.half()  # half the bytes: loading turns them into float32 again
+    vae.save_pretrained(output_dir / "vae")
+    record.write(parameters=sum(p.numel() for p in vae.parameters()))
+
+
 def main():
     args = parse_args()
     set_seed(args.seed)
@@ -200,8 +218,7 @@ def main():
     vae.to(accelerator.device)
     accelerator.print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
     if args.decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+        freeze_encoder(vae)
     flat = flat_convolutions(vae)
     others = [p for p in vae.parameters() if p.requires_grad and p not in flat]
     optimizers = [
@@ -214,7 +231,7 @@ def main():
     first_step = resume(accelerator, args.checkpoint_dir)
 
     record = Record(args.output_dir / "training" / "vae.json", args.seed)
-    held_out = to_pixels(np.stack([sample_clip(args.seed, HELD_OUT + i)[1] for i in range(args.num_validation_clips)]))
+    held_out = held_out_clips(args.seed, args.num_validation_clips).to(accelerator.device)
     progress = tqdm(
         range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="VAE"
     )
@@ -249,7 +266,7 @@ def main():
         vae.zero_grad()
 
         if (step + 1) % args.validation_steps == 0 or step + 1 == args.max_train_steps:
-            held_out_psnr = psnr(vae, held_out.to(accelerator.device))
+            held_out_psnr = psnr(vae, held_out)
             figures = {
                 "loss": reconstruction.detach(),
                 "kl": kl.detach(),
@@ -264,9 +281,7 @@ def main():
     vae = accelerator.unwrap_model(vae).cpu()
     if not args.decoder_only:
         set_latent_statistics(vae, args.seed, args.num_statistics_clips)
-    vae.half()  # half the bytes: loading turns them into float32 again
-    vae.save_pretrained(args.output_dir / "vae")
-    record.write(parameters=sum(p.numel() for p in vae.parameters()))
+    save(vae, args.output_dir, record)
     accelerator.print(f"Saved {args.output_dir / 'vae'}.")
 
 
