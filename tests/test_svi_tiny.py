@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -34,9 +36,13 @@ def svi_tiny() -> SVIPipeline:
     return quiet(SVIPipeline.from_pretrained(MODEL))
 
 
-def run(script: str, *arguments) -> str:
-    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(script: str, *arguments, processes: int = 1) -> str:
+    command = [str(ROOT / "examples" / script), *map(str, arguments)]
+    environment = dict(os.environ)
+    if processes > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command]
+        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
 
@@ -197,7 +203,7 @@ def test_training_scripts_run_and_resume(tmp_path):
 
 
 def test_decoder_settles(tmp_path):
-    """`settle_decoder.py` runs, goes on after a stop, and changes nothing but the decoder."""
+    """`settle_decoder.py` runs in two processes, goes on after a stop, and changes nothing but the decoder."""
     for steps in (2, 4):
         run(
             "svi_tiny/settle_decoder.py",
@@ -205,33 +211,60 @@ def test_decoder_settles(tmp_path):
             f"--output_dir={tmp_path}",
             f"--checkpoint_dir={tmp_path / 'checkpoints'}",
             f"--max_train_steps={steps}",
-            "--train_batch_size=4",
-            "--first_stills=8",
+            "--train_batch_size=2",
+            "--first_batches=2",
             "--checkpointing_steps=2",
             "--validation_steps=2",
             "--num_validation_clips=2",
+            processes=2,
         )
     record = json.loads((tmp_path / "training" / "vae.json").read_text())
-    assert [point["step"] for point in record["curve"]] == [2, 4]
-    assert {"change_16", "change_64", "psnr_worst_frame"} < set(record["curve"][0])
+    assert [point["step"] for point in record["curve"]] == [2, 4] and record["processes"] == 2
+    assert {"light_change", "scene_error", "psnr_worst_frame"} < set(record["curve"][0])
     weights, before = (load_file(folder / "vae" / SAFETENSORS_WEIGHTS_NAME) for folder in (tmp_path, MODEL))
     changed = {name.split(".")[0] for name in before if not torch.equal(weights[name], before[name])}
     assert changed == {"decoder", "post_quant_conv"}
 
 
-def test_stills_of_the_vae_are_kept(svi_tiny):
+def test_stills_of_the_vae_become_pictures_of_the_world(svi_tiny):
     script = load_script(ROOT / "examples" / "svi_tiny" / "settle_decoder.py")
     stills, rng = script.Stills(svi_tiny.vae, seed=0, size=4), np.random.default_rng(0)
-    stills.make(3, rng)
-    stills.make(3, rng)
-    assert stills.made == 6 and len(stills.frames) == len(stills.latents) == 4
-    frames, latents = stills.sample(4, rng)
-    torch.testing.assert_close((frames + 1) * 127.5, ((frames + 1) * 127.5).round(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(script.encode_still(svi_tiny.vae, frames), latents)
-    # They are near to what the world drew, whose shade they may have.
-    drawn = script.first_frames(0, range(2, 6))
-    assert (torch.stack(stills.frames) - drawn).abs().mean(dim=(1, 2, 3)).max() < 0.25
+    stills.make(range(3), rng)
+    stills.make(range(3, 6), rng)
+    drawn = script.first_states(0, range(2, 6))
+    assert [still.state.scene for still in stills.stills] == [state.scene for state in drawn]
+    before = list(stills.stills)
+    chosen, latents, targets = stills.sample(2, rng)
+    decoded = svi_tiny.vae.decode(latents).sample[:, :, -1]
+    stills.move_on(chosen, decoded)
+    for i, (old, new) in enumerate(zip(before, stills.stills, strict=True)):
+        assert (new is old) == (i not in chosen)
+    frames = script.eight_bits(decoded)
+    torch.testing.assert_close(
+        torch.stack([stills.stills[i].latents for i in chosen]), script.encode_still(svi_tiny.vae, frames)
+    )
+    # What is to be made of them is the same scene, in nearly the light in which they came out.
+    moved = torch.stack([stills.stills[i].target for i in chosen])
+    assert 0 < (moved - targets).abs().mean() < 0.02 and (moved - frames).abs().mean() < 0.1
 
+
+def test_the_light_of_a_still():
+    script = load_script(ROOT / "examples" / "svi_tiny" / "settle_decoder.py")
+    states = [replace(state, light=(0.7, 0.85, 1.0)) for state in script.first_states(0, range(8))]
+    np.testing.assert_allclose(script.lights(states, script.draw(states)), [(0.7, 0.85, 1.0)] * 8, atol=1e-3)
+    assert max(world.scene_pixels(scene, 0).max() for scene in world.SCENES) * script.LIGHT[1] < 255
+    # The nearest light there can be, if there is no such light.
+    darker = (script.draw(states) + 1) * 0.9 - 1
+    states, pictures = script.nearest(states, darker)
+    np.testing.assert_allclose([state.light for state in states], [(0.65, 0.765, 0.9)] * 8, atol=1e-3)
+    # Sprites are left alone.
+    for state, picture, drawn, frame in zip(states, pictures, script.draw(states), darker, strict=True):
+        alone = torch.from_numpy(script.scene_alone(state))
+        assert torch.equal(picture[:, alone], drawn[:, alone]) and torch.equal(picture[:, ~alone], frame[:, ~alone])
+
+
+def test_errors_of_stills_count_at_all_scales():
+    script = load_script(ROOT / "examples" / "svi_tiny" / "settle_decoder.py")
     # An error of the whole frame counts at every scale, one of a chequered frame as pixels alone.
     even = torch.full((1, 3, 1, 64, 64), 0.1)
     chequered = even * (-1) ** (torch.arange(64)[:, None] + torch.arange(64))

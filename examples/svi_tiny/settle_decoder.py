@@ -1,18 +1,22 @@
-"""Teach the decoder of svi-tiny's VAE to leave a still that it has made as it is.
+"""Teach the decoder of svi-tiny's VAE to leave a still that it has made as it is, where the world leaves a choice.
 
     python examples/svi_tiny/settle_decoder.py --init_from models/svi-tiny/vae --output_dir outputs/svi-tiny-settled
 
+Two cores do more as two processes of one thread than as one of two: `--compile`, and in place of `python`
+`OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true torchrun --nproc_per_node=2`.
+
 A round trip changes the colours of a still by two thousandths of the range, but in nearly the same direction as the
-round trip before it: fifty of them are a drift. What a still was before nobody can tell from what has become of it;
-that it should stay as it is can be learnt. The decoder learns it from stills that went through the VAE a few times, at
-all scales from a frame's mean to its pixels. Everything it learns from is within its reach: new stills, whose detail
-the latents cannot hold, are left out, and clips in which something moves are to be decoded as they were before.
+round trip before it: fifty of them are a drift. How a scene looks can be known by heart, and the decoder learns to put
+it right. In what light it lies cannot: what the light was before, nobody can tell from what has become of it. That it
+should stay as it is can be learnt, and so the decoder turns a still that went through the VAE a few times into the
+nearest picture of its scene, in the light which the still is in by now. Sprites stay as they are, and clips in which
+something moves are to be decoded as they were before.
 
 The encoder stays as it is, so latents, and what was trained on them, stay valid.
 """
 
 import argparse
-import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,73 +25,138 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan
 from tqdm.auto import tqdm
-from train_vae import decode, eight_bits, freeze_encoder, held_out_clips, psnr, save
+from train_vae import HELD_OUT, decode, eight_bits, freeze_encoder, held_out_clips, psnr, save
 from training import Record, checkpoint, cosine_schedule, resume, sample_clip, to_pixels
 
 from diffusers_svi.tiny import world
+from diffusers_svi.tiny.tracker import sprite_mask
 
 
 # Side of a window in pixels: weight of the squared error of means over such windows.
-SCALES = {1: 0.1, 4: 0.25, 8: 0.5, 16: 1.0, world.SIZE: 2.0}
+SCALES = {1: 0.1, 4: 0.25, 8: 0.5, 16: 1.0, world.SIZE: 8.0}
 # Index of the first clip in which something moves: stills are made of films before it.
 MOVING = 2**30
-# Of the shades laid over every second new still, in [-1, 1]: chains lead further than the light of the world.
-SHADE = 0.05
+# Of the shades laid over every second new still, in [-1, 1]: chains lead further than the world.
+SHADE = 0.02
+# Light beyond this is put right too. Were it the world's own range, light near its ends would be drawn inwards.
+LIGHT = (world.LIGHT[0] - 0.05, world.LIGHT[1] + 0.05)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init_from", type=Path, required=True, help="Folder of the VAE to begin with.")
+    parser.add_argument("--clips_as_in", type=Path, help="Folder of the VAE that decodes clips well. [`--init_from`]")
     parser.add_argument("--output_dir", type=Path, required=True, help="Model folder; the VAE goes into its `vae`.")
     parser.add_argument(
         "--checkpoint_dir", type=Path, default=Path("outputs/svi-tiny-settle"), help="For interrupted runs."
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_train_steps", type=int, default=1000)
-    parser.add_argument("--train_batch_size", type=int, default=16, help="Stills a step, from the memory.")
-    parser.add_argument("--new_stills", type=int, default=4, help="Stills a step that the VAE makes for the memory.")
-    parser.add_argument("--memory_size", type=int, default=2048, help="Stills; the oldest are forgotten.")
-    parser.add_argument("--first_stills", type=int, default=256, help="Stills in the memory before the first step.")
+    parser.add_argument("--train_batch_size", type=int, default=16, help="Stills a step and process, from its memory.")
+    parser.add_argument(
+        "--new_stills_every",
+        type=int,
+        default=4,
+        help="Steps after which a batch of new stills comes into the memory.",
+    )
+    parser.add_argument("--memory_size", type=int, default=2048, help="Stills a process; the oldest are forgotten.")
+    parser.add_argument("--first_batches", type=int, default=16, help="Batches in the memory before the first step.")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--clip_weight", type=float, default=0.5, help="Of the clip that is decoded as it was before.")
+    parser.add_argument("--clip_weight", type=float, default=1.0, help="Of the clip that every second step decodes.")
+    parser.add_argument(
+        "--compile", action="store_true", help="Compile the decoder: minutes at the start, faster then."
+    )
     parser.add_argument("--checkpointing_steps", type=int, default=100)
     parser.add_argument("--validation_steps", type=int, default=100)
     parser.add_argument("--num_validation_clips", type=int, default=16)
     return parser.parse_args()
 
 
-class Stills:
-    """A memory of `(3, height, width)` frames that the VAE made of stills, and of their latents."""
+@dataclass
+class Still:
+    """What the VAE made of the picture of `state`, `(3, height, width)`, its latents, and what it should have made."""
 
-    def __init__(self, vae: AutoencoderKLWan, seed: int, size: int, made: int = 0):
-        self.vae, self.seed, self.size, self.made = vae, seed, size, made
-        self.frames: list[torch.Tensor] = []
-        self.latents: list[torch.Tensor] = []
+    state: world.State
+    latents: torch.Tensor
+    target: torch.Tensor
+
+
+class Stills:
+    """A memory of stills, each as old as the number of its round trips."""
+
+    def __init__(self, vae: AutoencoderKLWan, seed: int, size: int):
+        self.vae, self.seed, self.size = vae, seed, size
+        self.stills: list[Still] = []
+
+    def __len__(self) -> int:
+        return len(self.stills)
 
     @torch.no_grad()
-    def make(self, count: int, rng: np.random.Generator) -> None:
-        """Add `count` stills of films never seen before after one to three round trips."""
-        indices = range(self.made, self.made + count)
-        self.made += count
-        frames = first_frames(self.seed, indices).to(self.vae.device)
+    def make(self, indices, rng: np.random.Generator) -> None:
+        """Add what one round trip makes of the first frames of films; every second of them is shaded."""
+        states = first_states(self.seed, indices)
+        frames = draw(states).to(self.vae.device)
         for frame in frames[::2]:
             frame += shade(rng).to(frame)
-        for _ in range(rng.integers(1, 4)):
-            frames = round_trip(self.vae, frames)
-        self.frames += frames.unbind()
-        self.latents += encode_still(self.vae, frames).unbind()
-        del self.frames[: -self.size], self.latents[: -self.size]
+        self.stills += self._stills(states, round_trip(self.vae, frames))
+        del self.stills[: -self.size]
 
-    def sample(self, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames `(count, 3, height, width)` and latents of different stills."""
-        chosen = rng.permutation(len(self.frames))[:count]
-        return torch.stack([self.frames[i] for i in chosen]), torch.stack([self.latents[i] for i in chosen])
+    def sample(self, count: int, rng: np.random.Generator) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+        """Numbers of stills, their latents, and the frames `(count, 3, height, width)` to be made of them."""
+        chosen = rng.permutation(len(self))[:count].tolist()
+        stills = [self.stills[i] for i in chosen]
+        return (
+            chosen,
+            torch.stack([still.latents for still in stills]),
+            torch.stack([still.target for still in stills]),
+        )
+
+    @torch.no_grad()
+    def move_on(self, chosen: list[int], decoded: torch.Tensor) -> None:
+        """Put what the decoder made of stills, in [-1, 1], in their places."""
+        states = [self.stills[i].state for i in chosen]
+        for i, still in zip(chosen, self._stills(states, eight_bits(decoded)), strict=True):
+            self.stills[i] = still
+
+    def _stills(self, states: list[world.State], frames: torch.Tensor) -> list[Still]:
+        states, targets = nearest(states, frames)
+        return [Still(*still) for still in zip(states, encode_still(self.vae, frames), targets, strict=True)]
 
 
-def first_frames(seed: int, indices) -> torch.Tensor:
-    """`(films, 3, height, width)`, in [-1, 1]."""
-    states = [world.sample_story(seed, index)[0] for index in indices]
-    return to_pixels(np.stack([world.render(state) for state in states])[:, None])[:, :, 0]
+def first_states(seed: int, indices) -> list[world.State]:
+    return [world.sample_story(seed, index)[0] for index in indices]
+
+
+def draw(states: list[world.State]) -> torch.Tensor:
+    """`(states, 3, height, width)`, in [-1, 1]."""
+    return to_pixels(world.render(states)[:, None])[:, :, 0]
+
+
+def scene_alone(state: world.State) -> np.ndarray:
+    """Which pixels `(height, width)` are well off the sprite."""
+    mask = torch.from_numpy(sprite_mask(state))[None].float()
+    return torch.nn.functional.max_pool2d(mask, 5, stride=1, padding=2)[0].numpy() == 0
+
+
+def lights(states: list[world.State], frames: torch.Tensor) -> np.ndarray:
+    """The light `(states, 3)` in which frames in [-1, 1] show the scenes of `states`: least squares off the sprite."""
+    found = []
+    for state, frame in zip(states, (frames.cpu().double().numpy() + 1) * 127.5, strict=True):
+        seen = scene_alone(state)
+        scene = world.scene_pixels(state.scene, state.offset)[seen].T
+        found.append((frame[:, seen] * scene).sum(axis=1) / (scene * scene).sum(axis=1))
+    return np.stack(found)
+
+
+def nearest(states: list[world.State], frames: torch.Tensor) -> tuple[list[world.State], torch.Tensor]:
+    """`states` in the light that frames show, within `LIGHT`, and how their scenes look then.
+
+    Sprites stay as the frames show them: what they have lost cannot be known.
+    """
+    found = lights(states, frames).clip(*LIGHT)
+    states = [replace(state, light=tuple(light)) for state, light in zip(states, found.tolist(), strict=True)]
+    alone = torch.from_numpy(np.stack([scene_alone(state) for state in states]))[:, None].to(frames.device)
+    return states, torch.where(alone, draw(states).to(frames.device), frames)
 
 
 def shade(rng: np.random.Generator) -> torch.Tensor:
@@ -114,73 +183,116 @@ def error_of_scales(error: torch.Tensor) -> torch.Tensor:
     return sum(weight * means[size].square().mean() for size, weight in SCALES.items())
 
 
-def changes(vae: AutoencoderKLWan, frames: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the third round trip of stills changes, of the range: root mean squares of means over two windows."""
-    before = round_trip(vae, round_trip(vae, frames))
-    change = (round_trip(vae, before) - before) / 2
+def drift(vae: AutoencoderKLWan, states: list[world.State], trips: int = 3) -> dict[str, float]:
+    """What the last of a few round trips does to stills, root mean squares.
+
+    `light_change` is the change of their light, `scene_error` how far from the nearest picture of the scene they are
+    then, in means over 16 x 16 pixels, of the range.
+    """
+    frames = draw(states).to(vae.device)
+    for _ in range(trips):
+        before, frames = frames, round_trip(vae, frames)
+    change = lights(states, frames) - lights(states, before)
+    error = (frames - nearest(states, frames)[1]) / 2
     return {
-        f"change_{size}": torch.nn.functional.avg_pool2d(change, size).square().mean().sqrt()
-        for size in (16, world.SIZE)
+        "light_change": float(np.sqrt(np.square(change).mean())),
+        "scene_error": float(torch.nn.functional.avg_pool2d(error, 16).square().mean().sqrt()),
     }
 
 
 def main():
     args = parse_args()
     set_seed(args.seed)
-    accelerator = Accelerator(mixed_precision="no")  # what is learnt is a small part of a level
+    # What is learnt is a small part of a level: no half precision.
+    accelerator = Accelerator(mixed_precision="no", step_scheduler_with_optimizer=False)
     vae = AutoencoderKLWan.from_pretrained(args.init_from).to(accelerator.device)
-    before = copy.deepcopy(vae).requires_grad_(False)
+    reference = AutoencoderKLWan.from_pretrained(args.clips_as_in or args.init_from)
+    reference.to(accelerator.device).requires_grad_(False)
     freeze_encoder(vae)
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = cosine_schedule(optimizer, 30, args.max_train_steps)
-    vae, optimizer, schedule = accelerator.prepare(vae, optimizer, schedule)
+    # Without a wrapper, which would hide the decoder: gradients are averaged below.
+    vae = accelerator.prepare_model(vae, evaluation_mode=True)
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    rank, processes = accelerator.process_index, accelerator.num_processes
     first_step = resume(accelerator, args.checkpoint_dir)
-    stills = Stills(vae, args.seed, args.memory_size, made=first_step * args.new_stills)
-    for batch in tqdm(range(args.first_stills // 8), desc="Stills"):
-        stills.make(8, np.random.default_rng([args.seed, first_step, batch]))
+    if args.compile:
+        vae.decoder.compile(dynamic=False, recompile_limit=32)
+
+    def films(batch: int) -> range:
+        """Indices of the films of a batch of new stills, of this process alone."""
+        first = (batch * processes + rank) * args.train_batch_size
+        return range(first, first + args.train_batch_size)
+
+    stills = Stills(vae, args.seed, args.memory_size)
+    new_batches = first_step // args.new_stills_every + args.first_batches
+    batches = range(new_batches - args.first_batches, new_batches)
+    for batch in tqdm(batches, desc="Stills", disable=not accelerator.is_main_process):
+        stills.make(films(batch), np.random.default_rng([args.seed, batch, rank]))
 
     record = Record(args.output_dir / "training" / "vae.json", args.seed)
+    record.values["processes"] = processes
     clips = held_out_clips(args.seed, args.num_validation_clips).to(accelerator.device)
+    held_out = first_states(args.seed, range(HELD_OUT, HELD_OUT + args.num_validation_clips))
     progress = tqdm(
-        range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Decoder"
+        range(first_step, args.max_train_steps),
+        initial=first_step,
+        total=args.max_train_steps,
+        desc="Decoder",
+        disable=not accelerator.is_main_process,
     )
     for step in progress:
-        rng = np.random.default_rng([args.seed, step])
-        stills.make(args.new_stills, rng)
-        frames, latents = stills.sample(args.train_batch_size, rng)
-        clip = to_pixels(sample_clip(args.seed, MOVING + step)[1][None]).to(accelerator.device)
-        with torch.no_grad():
-            clip_latents = vae.encode(clip).latent_dist.mode()
-            clip_before = decode(before, clip_latents)
-        still_error = decode(vae, latents, first_latent=latents.shape[2] - 1) - frames[:, :, None]
-        clip_error = decode(vae, clip_latents) - clip_before
+        rng = np.random.default_rng([args.seed, step, rank, 1])
+        if step % args.new_stills_every == 0:
+            stills.make(films(args.first_batches + step // args.new_stills_every), rng)
+        chosen, latents, targets = stills.sample(args.train_batch_size, rng)
+        decoded = decode(vae, latents, first_latent=latents.shape[2] - 1)
         # From the range [-1, 1] to percent of it.
-        still_loss = error_of_scales(50 * still_error)
-        clip_loss = (50 * clip_error).square().mean()
-        accelerator.backward(still_loss + args.clip_weight * clip_loss)
+        still_loss = error_of_scales(50 * (decoded - targets[:, :, None]))
+        accelerator.backward(still_loss)
+        if step % 2:
+            stills.move_on(chosen, decoded[:, :, -1])
+        else:
+            clip = to_pixels(sample_clip(args.seed, MOVING + step * processes + rank)[1][None]).to(accelerator.device)
+            with torch.compiler.set_stance("force_eager"):
+                with torch.no_grad():
+                    latents = vae.encode(clip).latent_dist.mode()
+                # The first frame, which stills say nothing of, and one of the latents after it.
+                parts = [latents[:, :, :1], latents[:, :, : int(rng.integers(2, latents.shape[2] + 1))]]
+                errors = [
+                    decode(vae, part, part.shape[2] - 1) - decode(reference, part, part.shape[2] - 1) for part in parts
+                ]
+                clip_loss = sum((50 * error).square().mean() for error in errors) / 2
+                accelerator.backward(args.clip_weight * clip_loss)
+        for parameter in parameters:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
-        if (step + 1) % args.validation_steps == 0 or step + 1 == args.max_train_steps:
-            held_out_psnr = psnr(vae, clips)
-            figures = {
-                "still_loss": still_loss.detach(),
-                "clip_loss": clip_loss.detach(),
-                **changes(vae, clips[:, :, 0]),
-                "psnr": held_out_psnr.mean(),
-                "psnr_worst_frame": held_out_psnr.min(),
-            }
+        if accelerator.is_main_process and (
+            (step + 1) % args.validation_steps == 0 or step + 1 == args.max_train_steps
+        ):
+            with torch.compiler.set_stance("force_eager"):
+                held_out_psnr = psnr(vae, clips)
+                figures = {
+                    "still_loss": still_loss.detach(),
+                    "clip_loss": clip_loss.detach(),
+                    **drift(vae, held_out),
+                    "psnr": held_out_psnr.mean(),
+                    "psnr_worst_frame": held_out_psnr.min(),
+                }
             record.add(step + 1, **figures)
             progress.set_postfix({name: f"{float(value):.4g}" for name, value in figures.items()})
         if (step + 1) % args.checkpointing_steps == 0:
             checkpoint(accelerator, args.checkpoint_dir, step + 1)
 
-    vae = accelerator.unwrap_model(vae).cpu()
-    save(vae, args.output_dir, record)
-    accelerator.print(f"Saved {args.output_dir / 'vae'}.")
+    if accelerator.is_main_process:
+        save(vae.cpu(), args.output_dir, record)
+        accelerator.print(f"Saved {args.output_dir / 'vae'}.")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

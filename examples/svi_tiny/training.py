@@ -116,6 +116,9 @@ def checkpoint(accelerator: Accelerator, folder: Path, step: int, ema: EMAModel 
     """Save everything under `folder/step-<step>` and drop the checkpoint before it."""
     unfinished = folder / "unfinished"
     accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
     if ema is not None:
         # Not among what accelerate keeps: it would pickle it.
         averages = {str(index): average.contiguous() for index, average in enumerate(ema.shadow_params)}
