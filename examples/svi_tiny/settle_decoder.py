@@ -88,9 +88,6 @@ class Stills:
         self.vae, self.seed, self.size = vae, seed, size
         self.stills: list[Still] = []
 
-    def __len__(self) -> int:
-        return len(self.stills)
-
     @torch.no_grad()
     def make(self, indices, rng: np.random.Generator) -> None:
         """Add what one round trip makes of the first frames of films; every second of them is shaded."""
@@ -103,7 +100,7 @@ class Stills:
 
     def sample(self, count: int, rng: np.random.Generator) -> tuple[list[int], torch.Tensor, torch.Tensor]:
         """Numbers of stills, their latents, and the frames `(count, 3, height, width)` to be made of them."""
-        chosen = rng.permutation(len(self))[:count].tolist()
+        chosen = rng.permutation(len(self.stills))[:count].tolist()
         stills = [self.stills[i] for i in chosen]
         return (
             chosen,
@@ -226,8 +223,8 @@ def main():
         return range(first, first + args.train_batch_size)
 
     stills = Stills(vae, args.seed, args.memory_size)
-    new_batches = first_step // args.new_stills_every + args.first_batches
-    batches = range(new_batches - args.first_batches, new_batches)
+    forgotten = first_step // args.new_stills_every
+    batches = range(forgotten, forgotten + args.first_batches)
     for batch in tqdm(batches, desc="Stills", disable=not accelerator.is_main_process):
         stills.make(films(batch), np.random.default_rng([args.seed, batch, rank]))
 
@@ -251,7 +248,7 @@ def main():
         # From the range [-1, 1] to percent of it.
         still_loss = error_of_scales(50 * (decoded - targets[:, :, None]))
         accelerator.backward(still_loss)
-        if step % 2:
+        if (step - first_step) % 2:
             stills.move_on(chosen, decoded[:, :, -1])
         else:
             clip = to_pixels(sample_clip(args.seed, MOVING + step * processes + rank)[1][None]).to(accelerator.device)
