@@ -26,7 +26,7 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan
 from tqdm.auto import tqdm
 from train_vae import HELD_OUT, decode, eight_bits, freeze_encoder, held_out_clips, psnr, save
-from training import Record, checkpoint, cosine_schedule, resume, sample_clip, to_pixels
+from training import Record, checkpoint, cosine_schedule, resume, sample_clip, to_pixels, training_steps
 
 from diffusers_svi.tiny import world
 from diffusers_svi.tiny.tracker import sprite_mask
@@ -180,14 +180,14 @@ def error_of_scales(error: torch.Tensor) -> torch.Tensor:
     return sum(weight * means[size].square().mean() for size, weight in SCALES.items())
 
 
-def drift(vae: AutoencoderKLWan, states: list[world.State], trips: int = 3) -> dict[str, float]:
-    """What the last of a few round trips does to stills, root mean squares.
+def drift(vae: AutoencoderKLWan, states: list[world.State]) -> dict[str, float]:
+    """What the third round trip does to stills, root mean squares.
 
     `light_change` is the change of their light, `scene_error` how far from the nearest picture of the scene they are
     then, in means over 16 x 16 pixels, of the range.
     """
     frames = draw(states).to(vae.device)
-    for _ in range(trips):
+    for _ in range(3):
         before, frames = frames, round_trip(vae, frames)
     change = lights(states, frames) - lights(states, before)
     error = (frames - nearest(states, frames)[1]) / 2
@@ -232,13 +232,7 @@ def main():
     record.values["processes"] = processes
     clips = held_out_clips(args.seed, args.num_validation_clips).to(accelerator.device)
     held_out = first_states(args.seed, range(HELD_OUT, HELD_OUT + args.num_validation_clips))
-    progress = tqdm(
-        range(first_step, args.max_train_steps),
-        initial=first_step,
-        total=args.max_train_steps,
-        desc="Decoder",
-        disable=not accelerator.is_main_process,
-    )
+    progress = training_steps(accelerator, first_step, args.max_train_steps, "Decoder")
     for step in progress:
         rng = np.random.default_rng([args.seed, step, rank, 1])
         if step % args.new_stills_every == 0:
@@ -273,16 +267,8 @@ def main():
             (step + 1) % args.validation_steps == 0 or step + 1 == args.max_train_steps
         ):
             with torch.compiler.set_stance("force_eager"):
-                held_out_psnr = psnr(vae, clips)
-                figures = {
-                    "still_loss": still_loss.detach(),
-                    "clip_loss": clip_loss.detach(),
-                    **drift(vae, held_out),
-                    "psnr": held_out_psnr.mean(),
-                    "psnr_worst_frame": held_out_psnr.min(),
-                }
-            record.add(step + 1, **figures)
-            progress.set_postfix({name: f"{float(value):.4g}" for name, value in figures.items()})
+                figures = {**drift(vae, held_out), **psnr(vae, clips)}
+            record.add(step + 1, progress, still_loss=still_loss.detach(), clip_loss=clip_loss.detach(), **figures)
         if (step + 1) % args.checkpointing_steps == 0:
             checkpoint(accelerator, args.checkpoint_dir, step + 1)
 

@@ -33,6 +33,7 @@ from training import (
     resume,
     sample_clip,
     to_pixels,
+    training_steps,
 )
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -269,9 +270,7 @@ def main():
     )
     pipe.set_progress_bar_config(disable=True)
     record = Record(args.output_dir / "training" / "transformer.json", args.seed)
-    progress = tqdm(
-        range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="Wan"
-    )
+    progress = training_steps(accelerator, first_step, args.max_train_steps, "Wan")
     patch_size = pipe.transformer.config.patch_size
     running_loss = None
     left, right = tokenizer.convert_tokens_to_ids(["left", "right"])
@@ -318,8 +317,7 @@ def main():
             ema.copy_to(parameters)
             figures = {"loss": running_loss, **validation_error(pipe, args.seed, args.num_validation_clips)}
             ema.restore(parameters)
-            record.add(step + 1, **figures)
-            progress.set_postfix({name: f"{float(value):.4g}" for name, value in figures.items()})
+            record.add(step + 1, progress, **figures)
         if (step + 1) % args.checkpointing_steps == 0:
             checkpoint(accelerator, args.checkpoint_dir, step + 1, ema)
 

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, unpatchify
-from tqdm.auto import tqdm
 from training import (
     Record,
     add_shared_options,
@@ -29,6 +28,7 @@ from training import (
     resume,
     sample_clip,
     to_pixels,
+    training_steps,
 )
 
 from diffusers_svi.tiny import world
@@ -174,10 +174,11 @@ def own_output(vae: AutoencoderKLWan, pixels: torch.Tensor, rng: np.random.Gener
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
-    """Of the reconstruction, for every frame over all clips, in dB: `(frames,)`."""
+def psnr(vae: AutoencoderKLWan, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the reconstruction of clips, in dB: mean over their frames, and that of the worst frame over all clips."""
     decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float()
-    return 10 * torch.log10(4 / (decoded - pixels).square().mean(dim=(0, 1, 3, 4)))
+    per_frame = 10 * torch.log10(4 / (decoded - pixels).square().mean(dim=(0, 1, 3, 4)))
+    return {"psnr": per_frame.mean(), "psnr_worst_frame": per_frame.min()}
 
 
 @torch.no_grad()
@@ -232,9 +233,7 @@ def main():
 
     record = Record(args.output_dir / "training" / "vae.json", args.seed)
     held_out = held_out_clips(args.seed, args.num_validation_clips).to(accelerator.device)
-    progress = tqdm(
-        range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="VAE"
-    )
+    progress = training_steps(accelerator, first_step, args.max_train_steps, "VAE")
     for step in progress:
         rng = np.random.default_rng([args.seed, step])
         target = to_pixels(sample_batch(args, step, rng)).to(accelerator.device)
@@ -266,15 +265,7 @@ def main():
         vae.zero_grad()
 
         if (step + 1) % args.validation_steps == 0 or step + 1 == args.max_train_steps:
-            held_out_psnr = psnr(vae, held_out)
-            figures = {
-                "loss": reconstruction.detach(),
-                "kl": kl.detach(),
-                "psnr": held_out_psnr.mean(),
-                "psnr_worst_frame": held_out_psnr.min(),
-            }
-            record.add(step + 1, **figures)
-            progress.set_postfix({name: f"{float(value):.4g}" for name, value in figures.items()})
+            record.add(step + 1, progress, loss=reconstruction.detach(), kl=kl.detach(), **psnr(vae, held_out))
         if (step + 1) % args.checkpointing_steps == 0:
             checkpoint(accelerator, args.checkpoint_dir, step + 1)
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 from diffusers_svi.provenance import provenance
 from diffusers_svi.tiny import world
@@ -83,17 +84,30 @@ class Record:
             "curve": earlier.get("curve", []),
         }
 
-    def add(self, step: int, **figures: float) -> None:
+    def add(self, step: int, progress: tqdm, **figures: float) -> None:
+        """Put the figures after `step` into the file and behind the progress bar."""
         self.values["curve"] = [point for point in self.values["curve"] if point["step"] < step]
         self.values["curve"].append(
             {"step": step, **{name: round(float(value), 5) for name, value in figures.items()}}
         )
         self.write()
+        progress.set_postfix({name: f"{float(value):.4g}" for name, value in figures.items()})
 
     def write(self, **values) -> None:
         self.values.update(values, minutes=round(self.minutes_before + (time.time() - self.started) / 60, 1))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.values, indent=1) + "\n")
+
+
+def training_steps(accelerator: Accelerator, first_step: int, max_steps: int, description: str) -> tqdm:
+    """The steps that are left, with a progress bar in the main process."""
+    return tqdm(
+        range(first_step, max_steps),
+        initial=first_step,
+        total=max_steps,
+        desc=description,
+        disable=not accelerator.is_main_process,
+    )
 
 
 def resume(accelerator: Accelerator, folder: Path, ema: EMAModel | None = None) -> int:
