@@ -1,18 +1,17 @@
-"""Teach the decoder of svi-tiny's VAE to leave a still that it has made as it is, where the world leaves a choice.
+"""Teach svi-tiny's VAE to leave a still that it has made as it is, where the world leaves a choice.
 
-    python examples/svi_tiny/settle_decoder.py --init_from models/svi-tiny/vae --output_dir outputs/svi-tiny-settled
+    python examples/svi_tiny/settle_vae.py --init_from models/svi-tiny/vae --output_dir outputs/svi-tiny-settled
 
 Two cores do more as two processes of one thread than as one of two: `--compile`, and in place of `python`
 `OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true torchrun --nproc_per_node=2`.
 
 A round trip changes the colours of a still by two thousandths of the range, but in nearly the same direction as the
-round trip before it: fifty of them are a drift. How a scene looks can be known by heart, and the decoder learns to put
-it right. In what light it lies cannot: what the light was before, nobody can tell from what has become of it. That it
-should stay as it is can be learnt, and so the decoder turns a still that went through the VAE a few times into the
-nearest picture of its scene, in the light which the still is in by now. Sprites stay as they are, and clips in which
-something moves are to be decoded as they were before.
+round trip before it: fifty of them are a drift. How a scene looks can be known by heart, and the VAE learns to put it
+right: the encoder gives the latents of the nearest picture of the scene, in the light which the still is in by now,
+and the decoder that picture. What the light was before, nobody can tell from what has become of it; that it should
+stay as it is can be learnt. Sprites stay as they are.
 
-The encoder stays as it is, so latents, and what was trained on them, stay valid.
+Films are encoded and decoded as before, so latents, and what was trained on them, stay valid.
 """
 
 import argparse
@@ -25,15 +24,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan
 from tqdm.auto import tqdm
-from train_vae import HELD_OUT, decode, eight_bits, freeze_encoder, held_out_clips, psnr, save
+from train_vae import HELD_OUT, decode, eight_bits, held_out_clips, psnr, save
 from training import Record, checkpoint, cosine_schedule, resume, sample_clip, to_pixels, training_steps
 
 from diffusers_svi.tiny import world
 from diffusers_svi.tiny.tracker import sprite_mask
 
 
-# Side of a window in pixels: weight of the squared error of means over such windows.
-SCALES = {1: 0.1, 4: 0.25, 8: 0.5, 16: 1.0, world.SIZE: 8.0}
+# Side of a window in pixels: weight of the squared error, in percent of the range, of means over such windows.
+SCALES = {1: 0.1, 4: 0.25, 8: 0.5, 16: 1.0, world.SIZE: 24.0}
+# Of the squared error of latents, in standard deviations: of stills, and of clips.
+STILL_LATENTS, CLIP_LATENTS = 100.0, 200.0
 # Index of the first clip in which something moves: stills are made of films before it.
 MOVING = 2**30
 # Of the shades laid over every second new still, in [-1, 1]: chains lead further than the world.
@@ -45,27 +46,29 @@ LIGHT = (world.LIGHT[0] - 0.05, world.LIGHT[1] + 0.05)
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init_from", type=Path, required=True, help="Folder of the VAE to begin with.")
-    parser.add_argument("--clips_as_in", type=Path, help="Folder of the VAE that decodes clips well. [`--init_from`]")
+    parser.add_argument(
+        "--clips_as_in", type=Path, help="Folder of the VAE whose latents and clips are kept. [`--init_from`]"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="Model folder; the VAE goes into its `vae`.")
     parser.add_argument(
         "--checkpoint_dir", type=Path, default=Path("outputs/svi-tiny-settle"), help="For interrupted runs."
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_train_steps", type=int, default=1000)
-    parser.add_argument("--train_batch_size", type=int, default=16, help="Stills a step and process, from its memory.")
+    parser.add_argument("--train_batch_size", type=int, default=8, help="Stills a step and process, from its memory.")
     parser.add_argument(
         "--new_stills_every",
         type=int,
-        default=4,
+        default=8,
         help="Steps after which a batch of new stills comes into the memory.",
     )
-    parser.add_argument("--memory_size", type=int, default=2048, help="Stills a process; the oldest are forgotten.")
-    parser.add_argument("--first_batches", type=int, default=16, help="Batches in the memory before the first step.")
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--clip_weight", type=float, default=1.0, help="Of the clip that every second step decodes.")
+    parser.add_argument("--memory_size", type=int, default=96, help="Stills a process; the oldest are forgotten.")
+    parser.add_argument("--first_batches", type=int, default=12, help="Batches in the memory before the first step.")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument(
-        "--compile", action="store_true", help="Compile the decoder: minutes at the start, faster then."
+        "--clips_every", type=int, default=3, help="Steps after which a clip is seen, which then counts as often."
     )
+    parser.add_argument("--compile", action="store_true", help="Compile the VAE: a minute at the start, faster then.")
     parser.add_argument("--checkpointing_steps", type=int, default=100)
     parser.add_argument("--validation_steps", type=int, default=100)
     parser.add_argument("--num_validation_clips", type=int, default=16)
@@ -74,10 +77,10 @@ def parse_args():
 
 @dataclass
 class Still:
-    """What the VAE made of the picture of `state`, `(3, height, width)`, its latents, and what it should have made."""
+    """What the VAE made of the picture of `state`, `(3, height, width)`, and what it is to make of that."""
 
     state: world.State
-    latents: torch.Tensor
+    frame: torch.Tensor
     target: torch.Tensor
 
 
@@ -99,12 +102,12 @@ class Stills:
         del self.stills[: -self.size]
 
     def sample(self, count: int, rng: np.random.Generator) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        """Numbers of stills, their latents, and the frames `(count, 3, height, width)` to be made of them."""
+        """Numbers of stills, their frames `(count, 3, height, width)`, and the frames to be made of them."""
         chosen = rng.permutation(len(self.stills))[:count].tolist()
         stills = [self.stills[i] for i in chosen]
         return (
             chosen,
-            torch.stack([still.latents for still in stills]),
+            torch.stack([still.frame for still in stills]),
             torch.stack([still.target for still in stills]),
         )
 
@@ -117,7 +120,7 @@ class Stills:
 
     def _stills(self, states: list[world.State], frames: torch.Tensor) -> list[Still]:
         states, targets = nearest(states, frames)
-        return [Still(*still) for still in zip(states, encode_still(self.vae, frames), targets, strict=True)]
+        return [Still(*still) for still in zip(states, frames, targets, strict=True)]
 
 
 def first_states(seed: int, indices) -> list[world.State]:
@@ -205,22 +208,29 @@ def main():
     vae = AutoencoderKLWan.from_pretrained(args.init_from).to(accelerator.device)
     reference = AutoencoderKLWan.from_pretrained(args.clips_as_in or args.init_from)
     reference.to(accelerator.device).requires_grad_(False)
-    freeze_encoder(vae)
-    parameters = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = cosine_schedule(optimizer, 30, args.max_train_steps)
-    # Without a wrapper, which would hide the decoder: gradients are averaged below.
+    latents_std = torch.tensor(reference.config.latents_std, device=accelerator.device).view(1, -1, 1, 1, 1)
+    halves = [
+        [*vae.encoder.parameters(), *vae.quant_conv.parameters()],
+        [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()],
+    ]
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = cosine_schedule(optimizer, 20, args.max_train_steps)
+    # Without a wrapper, which would hide encoder and decoder: gradients are averaged below.
     vae = accelerator.prepare_model(vae, evaluation_mode=True)
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     rank, processes = accelerator.process_index, accelerator.num_processes
     first_step = resume(accelerator, args.checkpoint_dir)
     if args.compile:
-        vae.decoder.compile(dynamic=False, recompile_limit=32)
+        for half in (vae.encoder, vae.decoder):
+            half.compile(dynamic=False, recompile_limit=32)
 
     def films(batch: int) -> range:
         """Indices of the films of a batch of new stills, of this process alone."""
         first = (batch * processes + rank) * args.train_batch_size
         return range(first, first + args.train_batch_size)
+
+    def latents_error(latents: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return ((latents - wanted) / latents_std).square().mean()
 
     stills = Stills(vae, args.seed, args.memory_size)
     forgotten = first_step // args.new_stills_every
@@ -232,33 +242,41 @@ def main():
     record.values["processes"] = processes
     clips = held_out_clips(args.seed, args.num_validation_clips).to(accelerator.device)
     held_out = first_states(args.seed, range(HELD_OUT, HELD_OUT + args.num_validation_clips))
-    progress = training_steps(accelerator, first_step, args.max_train_steps, "Decoder")
+    progress = training_steps(accelerator, first_step, args.max_train_steps, "VAE")
     for step in progress:
         rng = np.random.default_rng([args.seed, step, rank, 1])
         if step % args.new_stills_every == 0:
             stills.make(films(args.first_batches + step // args.new_stills_every), rng)
-        chosen, latents, targets = stills.sample(args.train_batch_size, rng)
+        chosen, frames, targets = stills.sample(args.train_batch_size, rng)
+        with torch.no_grad():
+            wanted = encode_still(reference, targets)
+        latents = encode_still(vae, frames)
         decoded = decode(vae, latents, first_latent=latents.shape[2] - 1)
         # From the range [-1, 1] to percent of it.
         still_loss = error_of_scales(50 * (decoded - targets[:, :, None]))
-        accelerator.backward(still_loss)
-        if (step - first_step) % 2:
-            stills.move_on(chosen, decoded[:, :, -1])
-        else:
+        still_latents = latents_error(latents, wanted)
+        accelerator.backward(still_loss + STILL_LATENTS * still_latents)
+        stills.move_on(chosen, decoded.detach()[:, :, -1])
+        if (step - first_step) % args.clips_every == 0:
             clip = to_pixels(sample_clip(args.seed, MOVING + step * processes + rank)[1][None]).to(accelerator.device)
             with torch.compiler.set_stance("force_eager"):
+                # A film, and the condition that begins with its first frame.
+                videos = torch.cat([clip, clip])
+                videos[1, :, 1:] = 0
                 with torch.no_grad():
-                    latents = vae.encode(clip).latent_dist.mode()
+                    wanted = reference.encode(videos).latent_dist.mode()
+                clip_latents = latents_error(vae.encode(videos).latent_dist.mode(), wanted)
                 # The first frame, which stills say nothing of, and one of the latents after it.
-                parts = [latents[:, :, :1], latents[:, :, : int(rng.integers(2, latents.shape[2] + 1))]]
+                parts = [wanted[:1, :, :1], wanted[:1, :, : int(rng.integers(2, wanted.shape[2] + 1))]]
                 errors = [
                     decode(vae, part, part.shape[2] - 1) - decode(reference, part, part.shape[2] - 1) for part in parts
                 ]
                 clip_loss = sum((50 * error).square().mean() for error in errors) / 2
-                accelerator.backward(args.clip_weight * clip_loss)
-        for parameter in parameters:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        accelerator.clip_grad_norm_(parameters, 1.0)
+                accelerator.backward(args.clips_every * (clip_loss + CLIP_LATENTS * clip_latents))
+        for parameters in halves:
+            for parameter in parameters:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+            accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -268,7 +286,9 @@ def main():
         ):
             with torch.compiler.set_stance("force_eager"):
                 figures = {**drift(vae, held_out), **psnr(vae, clips)}
-            record.add(step + 1, progress, still_loss=still_loss.detach(), clip_loss=clip_loss.detach(), **figures)
+            losses = {"still_loss": still_loss, "clip_loss": clip_loss}
+            errors = {"still_latents_rms": still_latents.sqrt(), "clip_latents_rms": clip_latents.sqrt()}
+            record.add(step + 1, progress, **{k: v.detach() for k, v in (losses | errors).items()}, **figures)
         if (step + 1) % args.checkpointing_steps == 0:
             checkpoint(accelerator, args.checkpoint_dir, step + 1)
 
