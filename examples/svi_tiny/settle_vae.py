@@ -33,7 +33,7 @@ from diffusers_svi.tiny.tracker import sprite_mask
 
 # Side of a window in pixels: weight of the squared error, in percent of the range, of means over such windows.
 SCALES = {1: 0.1, 4: 0.25, 8: 0.5, 16: 1.0, world.SIZE: 24.0}
-# Of the squared error of latents, in standard deviations: of stills, and of clips.
+# Weights of the squared error of latents, in standard deviations: of stills, and of clips.
 STILL_LATENTS, CLIP_LATENTS = 100.0, 200.0
 # Index of the first clip in which something moves: stills are made of films before it.
 MOVING = 2**30
@@ -256,7 +256,7 @@ def main():
         still_loss = error_of_scales(50 * (decoded - targets[:, :, None]))
         still_latents = latents_error(latents, wanted)
         accelerator.backward(still_loss + STILL_LATENTS * still_latents)
-        stills.move_on(chosen, decoded.detach()[:, :, -1])
+        stills.move_on(chosen, decoded[:, :, -1])
         if (step - first_step) % args.clips_every == 0:
             clip = to_pixels(sample_clip(args.seed, MOVING + step * processes + rank)[1][None]).to(accelerator.device)
             with torch.compiler.set_stance("force_eager"):
@@ -286,9 +286,15 @@ def main():
         ):
             with torch.compiler.set_stance("force_eager"):
                 figures = {**drift(vae, held_out), **psnr(vae, clips)}
-            losses = {"still_loss": still_loss, "clip_loss": clip_loss}
-            errors = {"still_latents_rms": still_latents.sqrt(), "clip_latents_rms": clip_latents.sqrt()}
-            record.add(step + 1, progress, **{k: v.detach() for k, v in (losses | errors).items()}, **figures)
+            record.add(
+                step + 1,
+                progress,
+                still_loss=still_loss.detach(),
+                clip_loss=clip_loss.detach(),
+                still_latents_rms=still_latents.detach().sqrt(),
+                clip_latents_rms=clip_latents.detach().sqrt(),
+                **figures,
+            )
         if (step + 1) % args.checkpointing_steps == 0:
             checkpoint(accelerator, args.checkpoint_dir, step + 1)
 

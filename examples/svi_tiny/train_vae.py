@@ -193,12 +193,6 @@ def set_latent_statistics(vae: AutoencoderKLWan, seed: int, num_clips: int, batc
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
-def freeze_encoder(vae: AutoencoderKLWan) -> None:
-    """Leave all as it is that latents depend on."""
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
-
-
 def held_out_clips(seed: int, count: int) -> torch.Tensor:
     """`(count, 3, frames, height, width)` in [-1, 1]."""
     return to_pixels(np.stack([sample_clip(seed, HELD_OUT + i)[1] for i in range(count)]))
@@ -219,7 +213,8 @@ def main():
     vae.to(accelerator.device)
     accelerator.print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
     if args.decoder_only:
-        freeze_encoder(vae)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     flat = flat_convolutions(vae)
     others = [p for p in vae.parameters() if p.requires_grad and p not in flat]
     optimizers = [
