@@ -59,14 +59,14 @@ def parse_args():
     parser.add_argument(
         "--new_stills_every",
         type=int,
-        default=8,
+        default=10,
         help="Steps after which a batch of new stills comes into the memory.",
     )
-    parser.add_argument("--memory_size", type=int, default=96, help="Stills a process; the oldest are forgotten.")
+    parser.add_argument("--memory_size", type=int, default=112, help="Stills a process; the oldest are forgotten.")
     parser.add_argument("--first_batches", type=int, default=12, help="Batches in the memory before the first step.")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument(
-        "--clips_every", type=int, default=3, help="Steps after which a clip is seen, which then counts as often."
+        "--clips_every", type=int, default=4, help="Steps after which a clip is seen, which then counts as often."
     )
     parser.add_argument("--compile", action="store_true", help="Compile the VAE: a minute at the start, faster then.")
     parser.add_argument("--checkpointing_steps", type=int, default=100)
