@@ -30,14 +30,15 @@ import matplotlib.pyplot as plt
 
 
 HELD_OUT_SEED = 1
-ROUND_TRIPS = 50
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", default="models/svi-tiny")
     parser.add_argument("--output_dir", type=Path, default=Path("docs/results"))
-    parser.add_argument("--num_clips", type=int, default=30, help="Length of the chains.")
+    parser.add_argument(
+        "--num_clips", type=int, default=50, help="Length of the chains, and round trips of the VAE alone."
+    )
     parser.add_argument("--num_chains", type=int, default=48)
     parser.add_argument("--num_prompts", type=int, default=100, help="First clips that are measured.")
     parser.add_argument("--num_videos", type=int, default=64, help="Videos that the VAE reconstructs.")
@@ -167,7 +168,7 @@ def measure_drift(pipe: SVIPipeline, args) -> dict:
         for index, state, actions in tqdm(stories, desc=f"Drift, {name}"):
             if scheme is None:
                 frame, frames = world.render(state), []
-                for _ in range(ROUND_TRIPS):
+                for _ in range(args.num_clips):
                     frame = (
                         (round_trip(pipe, frame[None].repeat(world.CLIP_FRAMES, 0))[-1] * 255).round().astype(np.uint8)
                     )
@@ -221,7 +222,8 @@ def main():
     }
     trips, chained = (results["drift"][name]["background_error_growth"] for name in ("VAE alone", "re-encoded"))
     results["gates"] = {
-        # Growth of the background error: over the round trips of the VAE, and over the clips of the re-encoded chain.
+        # Growth of the background error: over the round trips of the VAE, and over as many clips of the
+        # re-encoded chain.
         "vae_drift": np.mean(trips),
         "vae_drift_standard_error": standard_error(trips),
         "chain_drift": np.mean(chained),
