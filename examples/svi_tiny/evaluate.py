@@ -157,7 +157,7 @@ def observe(frame: np.ndarray, truth: world.State) -> dict:
 def measure_drift(pipe: SVIPipeline, args) -> dict:
     """Chains with one prompt, re-encoded and by latent hand-over, beside the VAE alone on still clips."""
     chains = {"re-encoded": PixelMotion(1), "latent hand-over": LatentMotion(1), "VAE alone": None}
-    results = {name: [] for name in chains}
+    drift = {}
     stories, index = [], 0
     while len(stories) < args.num_chains:
         index += 1
@@ -165,6 +165,7 @@ def measure_drift(pipe: SVIPipeline, args) -> dict:
         if state.sprite is not None:
             stories.append((index, state, actions))
     for name, scheme in chains.items():
+        observed = []
         for index, state, actions in tqdm(stories, desc=f"Drift, {name}"):
             if scheme is None:
                 frame, frames = world.render(state), []
@@ -176,19 +177,14 @@ def measure_drift(pipe: SVIPipeline, args) -> dict:
             else:
                 prompt = world.caption(state, actions[0])
                 frames = [clip[-1] for clip in generate(pipe, state, [prompt] * args.num_clips, args, index, scheme)]
-            results[name].append([observe(frame, state) for frame in frames])
-    return {
-        name: {
-            **{
-                figure: np.mean([[frame[figure] for frame in chain] for chain in observed], axis=0).tolist()
-                for figure in observed[0][0]
-            },
-            "background_error_growth": [
-                chain[-1]["background_error"] - chain[0]["background_error"] for chain in observed
-            ],
+            observed.append([observe(frame, state) for frame in frames])
+        by_chain = {
+            figure: np.array([[frame[figure] for frame in chain] for chain in observed]) for figure in observed[0][0]
         }
-        for name, observed in results.items()
-    }
+        drift[name] = {figure: values.mean(axis=0).tolist() for figure, values in by_chain.items()}
+        background = by_chain["background_error"]
+        drift[name]["background_error_growth"] = (background[:, -1] - background[:, 0]).tolist()
+    return drift
 
 
 def plot_drift(drift: dict, path: Path) -> None:
@@ -222,8 +218,7 @@ def main():
     }
     trips, chained = (results["drift"][name]["background_error_growth"] for name in ("VAE alone", "re-encoded"))
     results["gates"] = {
-        # Growth of the background error: over the round trips of the VAE, and over as many clips of the
-        # re-encoded chain.
+        # Growth of the background error over the round trips of the VAE, and over as many clips re-encoded.
         "vae_drift": np.mean(trips),
         "vae_drift_standard_error": standard_error(trips),
         "chain_drift": np.mean(chained),
