@@ -2,14 +2,15 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .conditioning import Scheme, scheme_from_dict
+from .conditioning import Carried, Scheme, scheme_from_dict
+from .pixels import from_uint8, to_uint8
 
 
 FORMAT = "diffusers_svi.chain"
@@ -49,6 +50,40 @@ class ChainState:
         length = self.conditioning.film_length(self.num_clips, self.num_frames)
         return length - self.conditioning.overlap if self.conditioning.trims == "tail" else length
 
+    def carried(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Carried:
+        """What is known when the next clip begins."""
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device=device, dtype=dtype)
+
+        frames = None if self.frames is None else from_uint8(self.frames.to(device), dtype)
+        return Carried(self.image.to(device=device, dtype=dtype), frames, moved(self.latents))
+
+    def after(
+        self, latents: torch.Tensor, video: torch.Tensor | None = None, generator: torch.Tensor | None = None
+    ) -> "ChainState":
+        """The state after one more clip.
+
+        Args:
+            latents (`torch.Tensor` of shape `(1, z_dim, latent_frames, latent_height, latent_width)`):
+                The clip as the sampler left it.
+            video (`torch.Tensor` of shape `(1, 3, num_frames, height, width)`, *optional*):
+                The same decoded, in [-1, 1]; needed where the scheme carries frames.
+            generator (`torch.Tensor`, *optional*): State of the generator of the noise.
+        """
+        scheme, last_frames, last_latents = self.conditioning, None, None
+        if scheme.carried_frames:
+            assert video is not None
+            # source: the authors' code hands the condition frames over as images of 8 bits a channel
+            last_frames = to_uint8(video[:, :, -scheme.carried_frames :]).cpu()
+        if scheme.carried_latents:
+            # A copy: a view would keep the latents of the whole clip.
+            last = latents[:, :, -scheme.carried_latents :]
+            last_latents = last.to(device="cpu", dtype=torch.float32, copy=True)
+        return replace(
+            self, frames=last_frames, latents=last_latents, num_clips=self.num_clips + 1, generator=generator
+        )
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file. A crash while writing leaves the file that was there before."""
         tensors = {name: value.contiguous() for name, value in self._tensors().items() if value is not None}
@@ -86,45 +121,8 @@ class ChainState:
         return {"image": self.image, "frames": self.frames, "latents": self.latents, "generator": self.generator}
 
 
-@dataclass(frozen=True)
-class Clip:
-    """One clip of a film, as `SVIPipeline.stream` yields it.
-
-    Args:
-        index (`int`): Its number, from 0.
-        prompt (`str`, *optional*): Its prompt; `None` when embeddings were given.
-        frames: The frames it adds to the film, in the `output_type` asked for: overlaps are cut off already. With
-            `output_type="latent"` all its latents, `(z_dim, latent_frames, latent_height, latent_width)`.
-        start (`int`): The film frame it begins with.
-        state (`ChainState`): What the next clip needs. Save it to be able to go on from here.
-    """
-
-    index: int
-    prompt: str | None
-    frames: object
-    start: int
-    state: ChainState
-
-
 def kept_frames(conditioning: Scheme, num_frames: int, is_first: bool, is_last: bool) -> slice:
     """Which frames of a clip belong to the film: the overlap with a neighbour is cut from one of the two."""
     if conditioning.trims == "tail":
         return slice(0, num_frames if is_last else num_frames - conditioning.overlap)
     return slice(0 if is_first else conditioning.overlap, num_frames)
-
-
-def carried_frames(conditioning: Scheme, video: torch.Tensor | None) -> torch.Tensor | None:
-    """The last frames of `video` `(batch, 3, frames, height, width)` in [-1, 1] that the next clip needs, as uint8."""
-    # source: the authors' code hands the condition frames over as images of 8 bits a channel
-    if conditioning.carried_frames == 0:
-        return None
-    frames = video[:, :, -conditioning.carried_frames :].float()
-    return (frames / 2 + 0.5).clamp(0, 1).mul(255).round().to(device="cpu", dtype=torch.uint8)
-
-
-def carried_latents(conditioning: Scheme, latents: torch.Tensor) -> torch.Tensor | None:
-    """The last latents of a clip that the next clip needs, as the sampler left them, float32."""
-    if conditioning.carried_latents == 0:
-        return None
-    # A copy: a view would keep the latents of the whole clip.
-    return latents[:, :, -conditioning.carried_latents :].to(device="cpu", dtype=torch.float32, copy=True)

@@ -1,115 +1,93 @@
 """How a clip is conditioned on the one before: the *schemes*, used by inference and training alike.
 
-A scheme turns what is known when a clip begins into the condition latents of the transformer, and says which frames
-are told twice where clips meet. What is known is
-
-- `image`, the chain's own start image or reference, `(batch, 3, height, width)` in [-1, 1];
-- `frames`, the last frames of the clip before, oldest first, `(batch, 3, k, height, width)` in [-1, 1];
-- `latents`, the last latent frames of the clip before as the sampler left them, normalised,
-  `(batch, z_dim, m, latent_height, latent_width)`.
-
-The last two are `None` for the first clip, which is conditioned on the image alone.
-
-Two kinds of Wan model read a condition. Those with concatenated channels (2.1, 2.2 A14B) take `condition` and
-`first_frame_mask` beside the noisy latents. TI2V-5B (`expand_timesteps`) takes `held`: clean latents that stand in for
-the first latent frames at timestep 0.
+A scheme turns what is known when a clip begins, [`Carried`], into the condition latents of the transformer, and says
+which frames are told twice where clips meet.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
-from .checks import check_count
-from .latents import encode_video
+from .checks import check_choice, check_count
+from .wan import TEMPORAL_FACTOR, encode_video, num_latent_frames
 
 
-# Frames of a latent frame after the first. Every Wan VAE encodes in groups of four frames.
-TEMPORAL_FACTOR = 4
-
-
-def num_latent_frames(num_frames: int) -> int:
-    """Latent frames of a clip of `num_frames = 1 + 4n` frames."""
-    return (num_frames - 1) // TEMPORAL_FACTOR + 1
-
-
-def first_frame_mask(condition: torch.Tensor) -> torch.Tensor:
-    """The mask beside `condition`: `(batch, 4, latent_frames, h, w)`, 1 on the first latent frame and 0 elsewhere.
-
-    It marks one frame whatever the number of condition frames: every member of the SVI family is trained this way.
-    """
-    mask = condition.new_zeros(condition.shape[0], TEMPORAL_FACTOR, *condition.shape[2:])
-    mask[:, :, 0] = 1
-    return mask
-
-
-def transformer_inputs(
-    noisy: torch.Tensor,
-    condition: torch.Tensor,
-    sigmas: torch.Tensor,
-    patch_size: tuple[int, int, int],
-    expand_timesteps: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""What a Wan transformer takes: its hidden states and its timesteps.
-
-    At inference the parent pipeline puts these together; training does it here.
+@dataclass(frozen=True)
+class Carried:
+    """What is known when a clip begins.
 
     Args:
-        noisy (`torch.Tensor` of shape `(batch, z_dim, latent_frames, h, w)`): Noisy latents.
-        condition (`torch.Tensor` of shape `(batch, z_dim, n, h, w)`):
-            `Scheme.condition`, with n = latent_frames; with `expand_timesteps`, `Scheme.held`.
-        sigmas (`torch.Tensor` of shape `(batch,)`): Noise levels.
-        patch_size (`tuple[int, int, int]`): Of the transformer.
-        expand_timesteps (`bool`): Whether the model holds the condition in place of the first latent frames.
-
-    Returns:
-        `(batch, z_dim + 4 + z_dim, latent_frames, h, w)` and `(batch,)`; with `expand_timesteps`,
-        `(batch, z_dim, latent_frames, h, w)` and `(batch, tokens)`, 0 on the held ones.
+        image (`torch.Tensor` of shape `(batch, 3, height, width)`):
+            The film's own start image or reference, in [-1, 1].
+        frames (`torch.Tensor` of shape `(batch, 3, k, height, width)`, *optional*):
+            The last frames of the clip before, oldest first, in [-1, 1]. `None` for the first clip.
+        latents (`torch.Tensor` of shape `(batch, z_dim, m, latent_height, latent_width)`, *optional*):
+            Its last latent frames as the sampler left them, normalised. `None` for the first clip.
     """
-    # source: the denoising loop of WanImageToVideoPipeline.__call__
-    timesteps = 1000 * sigmas
-    if not expand_timesteps:
-        return torch.cat([noisy, first_frame_mask(condition), condition], dim=1), timesteps
-    held = condition.shape[2]
-    tokens = timesteps.view(-1, 1, 1).repeat(
-        1, noisy.shape[2], noisy[0, 0, 0, :: patch_size[1], :: patch_size[2]].numel()
-    )
-    tokens[:, :held] = 0
-    return torch.cat([condition, noisy[:, :, held:]], dim=2), tokens.flatten(1)
+
+    image: torch.Tensor
+    frames: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
 
 
-class Scheme:
-    """Base of the schemes; see the module's docstring for the meaning of `image`, `frames` and `latents`."""
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """Base of the schemes."""
 
     # Which frames of the overlap are dropped: "tail" drops the end of every clip but the last, which the next clip
     # tells again; "head" drops the beginning of every clip but the first.
-    trims: ClassVar[str]
+    trims: ClassVar[Literal["tail", "head"]]
     # Whether the scheme fits models that concatenate the condition on channels, and models with `expand_timesteps`.
     concatenates: ClassVar[bool] = False
     holds: ClassVar[bool] = False
 
-    # What it takes over from the clip before: so many frames, encoded again, or so many latent frames as they are.
-    carried_frames: ClassVar[int] = 0
-    carried_latents: ClassVar[int] = 0
+    @property
+    def carried_frames(self) -> int:
+        """Frames of the clip before that are encoded again."""
+        return 0
 
     @property
+    def carried_latents(self) -> int:
+        """Latent frames of the clip before that are taken over as they are."""
+        return 0
+
+    @property
+    @abstractmethod
     def overlap(self) -> int:
         """Frames shared by two consecutive clips."""
+
+    def condition(
+        self, vae: AutoencoderKLWan, carried: Carried, num_frames: int, expand_timesteps: bool
+    ) -> torch.Tensor:
+        """The condition of a clip, normalised latents.
+
+        Args:
+            vae (`AutoencoderKLWan`): The model's.
+            carried (`Carried`): What is known when the clip begins.
+            num_frames (`int`): Frames of the clip, 1 + 4n.
+            expand_timesteps (`bool`): Whether the model holds latents in place of the clip's first (TI2V-5B).
+
+        Returns:
+            `(batch, z_dim, latent_frames, latent_height, latent_width)`; with `expand_timesteps` only the latent
+            frames that are held.
+        """
+        return self._held(vae, carried) if expand_timesteps else self._filled(vae, carried, num_frames)
+
+    def _filled(self, vae: AutoencoderKLWan, carried: Carried, num_frames: int) -> torch.Tensor:
+        """The condition latents of all frames, for models that concatenate them."""
         raise NotImplementedError
 
-    def condition(self, vae, image, frames=None, latents=None, *, num_frames: int) -> torch.Tensor:
-        """Normalised condition latents of a clip, `(batch, z_dim, latent_frames, latent_height, latent_width)`."""
+    def _held(self, vae: AutoencoderKLWan, carried: Carried) -> torch.Tensor:
+        """The latents for the first places of the clip, for models that hold them."""
         raise NotImplementedError
 
-    def held(self, vae, image, frames=None, latents=None) -> torch.Tensor:
-        """Normalised latents for the first places of a clip, `(batch, z_dim, n, latent_height, latent_width)`."""
-        raise NotImplementedError
-
+    @abstractmethod
     def with_frames(self, condition_frames: int) -> "Scheme":
         """The same scheme carrying `condition_frames` frames from clip to clip."""
-        raise NotImplementedError
 
     def check(self, num_frames: int, expand_timesteps: bool) -> None:
         """Raise a `ValueError` unless clips of `num_frames` frames can be chained this way by such a model."""
@@ -134,7 +112,7 @@ class Scheme:
         """Frames of a film of `num_clips` clips of `num_frames` frames: overlaps count once."""
         return num_clips * num_frames - (num_clips - 1) * self.overlap
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As plain values, for the metadata of a file. `scheme_from_dict` is its inverse."""
         return {"scheme": type(self).__name__, **asdict(self)}
 
@@ -156,14 +134,13 @@ class PixelMotion(Scheme):
     num_frames: int = 1
     padding: str = "zeros"
 
-    trims = "tail"
+    trims: ClassVar[Literal["tail", "head"]] = "tail"
     concatenates = True
     holds = True
 
     def __post_init__(self):
         check_count("num_frames", self.num_frames, 1)
-        if self.padding not in ("zeros", "reference"):
-            raise ValueError(f"`padding` must be 'zeros' or 'reference', got {self.padding!r}.")
+        check_choice("padding", self.padding, ("zeros", "reference"))
 
     @property
     def carried_frames(self) -> int:
@@ -173,20 +150,20 @@ class PixelMotion(Scheme):
     def overlap(self) -> int:
         return self.num_frames
 
-    def condition(self, vae, image, frames=None, latents=None, *, num_frames: int) -> torch.Tensor:
-        motion = self._motion(image, frames)
+    def _filled(self, vae: AutoencoderKLWan, carried: Carried, num_frames: int) -> torch.Tensor:
+        motion = self._motion(carried)
         rest = num_frames - motion.shape[2]
         if self.padding == "reference":
-            padding = image.unsqueeze(2).expand(-1, -1, rest, -1, -1)
+            padding = carried.image.unsqueeze(2).expand(-1, -1, rest, -1, -1)
         else:
             padding = motion.new_zeros(*motion.shape[:2], rest, *motion.shape[3:])
         return encode_video(vae, torch.cat([motion, padding], dim=2))
 
-    def held(self, vae, image, frames=None, latents=None) -> torch.Tensor:
-        return encode_video(vae, self._motion(image, frames))
+    def _held(self, vae: AutoencoderKLWan, carried: Carried) -> torch.Tensor:
+        return encode_video(vae, self._motion(carried))
 
-    def _motion(self, image: torch.Tensor, frames: torch.Tensor | None) -> torch.Tensor:
-        return image.unsqueeze(2) if frames is None else frames[:, :, -self.num_frames :]
+    def _motion(self, carried: Carried) -> torch.Tensor:
+        return carried.image.unsqueeze(2) if carried.frames is None else carried.frames[:, :, -self.num_frames :]
 
     def with_frames(self, condition_frames: int) -> "PixelMotion":
         check_count("condition_frames", condition_frames, 1)
@@ -205,7 +182,7 @@ class PixelMotion(Scheme):
 class _AnchorAndMotion(Scheme):
     num_latents: int = 1
 
-    trims = "head"
+    trims: ClassVar[Literal["tail", "head"]] = "head"
 
     def __post_init__(self):
         check_count("num_latents", self.num_latents, 0)
@@ -218,11 +195,11 @@ class _AnchorAndMotion(Scheme):
     def overlap(self) -> int:
         return 1 + TEMPORAL_FACTOR * self.num_latents
 
-    def _front(self, vae: AutoencoderKLWan, image: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor:
-        anchor = encode_video(vae, image.unsqueeze(2))
-        if latents is None or self.num_latents == 0:
+    def _front(self, vae: AutoencoderKLWan, carried: Carried) -> torch.Tensor:
+        anchor = encode_video(vae, carried.image.unsqueeze(2))
+        if carried.latents is None or self.num_latents == 0:
             return anchor
-        return torch.cat([anchor, latents[:, :, -self.num_latents :].to(anchor)], dim=2)
+        return torch.cat([anchor, carried.latents[:, :, -self.num_latents :].to(anchor)], dim=2)
 
     def with_frames(self, condition_frames: int) -> "Scheme":
         check_count("condition_frames", condition_frames, 1)
@@ -247,8 +224,8 @@ class LatentMotion(_AnchorAndMotion):
 
     concatenates = True
 
-    def condition(self, vae, image, frames=None, latents=None, *, num_frames: int) -> torch.Tensor:
-        front = self._front(vae, image, latents)
+    def _filled(self, vae: AutoencoderKLWan, carried: Carried, num_frames: int) -> torch.Tensor:
+        front = self._front(vae, carried)
         return F.pad(front, (0, 0, 0, 0, 0, num_latent_frames(num_frames) - front.shape[2]))
 
 
@@ -265,11 +242,11 @@ class HeldLatents(_AnchorAndMotion):
 
     holds = True
 
-    def held(self, vae, image, frames=None, latents=None) -> torch.Tensor:
-        return self._front(vae, image, latents)
+    def _held(self, vae: AutoencoderKLWan, carried: Carried) -> torch.Tensor:
+        return self._front(vae, carried)
 
 
-def scheme_from_dict(values: dict) -> Scheme:
+def scheme_from_dict(values: dict[str, Any]) -> Scheme:
     """The scheme that `Scheme.to_dict` described. Raises a `ValueError` when there is no such scheme."""
     schemes = {scheme.__name__: scheme for scheme in (PixelMotion, LatentMotion, HeldLatents)}
     try:

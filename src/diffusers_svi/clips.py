@@ -1,0 +1,61 @@
+"""A clip as it is asked for, [`ClipSpec`], and as it comes, [`Clip`]."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .chain import ChainState
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """What one clip of a film is to show. What is left out is as in the call.
+
+    Args:
+        prompt (`str`): What happens in it.
+        negative_prompt (`str`, *optional*): What it should not show.
+        seed (`int`, *optional*): Of its noise.
+        guidance_scale (`float`, *optional*): Weight of classifier-free guidance.
+        guidance_scale_2 (`float`, *optional*): That of the low-noise expert, for models with two.
+        num_clips (`int`, defaults to 1): Clips in a row that this stands for.
+        lora_weights (`dict[str, float]`, *optional*): Weights of loaded LoRAs by adapter name, from this clip on.
+        anchor (`PIL.Image.Image`, *optional*): A new reference or anchor, from this clip on.
+        last_image (`PIL.Image.Image`, *optional*): What it is to end with.
+        cut (`PIL.Image.Image`, *optional*): A new shot that begins with this image; nothing is carried over.
+
+    Only `prompt` has an effect so far: a call refuses a clip that sets another field.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    num_clips: int = 1
+    lora_weights: dict[str, float] | None = None
+    anchor: PIL.Image.Image | None = None
+    last_image: PIL.Image.Image | None = None
+    cut: PIL.Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip of a film, as `SVIPipeline.stream` yields it.
+
+    Args:
+        index (`int`): Its number, from 0.
+        prompt (`str`, *optional*): Its prompt; `None` when embeddings were given.
+        frames (`np.ndarray`, `torch.Tensor` or `list[PIL.Image.Image]`):
+            The frames it adds to the film, in the `output_type` asked for: overlaps are cut off already. With
+            `output_type="latent"` all its latents, `(z_dim, latent_frames, latent_height, latent_width)`.
+        start (`int`): The film frame it begins with.
+        state (`ChainState`): What the next clip needs. Save it to be able to go on from here.
+    """
+
+    index: int
+    prompt: str | None
+    frames: np.ndarray | torch.Tensor | list[PIL.Image.Image]
+    start: int
+    state: ChainState
