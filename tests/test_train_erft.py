@@ -13,14 +13,15 @@ import av
 import PIL.Image
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import load_script, make_components, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.lora import read_lora
-from diffusers_svi.tiny import world
+from small_videos import write_numbered, write_rows
+from svi_tiny import world
+from svi_tiny.videos import write_videos
 
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,6 @@ SMALL = {
     "width": 64,
     "num_frames": 17,
     "rank": 4,
-    "world_videos": 4,
     "bank_capacity": 4,
     "max_sequence_length": 32,
     "report_to": "none",
@@ -42,8 +42,9 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A folder with tiny random models of every kind."""
+    """A folder with tiny random models of every kind, and one of videos, `world`."""
     folder = tmp_path_factory.mktemp("models")
+    write_videos(folder / "world", 4, num_clips=3)
     for kind in ("wan2.1", "a14b", "ti2v-5b", "i2v"):
         SVIPipeline(**make_components(kind)).save_pretrained(folder / kind)
     return folder
@@ -56,7 +57,8 @@ def train_erft():
 
 
 def command(model: Path, output_dir: Path, launcher: tuple[str, ...] = (), **options) -> list[str]:
-    values = {"pretrained_model_name_or_path": model, "output_dir": output_dir, **SMALL, **options}
+    values = {"pretrained_model_name_or_path": model, "output_dir": output_dir, **SMALL}
+    values |= {"train_data_dir": model.parent / "world", **options}
     arguments = []
     for name, value in values.items():
         if value is True:
@@ -75,12 +77,12 @@ def train(model: Path, output_dir: Path, use_cpu: bool = True, **options) -> str
         command(model, output_dir, **options), capture_output=True, text=True, check=False, env=environment
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
-    return finished.stdout
+    return finished.stderr
 
 
-def refused(model: Path, output_dir: Path, **options) -> str:
+def failed(model: Path, output_dir: Path, **options) -> str:
     finished = subprocess.run(command(model, output_dir, **options), capture_output=True, text=True, check=False)
-    assert finished.returncode == 1 and "Traceback" not in finished.stderr, finished.stderr[-4000:]
+    assert finished.returncode == 1, finished.stderr[-4000:]
     return finished.stderr
 
 
@@ -97,10 +99,10 @@ def assert_same(first: Path, second: Path) -> None:
     [
         ("wan2.1", "shot", {}, PixelMotion(1, "reference")),
         ("wan2.1", "film", {"p_motion": 0.5}, PixelMotion(5, "zeros")),
-        ("wan2.1", "film-2.0", {"train_batch_size": 2, "boundary_steps": 2}, PixelMotion(5, "reference")),
+        ("wan2.1", "film-2.0", {"train_batch_size": 2}, PixelMotion(5, "reference")),
         ("a14b", "pro", {"expert": "high", "p_motion": 0.5}, LatentMotion(1)),
         ("a14b", "pro", {"expert": "low", "train_batch_size": 2}, LatentMotion(1)),
-        ("ti2v-5b", "ti2v-5b", {"p_text_start": 0.4, "boundary_steps": 1}, HeldLatents(1)),
+        ("ti2v-5b", "ti2v-5b", {"p_text_start": 0.4, "center_crop": True}, HeldLatents(1)),
         ("i2v", "none", {"conditioning": "latent", "reference": "before"}, LatentMotion(1)),
     ],
 )
@@ -130,7 +132,7 @@ def test_presets_train_what_the_pipeline_loads(models, tmp_path, kind, preset, o
     "bank",
     [
         {},
-        {"bank_dtype": "int8", "train_batch_size": 2, "gradient_accumulation_steps": 2, "boundary_steps": 2},
+        {"bank_dtype": "int8", "train_batch_size": 2, "gradient_accumulation_steps": 2},
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, bank):
@@ -156,10 +158,10 @@ def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, bank):
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
-    train(models / "i2v", killed, resume_from_checkpoint="latest", **options)
+    told = train(models / "i2v", killed, resume_from_checkpoint="latest", **options)
+    assert re.search(rf"Going on from {re.escape(str(killed))}/checkpoint-[36]\.", told)
     assert_same(tmp_path / "straight" / LORA, killed / LORA)
-    names = ["bank-0.safetensors", "recycler-0.safetensors", *["boundary-0.safetensors"] * ("boundary_steps" in bank)]
-    for name in names:
+    for name in ("bank-0.safetensors", "recycler-0.safetensors"):
         assert_same(tmp_path / "straight" / "checkpoint-9" / name, killed / "checkpoint-9" / name)
     with safe_open(killed / "checkpoint-9" / "bank-0.safetensors", "pt") as file:
         assert max(json.loads(file.metadata()["counts"])) >= 1
@@ -170,7 +172,7 @@ def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, bank):
 def test_two_processes(models, tmp_path, mode):
     """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    options = {"launcher": launcher, "bank_mode": mode, "world_videos": 6, "buffer_warmup_iter": 2}
+    options = {"launcher": launcher, "bank_mode": mode, "samples_per_video": 2, "buffer_warmup_iter": 2}
     options |= {"latent_cache_dir": tmp_path / "cache", "checkpointing_steps": 2}
     train(models / "i2v", tmp_path / "straight", max_train_steps=4, **options)
     train(models / "i2v", tmp_path / "again", max_train_steps=2, **options)
@@ -248,9 +250,9 @@ def test_it_goes_on_from_a_lora(models, tmp_path):
     made = read_lora(tmp_path / "second", LORA).state_dict
     for name, value in given.state_dict.items():
         torch.testing.assert_close(made[name], value * (2 if ".lora_B." in name else 1), rtol=0, atol=0)
-    message = refused(models / "i2v", tmp_path / "third", **{**options, "rank": 2})
+    message = failed(models / "i2v", tmp_path / "third", **{**options, "rank": 2})
     assert "has rank 4, but `--rank` is 2" in message
-    message = refused(models / "i2v", tmp_path / "third", **{**options, "init_lora": tmp_path / "none.safetensors"})
+    message = failed(models / "i2v", tmp_path / "third", **{**options, "init_lora": tmp_path / "none.safetensors"})
     assert "No LoRA could be read" in message
 
 
@@ -270,8 +272,6 @@ def test_a_lower_rank_is_exported(models, tmp_path):
             assert lora.state_dict[name].shape[0] == rank
             torch.testing.assert_close((trained - exported).norm(), lost, rtol=1e-3, atol=1e-6)
     assert "| export_rank | 2 |" in (tmp_path / "2" / "README.md").read_text()
-    message = refused(models / "i2v", tmp_path / "third", **{**options, "export_rank": 5})
-    assert "between 1 and 4, got 5" in message
 
 
 def test_training_from_the_cache_encodes_nothing(models, tmp_path):
@@ -285,127 +285,83 @@ def test_training_from_the_cache_encodes_nothing(models, tmp_path):
 
 @pytest.mark.skipif(not CATS.is_dir(), reason="the real clips are not beside this checkout")
 def test_real_clips(models, tmp_path):
-    options = {"world_videos": None, "train_data_dir": CATS, "height": 48, "width": 80, "num_frames": 9}
+    options = {"train_data_dir": CATS, "height": 48, "width": 80, "num_frames": 9}
     train(models / "wan2.1", tmp_path, preset="film", max_train_steps=2, samples_per_video=2, **options)
     assert read_lora(tmp_path, LORA).conditioning == PixelMotion(5, "zeros")
 
 
-def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_erft):
+def test_skipped_videos_are_told(models, tmp_path):
+    rows = [[f"{index}.mp4", "a cat"] for index in range(3)]
+    folder = write_rows(tmp_path / "videos" / "videos.csv", ["video", "text"], *rows)
+    for index in range(3):
+        write_numbered(folder / f"{index}.mp4", num_frames=20 if index else 4)
+    told = train(
+        models / "i2v",
+        tmp_path / "run",
+        train_data_dir=folder,
+        max_skipped_share=0.4,
+        preset="none",
+        max_train_steps=1,
+    )
+    assert "WARNING" in told and "1 of 3 videos are not used. 1 too short: 0.mp4 (4 frames, 17 needed)." in told
+
+
+def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, capsys):
     cases = [
-        ({"world_videos": None}, "Give one of `--train_data_dir`"),
-        ({"train_data_dir": tmp_path}, "got `--train_data_dir` and `--world_videos`"),
+        ({"train_data_dir": None}, "Give one of `--train_data_dir` and `--dataset_name`, got none."),
+        ({"dataset_name": "cats"}, "Give one of `--train_data_dir` and `--dataset_name`, got both."),
         ({"p_vid": 1.5}, "`p_vid` is a probability"),
-        ({"rank": 0}, "`--rank` must be at least 1"),
+        ({"p_motion": -1}, "`--p_motion` is a share in [0, 1], got -1.0."),
+        ({"rank": 0}, "`--rank` must be at least 1, got 0."),
+        ({"export_rank": 5}, "must be between 1 and 4, got 5."),
         ({"conditioning": "latent"}, "`--reference`=inside"),
         ({"preset": "pro", "reference": "inside"}, "Use `--reference before`"),
         ({"p_text_start": 0.5}, "needs `--conditioning held`"),
-        ({"expert": "high"}, "only one transformer"),
-        ({"preset": "ti2v-5b"}, "expand_timesteps=True"),
         ({"validation_prompt": ["a cat"]}, "needs both"),
+        (
+            {"validation_prompt": ["a cat"], "validation_image": "no.png"},
+            "`--validation_image`='no.png' is not a file.",
+        ),
+        ({"report_to": "wandb", "hub_token": "secret"}, "use `hf auth login` instead"),
         *([] if torch.cuda.is_available() else [({"quantize_base": "4bit"}, "needs a GPU")]),
-        ({"height": 32}, "`--height` and `--width` must be 64"),
-        ({"num_frames": 16}, "num_frames"),
-        ({"world_videos": None, "train_data_dir": tmp_path / "nothing"}, "nothing"),
-        ({"resume_from_checkpoint": "checkpoint-7"}, "is no checkpoint"),
-        ({"bank_capacity": 10**12}, "What would fit"),
+        ({"num_frames": 16}, "`num_frames` must be 1, 5, 9, ..., got 16."),
     ]
     for options, message in cases:
+        with pytest.raises(SystemExit) as exit:
+            train_erft.parse_args(command(models / "i2v", tmp_path / "run", **options)[2:])
+        told = capsys.readouterr().err
+        assert exit.value.code == 1 and message in told and told.count("\n") == 1
+    told = failed(models / "i2v", tmp_path / "run", rank=0)
+    assert "Traceback" not in told and told.endswith("train_erft.py: `--rank` must be at least 1, got 0.\n")
+
+
+def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_erft):
+    cases = [
+        ("i2v", {"expert": "high"}, "only one transformer"),
+        ("a14b", {}, "two experts"),
+        ("i2v", {"preset": "ti2v-5b"}, "expand_timesteps=True"),
+        ("world", {}, "has no model_index.json: is it in diffusers' layout?"),
+        ("i2v", {"train_data_dir": tmp_path / "nothing"}, "nothing"),
+        ("i2v", {"resume_from_checkpoint": "checkpoint-7"}, "is no checkpoint"),
+        ("i2v", {"bank_capacity": 10**12}, "What would fit"),
+    ]
+    for kind, options, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
-            train_erft.main(train_erft.parse_args(command(models / "i2v", tmp_path / "run", **options)[2:]))
-    assert "two experts" in refused(models / "a14b", tmp_path / "run")
+            train_erft.main(train_erft.parse_args(command(models / kind, tmp_path / "run", **options)[2:]))
+
+
+def test_help_tells_the_defaults(train_erft, capsys):
+    with pytest.raises(SystemExit):
+        train_erft.parse_args(["--help"])
+    told = capsys.readouterr().out
+    assert "Samples a step and process. (default: 1)" in told
+    assert "(default: None)" not in told and "(default: False)" not in told
 
 
 def test_names_known_from_elsewhere(train_erft):
     names = ["--y_prob=0.1", "--latent_prob=0.2", "--noise_prob=0.3", "--clean_prob=0.4", "--y_error_num=2"]
     names += ["--error_buffer_k=7", "--buffer_replacement_strategy=l2_batch", "--p_motion_threshold=0.5"]
-    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1"]
+    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--train_data_dir=z"]
     args = train_erft.parse_args([*base, *names])
     assert (args.p_img, args.p_vid, args.p_noi, args.p_clean, args.n_img) == (0.1, 0.2, 0.3, 0.4, 2)
     assert (args.bank_capacity, args.bank_replacement, args.p_motion) == (7, "l2", 0.5)
-
-
-@pytest.mark.parametrize("setting", ["consistent", "creative"])
-@pytest.mark.parametrize("preset", ["shot", "film-2.0", "pro"])
-def test_a_first_clip_has_its_own_first_frame_as_reference(train_erft, preset, setting):
-    """The condition that the pipeline gives the first clip of a film; of one that goes on it is another.
-
-    Where clips re-tell more than a frame of another action, a first clip begins where its own action does.
-    """
-    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1", f"--preset={preset}"]
-    small = ["--height=64", "--width=64", "--num_frames=17", "--p_motion=0.5", "--no-first_frame_augmentation"]
-    args = train_erft.parse_args([*base, *small, f"--world_setting={setting}"])
-    train_erft.check_args(args)
-    pipe = SVIPipeline(**make_components("i2v"))
-    scheme = train_erft.make_scheme(args)
-    layout = train_erft.make_layout(args, scheme)
-    sample = train_erft.Samples(train_erft.find_videos(args, layout, scheme), layout, 0)[0]
-    encoded = train_erft.encode_sample(pipe, sample, scheme, args)
-    clip = sample["video"][None, :, -17:]
-    first = clip
-    moved = setting == "creative" and scheme.overlap > 1
-    assert ("first_latents" in encoded) == moved
-    if moved:
-        first = sample["first"][None]
-        assert torch.equal(first[:, :, : 18 - scheme.overlap], clip[:, :, scheme.overlap - 1 :])
-        latents = train_erft.encode_video(pipe.vae, first)[0]
-        torch.testing.assert_close(encoded["first_latents"], latents)
-        assert (encoded["latents"] - latents).abs().max() > 1e-3
-    expected = scheme.condition(pipe.vae, first[:, :, 0], num_frames=17)[0]
-    torch.testing.assert_close(encoded["first_condition"], expected)
-    assert (encoded["condition"] - expected).abs().max() > 1e-3
-
-
-def test_a_first_clip_with_a_beginning_of_its_own_is_the_target(train_erft):
-    """`first_latents` take the place of the clip's where `--p_motion` draws a first clip, and only there."""
-    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1", "--preset=film"]
-    args = train_erft.parse_args([*base, "--bank_capacity=1"])
-    transformer = make_components("i2v")["transformer"]
-    channels = transformer.config.out_channels
-    generator = seeded()
-    names = ("latents", "first_latents", "condition", "first_condition")
-    batch = {name: torch.randn(2, channels, 3, 8, 8, generator=generator) for name in names}
-    batch |= {"prompt_embeds": torch.randn(2, 5, 16, generator=generator), "number": torch.arange(2)}
-    timesteps = torch.arange(1000)
-
-    def losses(batch):
-        sample = {name: value[0] for name, value in batch.items()}
-        recycler = train_erft.make_recycler(args, PartialState(cpu=True), [sample], timesteps)
-        step = train_erft.TrainingStep(
-            args,
-            transformer=transformer,
-            recycler=recycler,
-            generator=torch.Generator().manual_seed(0),
-            timesteps=timesteps,
-            no_prompt=torch.zeros(5, 16),
-            patch_size=(1, 2, 2),
-            expand_timesteps=False,
-            weight_dtype=torch.float32,
-        )
-        return step(batch)[0].detach()
-
-    for args.p_motion, taken in ((0.0, "first_latents"), (1.0, "latents")):
-        alone = {name: value for name, value in batch.items() if name != "first_latents"}
-        assert torch.equal(losses(batch), losses({**alone, "latents": batch[taken]}))
-
-
-def test_films_of_one_scene(train_erft):
-    """`--world_setting consistent`: the caption of the clip is that of the clip before."""
-    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=8", "--preset=shot"]
-    args = train_erft.parse_args([*base, "--height=64", "--width=64", "--num_frames=17"])
-    same = {}
-    for args.world_setting in ("consistent", "creative"):
-        scheme = train_erft.make_scheme(args)
-        videos = train_erft.find_videos(args, train_erft.make_layout(args, scheme), scheme)
-        same[args.world_setting] = [video.caption == video.history_caption for video in videos]
-    assert all(same["consistent"]) and not all(same["creative"])
-
-
-def test_an_experts_timesteps_stay_on_its_side(train_erft):
-    base = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--world_videos=1", "--preset=pro"]
-    sigmas = train_erft.shifted_sigmas(1000, 5.0)
-    sides = {
-        expert: sigmas[train_erft.training_timesteps(train_erft.parse_args([*base, f"--expert={expert}"]), 0.9)]
-        for expert in ("high", "low")
-    }
-    assert sides["high"].min() >= 0.9 > sides["low"].max()
-    assert len(sides["high"]) + len(sides["low"]) == 1000
