@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffusers_svi import ChainState, HeldLatents, LatentMotion, PixelMotion
-from diffusers_svi.chain import carried_frames, carried_latents, kept_frames
+from diffusers_svi.chain import kept_frames
 
 
 def make_state(**values) -> ChainState:
@@ -96,9 +96,35 @@ def test_what_is_trimmed_where_clips_meet(scheme, kept):
 
 def test_what_is_carried():
     video = torch.linspace(-1, 1, 9).view(1, 1, 9, 1, 1).repeat(1, 3, 1, 2, 2)
-    latents = torch.arange(5.0).view(1, 1, 5, 1, 1)
-    assert carried_frames(PixelMotion(2), video)[0, 0, :, 0, 0].tolist() == [223, 255]
-    assert carried_latents(PixelMotion(2), latents) is None
-    assert carried_frames(LatentMotion(2), video) is None
-    assert carried_latents(LatentMotion(2), latents).flatten().tolist() == [3.0, 4.0]
-    assert carried_latents(HeldLatents(0), latents) is None
+    latents = torch.arange(5.0, dtype=torch.float64).view(1, 1, 5, 1, 1)
+    generator = torch.Generator().manual_seed(3).get_state()
+
+    def after(scheme):
+        return make_state(conditioning=scheme).after(latents, video, generator)
+
+    state = after(PixelMotion(2))
+    assert state.frames.dtype == torch.uint8 and state.frames[0, 0, :, 0, 0].tolist() == [223, 255]
+    assert state.latents is None and state.num_clips == 4 and torch.equal(state.generator, generator)
+    state = after(LatentMotion(2))
+    assert state.frames is None and state.latents.flatten().tolist() == [3.0, 4.0]
+    assert state.latents.dtype == torch.float32
+    assert after(HeldLatents(0)).latents is None and make_state().after(latents, video).generator is None
+
+
+def test_a_state_keeps_no_more_than_what_is_carried():
+    """A view would keep the latents of the whole clip."""
+    latents = torch.zeros(1, 16, 21, 4, 4)
+    state = make_state(conditioning=LatentMotion(1)).after(latents)
+    assert state.latents.untyped_storage().nbytes() == 16 * 4 * 4 * 4
+    latents += 1
+    assert state.latents.abs().max() == 0
+
+
+def test_what_a_clip_begins_with():
+    state = make_state(latents=torch.randn(1, 16, 1, 2, 2))
+    carried = state.carried(dtype=torch.float64)
+    assert {tensor.dtype for tensor in (carried.image, carried.frames, carried.latents)} == {torch.float64}
+    torch.testing.assert_close(carried.frames, state.frames.double() / 255 * 2 - 1, rtol=0, atol=1e-12)
+    assert torch.equal(carried.image, state.image.double()) and torch.equal(carried.latents, state.latents.double())
+    first = make_state(frames=None).carried()
+    assert first.frames is None and first.latents is None

@@ -9,7 +9,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 
 from conftest import CLIP, KINDS, make_components, quiet, seeded
-from diffusers_svi import SVIPipeline
+from diffusers_svi import FilmOptions, SVIPipeline
 
 
 OWN_ARGUMENTS = {
@@ -21,8 +21,8 @@ OWN_ARGUMENTS = {
     "state",
     "ignore_lora_conditioning",
 }
-# Replaced by `prompts`, or of no meaning for a film: one film a call, its images come from the chain.
-PARENT_ONLY = {"prompt", "num_videos_per_prompt", "image_embeds", "last_image"}
+# Of no meaning for a film: its images come from the chain.
+PARENT_ONLY = {"image_embeds", "last_image"}
 
 
 def test_prepare_latents_has_the_signature_that_is_overridden():
@@ -43,6 +43,8 @@ def test_the_stream_takes_the_arguments_of_the_call():
     call, stream = (inspect.signature(f).parameters for f in (SVIPipeline.__call__, SVIPipeline.stream))
     assert set(call) - set(stream) == {"return_dict"}
     assert all(call[name].default == stream[name].default for name in stream if name != "self")
+    for name in ("height", "guidance_scale", "callback_on_step_end_tensor_inputs"):
+        assert call[name].annotation is FilmOptions.__annotations__[name]
 
 
 class Spy(WanImageToVideoPipeline):

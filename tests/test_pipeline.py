@@ -8,7 +8,7 @@ from diffusers import WanImageToVideoPipeline
 from diffusers.hooks import FirstBlockCacheConfig
 
 from conftest import CLIP, make_components, quiet, seeded
-from diffusers_svi import ChainState, HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
+from diffusers_svi import ChainState, ClipSpec, HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
 
 
 PROMPTS = ["a cat sits", "the dog jumps", "the cat sleeps"]
@@ -189,10 +189,24 @@ def test_no_guidance_needs_one_pass(i2v, image):
     assert len(calls) == 3 * CLIP["num_inference_steps"]
 
 
+def test_clip_specs_are_prompts(i2v, image):
+    expected = film(i2v, image)
+    specs = [ClipSpec(PROMPTS[0]), PROMPTS[1], ClipSpec(PROMPTS[2])]
+    assert np.array_equal(film(i2v, image, prompts=specs), expected)
+    assert np.array_equal(film(i2v, image, prompts=iter(specs), num_clips=3), expected)
+    held = film(i2v, image, prompts=ClipSpec(PROMPTS[0]), num_clips=2)
+    assert np.array_equal(held, film(i2v, image, prompts=PROMPTS[0], num_clips=2))
+
+
+def test_prompt_is_another_name_of_prompts(i2v, image):
+    for prompts in (PROMPTS, "a cat sits"):
+        assert np.array_equal(film(i2v, image, prompts=None, prompt=prompts), film(i2v, image, prompts=prompts))
+
+
 # What comes out
 
 
-@pytest.mark.parametrize("scheme", [PixelMotion(1), PixelMotion(5), LatentMotion(1)], ids=str)
+@pytest.mark.parametrize("scheme", [PixelMotion(5), LatentMotion(1)], ids=str)
 def test_output_types(i2v, image, scheme):
     array = film(i2v, image, conditioning=scheme)
     tensor = film(i2v, image, conditioning=scheme, output_type="pt")
@@ -354,7 +368,7 @@ def test_a_failing_clip_leaves_the_pipeline_usable(i2v, image):
 
     with pytest.raises(RuntimeError, match="stop here"):
         film(i2v, image, callback_on_step_end=fail)
-    assert i2v._chain is None and i2v._bar_config == {"disable": True}
+    assert i2v._state is None and i2v._bar_config == {"disable": True}
     assert np.array_equal(film(i2v, image), expected)
 
 
@@ -386,13 +400,23 @@ def test_model_cpu_offload(image):
 
 
 def test_vae_tiling(i2v, image):
-    i2v.enable_vae_tiling()
-    assert i2v.vae.use_tiling
     i2v.vae.enable_tiling(16, 16, 8, 8)
     tiled = film(i2v, image)
-    i2v.disable_vae_tiling()
+    i2v.vae.disable_tiling()
     whole = film(i2v, image)
     assert tiled.shape == whole.shape and not np.array_equal(tiled, whole)
+
+
+def test_conditions_made_from_outside_are_the_parents(kind, pipe, image):
+    """diffusers' own tools call `prepare_latents` between films."""
+    film(pipe, image)
+    parent = quiet(WanImageToVideoPipeline(**make_components(kind)))
+    pixels = pipe.video_processor.preprocess(image, height=32, width=32)
+    arguments = pixels, 1, pipe.vae.config.z_dim, 32, 32, 9, torch.float32, torch.device("cpu")
+    with torch.no_grad():
+        expected = parent.prepare_latents(*arguments, seeded())
+        for ours, theirs in zip(pipe.prepare_latents(*arguments, seeded()), expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_other_schedulers(i2v, image):
@@ -436,6 +460,11 @@ def bad(message, **options):
         bad(r"`prompts\[1\]` is empty", prompts=["a cat", "  "]),
         bad(r"`prompts\[1\]` must be a string, got int: 3", prompts=["a cat", 3]),
         bad("`prompts` must be a string, a list of strings or an iterator of strings, got 3", prompts=3),
+        bad("`prompt` and `prompts` are the same; pass one", prompt="a cat"),
+        bad("`num_videos_per_prompt`=2: a call makes one film", num_videos_per_prompt=2),
+        bad(r"`prompts\[1\]` is empty", prompts=["a cat", ClipSpec(" ")]),
+        bad(r"`prompts\[0\].seed`=3: only the prompt of a `ClipSpec` has", prompts=[ClipSpec("a cat", seed=3)]),
+        bad(r"`prompts\[0\].num_clips`=2: only the prompt", prompts=ClipSpec("a cat", num_clips=2)),
         bad("`num_clips`=2 leaves out some of the 3 prompts", num_clips=2),
         bad("`num_clips` must be a whole number of at least 1, got 0", prompts="a cat", num_clips=0),
         bad("`height` must be a multiple of 16 for this model, got 40. The nearest is 32", height=40),
@@ -466,6 +495,11 @@ def test_bad_input(i2v, image, options, message):
     i2v.transformer.forward = i2v.vae.encode = i2v.text_encoder.forward = None  # any use of a model would fail
     with pytest.raises(ValueError, match=message):
         i2v.stream(**{"image": image, "prompts": PROMPTS, "generator": seeded(), **CLIP, **options})
+
+
+def test_an_option_that_does_not_exist(i2v, image):
+    with pytest.raises(TypeError, match="A film has no option guidance. There are: negative_prompt, num_clips, "):
+        i2v.stream(image=image, prompts=PROMPTS, guidance=3.0)
 
 
 def test_an_image_that_is_cut_short(i2v, image, tmp_path):

@@ -1,9 +1,6 @@
-import itertools
-
 import pytest
 
 from diffusers_svi import load_prompts
-from diffusers_svi.prompts import one_per_clip
 
 
 def test_one_prompt_a_line(tmp_path):
@@ -46,22 +43,3 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "image.txt").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(ValueError, match=r"image.txt.*text file"):
         load_prompts(tmp_path / "image.txt")
-
-
-def test_the_last_prompt_holds():
-    assert list(one_per_clip(["a", "b"], 4)) == ["a", "b", "b", "b"]
-    assert list(one_per_clip(["a", "b"], 2)) == ["a", "b"]
-    assert list(one_per_clip(["a", "b"], None)) == ["a", "b"]
-
-
-def test_endless_prompts_are_asked_for_one_at_a_time():
-    asked = []
-
-    def endless():
-        for index in itertools.count():
-            asked.append(index)
-            yield str(index)
-
-    prompts = one_per_clip(endless(), None)
-    assert [next(prompts), next(prompts)] == ["0", "1"]
-    assert asked == [0, 1]

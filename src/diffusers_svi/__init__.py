@@ -7,12 +7,14 @@ __version__ = "0.1.0.dev0"
 
 _MODULES = {
     "SVIPipeline": "pipeline",
+    "FilmOptions": "options",
+    "ClipSpec": "clips",
+    "Clip": "clips",
+    "ChainState": "chain",
     "PixelMotion": "conditioning",
     "LatentMotion": "conditioning",
     "HeldLatents": "conditioning",
     "SVIEulerScheduler": "scheduler",
-    "ChainState": "chain",
-    "Clip": "chain",
     "load_prompts": "prompts",
 }
 __all__ = list(_MODULES)

@@ -1,12 +1,18 @@
 """A clip as it is asked for, [`ClipSpec`], and as it comes, [`Clip`]."""
 
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import PIL.Image
 import torch
 
 from .chain import ChainState
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,3 +65,31 @@ class Clip:
     frames: np.ndarray | torch.Tensor | list[PIL.Image.Image]
     start: int
     state: ChainState
+
+
+def one_per_clip(prompts: Iterable[T], num_clips: int | None) -> Iterator[T | None]:
+    """The prompts of a chain, one a clip; the last one holds when there are more clips than prompts.
+
+    With `num_clips=None` it ends with `prompts`, which may be endless. `None` where there never was a prompt.
+    """
+    if num_clips is None:
+        yield from prompts
+        return
+    last = None
+    for last in itertools.islice(prompts, num_clips):
+        yield last
+        num_clips -= 1
+    yield from itertools.repeat(last, num_clips)
+
+
+def with_last(items: Iterable[T], look_ahead: bool) -> Iterator[tuple[T, bool]]:
+    """Every item, and whether it is the last one; without `look_ahead` nobody knows, and no item is."""
+    if not look_ahead:
+        yield from ((item, False) for item in items)
+        return
+    ahead = iter(items)
+    held = list(itertools.islice(ahead, 1))
+    for following in ahead:
+        yield held.pop(), False
+        held.append(following)
+    yield from ((item, True) for item in held)

@@ -1,38 +1,48 @@
 """`SVIPipeline`: clips of a Wan image-to-video model, chained into a film of any length."""
 
+import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from diffusers import WanImageToVideoPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
-from .chain import ChainState, Clip, carried_frames, carried_latents, kept_frames
-from .checks import check_choice, check_count
-from .conditioning import PixelMotion, Scheme, first_frame_mask, num_latent_frames
-from .latents import decode_video
+from .chain import ChainState, kept_frames
+from .checks import check_choice
+from .clips import Clip, ClipSpec, one_per_clip, with_last
+from .conditioning import Scheme
+from .inputs import OUTPUT_TYPES, Film, check_clip, check_film, choose_scheme, latent_shape
 from .lora import SVILoraLoaderMixin
-from .noise import clip_noise
-from .prompts import check_film, check_prompt, one_per_clip
+from .options import FILM_DEFAULTS, FilmOptions
+from .pixels import to_pil, to_uint8
+from .wan import decode_video, pipeline_condition
 
 
-logger = logging.get_logger(__name__)
-
-OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 # Prompts whose embeddings are kept while a chain runs: few enough for an endless one.
 KEPT_EMBEDDINGS = 64
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _with_film_options(method: F) -> F:
+    """Show the options and their defaults in the method's signature, where `help` and diffusers' tools look."""
+    signature = inspect.signature(method)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    annotations = FilmOptions.__annotations__
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[name])
+        for name, default in FILM_DEFAULTS.items()
+    ]
+    method.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return method
 
 
 class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
@@ -47,36 +57,17 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
     """
 
     # What `prepare_latents` is to condition the clip on; set while the parent generates one.
-    _chain: tuple[Scheme, ChainState] | None = None
+    _state: ChainState | None = None
 
+    @_with_film_options
     @torch.no_grad()
     def __call__(
         self,
         image: PipelineImageInput | None = None,
-        prompts: str | Iterable[str] | None = None,
-        negative_prompt: str | None = None,
-        num_clips: int | None = None,
-        condition_frames: int | None = None,
-        conditioning: Scheme | None = None,
-        height: int = 480,
-        width: int = 832,
-        num_frames: int = 81,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        guidance_scale_2: float | None = None,
-        generator: torch.Generator | None = None,
-        seeds: Iterable[int] | None = None,
-        latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        output_type: str = "np",
+        prompts: str | ClipSpec | Iterable[str | ClipSpec] | None = None,
+        *,
         return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[[int, int], None] | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        max_sequence_length: int = 512,
-        state: ChainState | None = None,
-        ignore_lora_conditioning: bool = False,
+        **options: Unpack[FilmOptions],
     ) -> WanPipelineOutput | tuple:
         r"""
         Generate a film: the clips of [`~SVIPipeline.stream`], joined.
@@ -85,57 +76,12 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
             image (`PIL.Image.Image` or `torch.Tensor`):
                 The start image, an RGB image or a tensor `(3, height, width)` or `(1, 3, height, width)` in [0, 1]. It
                 is resized to `height` and `width`. May be left out when `state` is given.
-            prompts (`str` or `Iterable[str]`):
-                One prompt a clip; a string is the prompt of all clips. With more clips than prompts, the last one
-                holds.
-            negative_prompt (`str`, *optional*):
-                What the film should not show, in every clip. Only used with guidance.
-            num_clips (`int`, *optional*, defaults to `len(prompts)`):
-                Clips of the film, those before `state` included.
-            condition_frames (`int`, *optional*):
-                Frames of a clip that condition the next: sets them on the scheme.
-            conditioning (`Scheme`, *optional*):
-                How a clip is conditioned on the one before. Defaults to the scheme the loaded SVI LoRA was trained
-                for, without one to `PixelMotion(num_frames=1, padding="zeros")`, the plain chain.
-            height (`int`, defaults to 480), width (`int`, defaults to 832):
-                Size of the film in pixels, multiples of 16 and of what the VAE and the transformer's patches ask for.
-            num_frames (`int`, defaults to 81):
-                Frames of a clip, 1 + 4n.
-            num_inference_steps (`int`, defaults to 50):
-                Denoising steps a clip.
-            guidance_scale (`float`, defaults to 5.0):
-                Weight of classifier-free guidance; 1 turns it off.
-            guidance_scale_2 (`float`, *optional*, defaults to `guidance_scale`):
-                Guidance of the low-noise expert, for models with two.
-            generator (`torch.Generator`, *optional*):
-                Source of the noise. Every clip draws afresh from it: the same noise in every clip accumulates
-                artifacts.
-            seeds (`Iterable[int]`, *optional*):
-                One seed a clip, instead of `generator`. `itertools.count(0, 42)` is the authors' choice.
-            latents (`torch.Tensor`, *optional*):
-                The noise of every clip, `(num_clips, z_dim, latent_frames, latent_height, latent_width)`, instead of
-                drawing it.
-            prompt_embeds (`torch.Tensor` of shape `(clips, sequence_length, dim)`, *optional*):
-                Text embeddings, one row a clip, instead of `prompts`.
-            negative_prompt_embeds (`torch.Tensor` of shape `(1, sequence_length, dim)`, *optional*):
-                Instead of `negative_prompt`.
-            output_type (`str`, defaults to `"np"`):
-                `"np"`, `"pt"` (both in [0, 1]), `"pil"`, or `"latent"`: the latents of every clip, overlaps included,
-                for [`~SVIPipeline.decode_latents`].
+            prompts (`str`, `ClipSpec` or an `Iterable` of them):
+                One prompt a clip; a single one is that of all clips. With more clips than prompts, the last one holds.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a `WanPipelineOutput` instead of a tuple.
-            attention_kwargs (`dict`, *optional*):
-                Passed on to the attention processors.
-            callback_on_step_end, callback_on_step_end_tensor_inputs:
-                As in the parent, called at every step of every clip. Setting `pipe._interrupt = True` ends the film
-                with the last clip that was finished.
-            max_sequence_length (`int`, defaults to 512):
-                Tokens of a prompt.
-            state (`ChainState`, *optional*):
-                Go on from here: `prompts`, `seeds` and `num_clips` are still those of the whole film, of which the
-                clips made before `state` are left out. What comes is, to the bit, what would have come without a stop.
-            ignore_lora_conditioning (`bool`, defaults to `False`):
-                Run a scheme other than the one the loaded LoRA was trained for.
+            options:
+                Everything else about the film: see [`FilmOptions`].
 
         Returns:
             `WanPipelineOutput` or `tuple`: `.frames[0]` is the film, `(frames, height, width, 3)` for `"np"`,
@@ -146,37 +92,17 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         Raises:
             ValueError: for every argument that cannot be right, before anything is generated.
         """
-        options = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
-        film = _join([clip.frames for clip in self.stream(**options)], output_type)
-        video = [film] if isinstance(film, list) else film[None]
+        film = self._check_film(image, prompts, options)
+        frames = _join([clip.frames for clip in self._stream(film)], film.output_type)
+        video = [frames] if isinstance(frames, list) else frames[None]
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
+    @_with_film_options
     def stream(
         self,
         image: PipelineImageInput | None = None,
-        prompts: str | Iterable[str] | None = None,
-        negative_prompt: str | None = None,
-        num_clips: int | None = None,
-        condition_frames: int | None = None,
-        conditioning: Scheme | None = None,
-        height: int = 480,
-        width: int = 832,
-        num_frames: int = 81,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        guidance_scale_2: float | None = None,
-        generator: torch.Generator | None = None,
-        seeds: Iterable[int] | None = None,
-        latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        output_type: str = "np",
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[[int, int], None] | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-        max_sequence_length: int = 512,
-        state: ChainState | None = None,
-        ignore_lora_conditioning: bool = False,
+        prompts: str | ClipSpec | Iterable[str | ClipSpec] | None = None,
+        **options: Unpack[FilmOptions],
     ) -> Iterator[Clip]:
         r"""
         Generate a film clip by clip, in constant memory.
@@ -192,91 +118,44 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
             ValueError: at once for what can be known before the first clip; for a prompt of an iterator that is no
                 string or empty, when its turn comes.
         """
-        scheme = self._scheme(conditioning, condition_frames, state, ignore_lora_conditioning)
-        self._check_clip_inputs(height, width, num_frames, num_inference_steps, scheme)
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        prompts, num_clips = check_film(prompts, prompt_embeds, num_clips)
-        noise = clip_noise(generator, seeds, latents, num_clips, self._latent_shape(num_frames, height, width))
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        state = self._first_state(image, state, scheme, num_frames, height, width, generator)
-        self.check_inputs(
-            prompt="" if prompt_embeds is None else None,
-            negative_prompt=negative_prompt,
-            image=state.image,
-            height=height,
-            width=width,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            guidance_scale_2=guidance_scale_2,
-        )
-        if self.vae.dtype != torch.float32 and scheme.carried_frames > 0 and num_clips != 1:
-            logger.warning(
-                f"The VAE is in {self.vae.dtype}: over many clips its rounding errors add up. Load it with "
-                "`torch_dtype=torch.float32`."
-            )
+        return self._stream(self._check_film(image, prompts, options))
 
-        return self._stream(
-            image,
-            prompts,
-            num_clips,
-            noise,
-            state,
-            output_type,
-            negative_prompt_embeds if negative_prompt_embeds is not None else negative_prompt or "",
-            generator=generator,
-            max_sequence_length=max_sequence_length,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=guidance_scale_2,
-            attention_kwargs=attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
-
-    @torch.no_grad()
-    def _stream(
+    def _check_film(
         self,
         image: PipelineImageInput | None,
-        prompts: Iterable[str | torch.Tensor],
-        num_clips: int | None,
-        noise: Iterable[dict],
-        state: ChainState,
-        output_type: str,
-        negative: str | torch.Tensor,
-        generator: torch.Generator | None,
-        max_sequence_length: int,
-        **clip_options,
-    ) -> Iterator[Clip]:
+        prompts: str | ClipSpec | Iterable[str | ClipSpec] | None,
+        options: FilmOptions,
+    ) -> Film:
+        return check_film(self, self.lora_conditioning, image, prompts, options)
+
+    @torch.no_grad()
+    def _stream(self, film: Film) -> Iterator[Clip]:
         @lru_cache(maxsize=KEPT_EMBEDDINGS)
         def encode(prompt: str) -> torch.Tensor:
-            return self.encode_prompt(prompt, None, False, max_sequence_length=max_sequence_length)[0]
+            return self.encode_prompt(prompt, None, False, max_sequence_length=film.max_sequence_length)[0]
 
         self._interrupt = False
-        scheme, first = state.conditioning, state.num_clips
+        state, first = film.state, film.state.num_clips
         if state.generator is not None:
-            generator.set_state(state.generator)
+            film.generator.set_state(state.generator)
         # Only where the end of a clip is cut must it be known now whether another one follows.
-        prompts = _with_last(one_per_clip(prompts, num_clips), look_ahead=scheme.trims == "tail")
-        noise = itertools.islice(noise, first, None)
-        with tqdm(total=num_clips, initial=first, **{"desc": "Clips", **self._bar_config}) as clips_bar:
-            for index, (prompt, is_last) in itertools.islice(enumerate(prompts), first, None):
-                embeds = prompt[None] if isinstance(prompt, torch.Tensor) else encode(check_prompt(prompt, index))
-                if clip_options["guidance_scale"] > 1:
-                    negative_embeds = negative if isinstance(negative, torch.Tensor) else encode(negative)
-                    clip_options["negative_prompt_embeds"] = negative_embeds
+        prompts = with_last(one_per_clip(film.prompts, film.num_clips), look_ahead=state.conditioning.trims == "tail")
+        noise = itertools.islice(film.noise, first, None)
+        with tqdm(total=film.num_clips, initial=first, **{"desc": "Clips", **self._bar_config}) as clips_bar:
+            for index, (item, is_last) in itertools.islice(enumerate(prompts), first, None):
+                prompt = None if isinstance(item, torch.Tensor) else check_clip(item, index).prompt
+                options = {**film.clip_options, "prompt_embeds": item[None] if prompt is None else encode(prompt)}
+                if options["guidance_scale"] > 1:
+                    options["negative_prompt_embeds"] = (
+                        encode(film.negative) if isinstance(film.negative, str) else film.negative
+                    )
                 noise_options = next(noise, None)
                 if noise_options is None:
                     raise ValueError(f"`seeds` ended after {index} clips, but there is a prompt for clip {index}.")
-                options = {"prompt_embeds": embeds, **noise_options, **clip_options}
-                latents = self._generate(image if index == 0 else None, state, **options)
+                latents = self._generate(film.image if index == 0 else None, state, **noise_options, **options)
                 if self.interrupt:
                     return
-                clip = self._finish(latents, prompt, state, output_type, is_last, generator)
+                clip = self._finish(latents, prompt, state, film, is_last)
                 state = clip.state
                 clips_bar.update()
                 yield clip
@@ -284,47 +163,36 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
                 if self.interrupt:
                     return
 
-    def _generate(self, image: PipelineImageInput | None, state: ChainState, **options) -> torch.Tensor:
+    def _generate(
+        self, image: PIL.Image.Image | torch.Tensor | None, state: ChainState, **options: Any
+    ) -> torch.Tensor:
         """The latents of the clip after `state`, by the parent's `__call__`."""
         if image is None:
             # source: the image that CLIP sees is the first, oldest condition frame
-            image = _to_pil(state.image if state.frames is None else state.frames[:, :, 0] / 255 * 2 - 1)
+            pixels = to_uint8(state.image) if state.frames is None else state.frames[:, :, 0]
+            image = to_pil(pixels[0])
         bar_config = self._bar_config
-        self._chain = (state.conditioning, state)
+        self._state = state
         self.set_progress_bar_config(**{"desc": f"Clip {state.num_clips + 1}", "leave": False, **bar_config})
         try:
             return super().__call__(image=image, output_type="latent", return_dict=False, **options)[0]
         finally:
-            self._chain = None
+            self._state = None
             self.set_progress_bar_config(**bar_config)
 
-    def _finish(
-        self,
-        latents: torch.Tensor,
-        prompt: str | torch.Tensor,
-        state: ChainState,
-        output_type: str,
-        is_last: bool,
-        generator: torch.Generator | None,
-    ) -> Clip:
+    def _finish(self, latents: torch.Tensor, prompt: str | None, state: ChainState, film: Film, is_last: bool) -> Clip:
         """The clip after `state`, out of its latents."""
-        scheme, index, video = state.conditioning, state.num_clips, None
-        if output_type != "latent" or scheme.carried_frames > 0:
+        index, video = state.num_clips, None
+        if film.output_type != "latent" or state.conditioning.carried_frames > 0:
             video = decode_video(self.vae, latents)
             self.maybe_free_model_hooks()
-        if output_type == "latent":
+        if film.output_type == "latent":
             frames = latents[0]
         else:
-            kept = kept_frames(scheme, state.num_frames, index == 0, is_last)
-            frames = self.video_processor.postprocess_video(video[:, :, kept], output_type)[0]
-        after = replace(
-            state,
-            frames=carried_frames(scheme, video),
-            latents=carried_latents(scheme, latents),
-            num_clips=index + 1,
-            generator=None if generator is None else generator.get_state(),
-        )
-        return Clip(index, prompt if isinstance(prompt, str) else None, frames, start=state.start, state=after)
+            kept = kept_frames(state.conditioning, state.num_frames, index == 0, is_last)
+            frames = self.video_processor.postprocess_video(video[:, :, kept], film.output_type)[0]
+        after = state.after(latents, video, None if film.generator is None else film.generator.get_state())
+        return Clip(index, prompt, frames, start=state.start, state=after)
 
     @torch.no_grad()
     def decode_latents(
@@ -341,6 +209,9 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
 
         Returns:
             The film, as `.frames[0]` of a call with this `output_type`.
+
+        Raises:
+            ValueError: if `latents` or `output_type` is something else.
         """
         if not isinstance(latents, torch.Tensor) or latents.ndim != 5:
             shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
@@ -349,7 +220,7 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
                 f"`output_type='latent'` gives it in `.frames[0]`, got {shape}."
             )
         check_choice("output_type", output_type, OUTPUT_TYPES[:-1])
-        scheme = self._scheme(conditioning, None, None, ignore_lora_conditioning=True)
+        scheme = choose_scheme(conditioning, None, None, self.lora_conditioning, ignore_lora_conditioning=True)
         film = []
         for index, clip in enumerate(latents):
             video = decode_video(self.vae, clip[None])
@@ -357,17 +228,6 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
             film.append(self.video_processor.postprocess_video(video[:, :, kept], output_type)[0])
         self.maybe_free_model_hooks()
         return _join(film, output_type)
-
-    def enable_vae_tiling(self) -> None:
-        """Encode and decode in tiles, to save memory at large sizes.
-
-        In half precision, static backgrounds collect artifacts from tiles clip after clip: keep the VAE in float32.
-        """
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Encode and decode in one piece again."""
-        self.vae.disable_tiling()
 
     def prepare_latents(
         self,
@@ -379,159 +239,40 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         num_frames: int = 81,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         last_image: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """The noise of a clip and its condition, as the scheme lays it out: the one step of the parent replaced."""
-        scheme, state = self._chain
-        shape = (batch_size, *self._latent_shape(num_frames, height, width))
+        """The noise of a clip and its condition, as the scheme lays it out: the one step of the parent replaced.
+
+        Called from outside, when no film is being made, it is the parent's.
+        """
+        state, expand_timesteps = self._state, self.config.expand_timesteps
+        if state is None:
+            return super().prepare_latents(
+                image,
+                batch_size,
+                num_channels_latents,
+                height,
+                width,
+                num_frames,
+                dtype,
+                device,
+                generator,
+                latents,
+                last_image,
+            )
+        shape = (batch_size, *latent_shape(self, num_frames, height, width))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         else:
             latents = latents.to(device=device, dtype=dtype)
-        known = {
-            "image": state.image.to(device=device, dtype=dtype),
-            "frames": None if state.frames is None else state.frames.to(device=device, dtype=dtype) / 255 * 2 - 1,
-            "latents": None if state.latents is None else state.latents.to(device=device, dtype=dtype),
-        }
-        if self.config.expand_timesteps:
-            held = scheme.held(self.vae, **known)
-            mask = torch.ones(1, 1, *shape[2:], dtype=dtype, device=device)
-            mask[:, :, : held.shape[2]] = 0
-            return latents, F.pad(held, (0, 0, 0, 0, 0, shape[2] - held.shape[2])), mask
-        condition = scheme.condition(self.vae, **known, num_frames=num_frames)
-        return latents, torch.cat([first_frame_mask(condition), condition], dim=1)
-
-    def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        spatial = self.vae_scale_factor_spatial
-        return self.vae.config.z_dim, num_latent_frames(num_frames), height // spatial, width // spatial
+        condition = state.conditioning.condition(self.vae, state.carried(device, dtype), num_frames, expand_timesteps)
+        return latents, *pipeline_condition(condition, shape[2], expand_timesteps)
 
     @property
-    def _bar_config(self) -> dict:
+    def _bar_config(self) -> dict[str, Any]:
         return getattr(self, "_progress_bar_config", {})
-
-    # Inputs
-
-    def _scheme(
-        self,
-        conditioning: Scheme | None,
-        condition_frames: int | None,
-        state: ChainState | None,
-        ignore_lora_conditioning: bool,
-    ) -> Scheme:
-        """The scheme to use, once it agrees with the LoRA's and the state's."""
-        if conditioning is not None and not isinstance(conditioning, Scheme):
-            raise ValueError(
-                "`conditioning` must be `PixelMotion(...)`, `LatentMotion(...)` or `HeldLatents(...)`, got "
-                f"{conditioning!r}."
-            )
-        trained = self.lora_conditioning
-        scheme = conditioning or (state.conditioning if state is not None else None) or trained or PixelMotion()
-        if condition_frames is not None:
-            scheme = scheme.with_frames(condition_frames)
-        if state is not None and scheme != state.conditioning:
-            raise ValueError(
-                f"`state` comes from a chain with `conditioning`={state.conditioning}, but {scheme} is asked for. "
-                "Leave `conditioning` and `condition_frames` out to go on with it."
-            )
-        if trained is not None and scheme != trained and not ignore_lora_conditioning:
-            raise ValueError(
-                f"`conditioning`={scheme} is asked for, but the loaded LoRA was trained for {trained}: with another "
-                "scheme it does not work. Leave `conditioning` and `condition_frames` out to use the LoRA's, or pass "
-                "`ignore_lora_conditioning=True` if you mean it."
-            )
-        return scheme
-
-    def _check_clip_inputs(self, height: int, width: int, num_frames: int, num_inference_steps: int, scheme: Scheme):
-        transformer = self.transformer if self.transformer is not None else self.transformer_2
-        patch_size = transformer.config.patch_size
-        for name, value, patch in (("height", height, patch_size[1]), ("width", width, patch_size[2])):
-            multiple = math.lcm(16, self.vae_scale_factor_spatial * patch)
-            if not isinstance(value, int) or value < multiple or value % multiple:
-                nearest = max(round(value / multiple), 1) * multiple if isinstance(value, (int, float)) else multiple
-                raise ValueError(
-                    f"`{name}` must be a multiple of {multiple} for this model, got {value!r}. "
-                    f"The nearest is {nearest}."
-                )
-        factor = self.vae_scale_factor_temporal
-        if not isinstance(num_frames, int) or num_frames < 1 or num_frames % factor != 1:
-            raise ValueError(
-                f"`num_frames` must be {factor}n + 1, such as {5 * factor + 1} or {20 * factor + 1}, "
-                f"got {num_frames!r}."
-            )
-        check_count("num_inference_steps", num_inference_steps, 1)
-        scheme.check(num_frames, self.config.expand_timesteps)
-
-    def _first_state(
-        self,
-        image: PipelineImageInput | None,
-        state: ChainState | None,
-        scheme: Scheme,
-        num_frames: int,
-        height: int,
-        width: int,
-        generator: torch.Generator | None,
-    ) -> ChainState:
-        pixels = None if image is None else self._pixels(image, height, width)
-        if state is None:
-            if pixels is None:
-                raise ValueError("`image`, the start image, is missing. Without one, pass the `state` of a chain.")
-            return ChainState(conditioning=scheme, num_frames=num_frames, image=pixels)
-        asked, saved = (num_frames, height, width), (state.num_frames, *state.image.shape[-2:])
-        if asked != saved:
-            raise ValueError(
-                f"`state` comes from a chain with `num_frames`, `height`, `width` = {saved}, but {asked} is asked for."
-            )
-        if pixels is not None and not torch.equal(pixels, state.image):
-            raise ValueError("`image` is not the start image of the chain that `state` comes from. Leave it out.")
-        if state.generator is not None and generator is None:
-            raise ValueError(
-                "`state` comes from a chain that drew its noise from a `generator`. Pass one, in any state, on the "
-                "same kind of device: it is set to where the chain stopped."
-            )
-        return state
-
-    def _pixels(self, image: PipelineImageInput, height: int, width: int) -> torch.Tensor:
-        """The start image as the parent will see it, `(1, 3, height, width)` in [-1, 1]."""
-        if isinstance(image, PIL.Image.Image):
-            if image.mode != "RGB":
-                raise ValueError(f"`image` must be an RGB image, got mode {image.mode!r}. Use `image.convert('RGB')`.")
-            try:
-                image.load()
-            except OSError as error:
-                raise ValueError(f"`image` cannot be read: {error}. The file may be cut short or damaged.") from error
-        elif isinstance(image, torch.Tensor):
-            if image.ndim not in (3, 4) or image.shape[-3] != 3 or (image.ndim == 4 and image.shape[0] != 1):
-                raise ValueError(
-                    "`image` as a tensor must be (3, height, width) or (1, 3, height, width), got "
-                    f"{tuple(image.shape)}. A film starts from one image."
-                )
-        else:
-            raise ValueError(
-                f"`image` must be a PIL image or a tensor, got {type(image).__name__}. Use "
-                "`diffusers.utils.load_image` for a path or an address."
-            )
-        return self.video_processor.preprocess(image, height=height, width=width).to("cpu", torch.float32)
-
-
-def _with_last(items: Iterable, look_ahead: bool) -> Iterator[tuple[Any, bool]]:
-    """Every item, and whether it is the last one; without `look_ahead` nobody knows, and no item is."""
-    if not look_ahead:
-        yield from ((item, False) for item in items)
-        return
-    items = iter(items)
-    item = next(items, None)
-    while item is not None:
-        following = next(items, None)
-        yield item, following is None
-        item = following
-
-
-def _to_pil(pixels: torch.Tensor) -> PIL.Image.Image:
-    """An image from `(1, 3, height, width)` in [-1, 1]."""
-    array = (pixels[0] / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0)
-    return PIL.Image.fromarray(array.cpu().numpy())
 
 
 def _join(parts: list, output_type: str) -> np.ndarray | torch.Tensor | list[PIL.Image.Image]:

@@ -62,7 +62,9 @@ def first_frame_mask(condition: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def pipeline_condition(condition: torch.Tensor, latent_frames: int, expand_timesteps: bool) -> tuple[torch.Tensor, ...]:
+def pipeline_condition(
+    condition: torch.Tensor, latent_frames: int, expand_timesteps: bool
+) -> tuple[torch.Tensor, ...]:
     """What `WanImageToVideoPipeline.prepare_latents` returns behind the noise.
 
     Args:

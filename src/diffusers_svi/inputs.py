@@ -1,0 +1,338 @@
+"""What a film is asked for with, all of it checked here, before anything is computed."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, fields
+from typing import Any
+
+import PIL.Image
+import torch
+from diffusers import WanImageToVideoPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
+from diffusers.utils import logging
+
+from .chain import ChainState
+from .checks import check_choice, check_count
+from .clips import ClipSpec
+from .conditioning import PixelMotion, Scheme
+from .options import FILM_DEFAULTS, FilmOptions
+from .wan import num_latent_frames
+
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Film:
+    """A film as it was asked for, once everything about it is known to be right.
+
+    Args:
+        image (`PIL.Image.Image` or `torch.Tensor`, *optional*): The start image as given.
+        prompts (`Iterable`): Of strings, `ClipSpec`s, or rows of embeddings.
+        num_clips (`int`, *optional*): How many, if it is known.
+        noise (`Iterable[dict]`): For every clip the argument of the parent pipeline that makes its noise.
+        state (`ChainState`): What the first clip to be made begins with.
+        output_type (`str`): One of `OUTPUT_TYPES`.
+        negative (`str` or `torch.Tensor`): Negative prompt, or its embeddings.
+        max_sequence_length (`int`): Tokens of a prompt.
+        generator (`torch.Generator`, *optional*): The one that `noise` draws from.
+        clip_options (`dict`): Arguments of the parent pipeline that are the same for every clip.
+    """
+
+    image: PIL.Image.Image | torch.Tensor | None
+    prompts: Iterable[str | ClipSpec | torch.Tensor]
+    num_clips: int | None
+    noise: Iterable[dict[str, Any]]
+    state: ChainState
+    output_type: str
+    negative: str | torch.Tensor
+    max_sequence_length: int
+    generator: torch.Generator | None
+    clip_options: dict[str, Any]
+
+
+def check_film(
+    pipe: WanImageToVideoPipeline,
+    trained: Scheme | None,
+    image: PipelineImageInput | None,
+    prompts: str | ClipSpec | Iterable[str | ClipSpec] | None,
+    options: FilmOptions,
+) -> Film:
+    """The film that `pipe` is asked for. `trained` is the scheme of the loaded LoRA.
+
+    Raises:
+        TypeError: for an option that does not exist.
+        ValueError: for everything that cannot be right; the message names argument, value and remedy.
+    """
+    unknown = options.keys() - FILM_DEFAULTS.keys()
+    if unknown:
+        raise TypeError(f"A film has no option {', '.join(sorted(unknown))}. There are: {', '.join(FILM_DEFAULTS)}.")
+    given = {**FILM_DEFAULTS, **options}
+    if given["num_videos_per_prompt"] != 1:
+        raise ValueError(
+            f"`num_videos_per_prompt`={given['num_videos_per_prompt']!r}: a call makes one film, clip by clip. Call "
+            "again with another `generator` for another."
+        )
+    if given["prompt"] is not None:
+        if prompts is not None:
+            raise ValueError("`prompt` and `prompts` are the same; pass one of them, got both.")
+        prompts = given["prompt"]
+    height, width, num_frames = given["height"], given["width"], given["num_frames"]
+    state: ChainState | None = given["state"]
+    scheme = choose_scheme(
+        given["conditioning"], given["condition_frames"], state, trained, given["ignore_lora_conditioning"]
+    )
+    check_sizes(pipe, height, width, num_frames)
+    check_count("num_inference_steps", given["num_inference_steps"], 1)
+    scheme.check(num_frames, pipe.config.expand_timesteps)
+    check_choice("output_type", given["output_type"], OUTPUT_TYPES)
+    items, num_clips = check_prompts(prompts, given["prompt_embeds"], given["num_clips"])
+    noise = clip_noise(
+        given["generator"], given["seeds"], given["latents"], num_clips, latent_shape(pipe, num_frames, height, width)
+    )
+    tensor_inputs = given["callback_on_step_end_tensor_inputs"]
+    if isinstance(given["callback_on_step_end"], (PipelineCallback, MultiPipelineCallbacks)):
+        tensor_inputs = given["callback_on_step_end"].tensor_inputs
+    pixels = None if image is None else to_pixels(pipe, image, height, width)
+    state = first_state(pixels, state, scheme, num_frames, height, width, given["generator"])
+    pipe.check_inputs(
+        prompt="" if given["prompt_embeds"] is None else None,
+        negative_prompt=given["negative_prompt"],
+        image=state.image,
+        height=height,
+        width=width,
+        prompt_embeds=given["prompt_embeds"],
+        negative_prompt_embeds=given["negative_prompt_embeds"],
+        callback_on_step_end_tensor_inputs=tensor_inputs,
+        guidance_scale_2=given["guidance_scale_2"],
+    )
+    if pipe.vae.dtype != torch.float32 and scheme.carried_frames > 0 and num_clips != 1:
+        logger.warning(
+            f"The VAE is in {pipe.vae.dtype}: over many clips its rounding errors add up. Load it with "
+            "`torch_dtype=torch.float32`."
+        )
+    negative_embeds = given["negative_prompt_embeds"]
+    same = ("num_inference_steps", "guidance_scale", "guidance_scale_2", "attention_kwargs", "callback_on_step_end")
+    return Film(
+        image=image,
+        prompts=items,
+        num_clips=num_clips,
+        noise=noise,
+        state=state,
+        output_type=given["output_type"],
+        negative=given["negative_prompt"] or "" if negative_embeds is None else negative_embeds,
+        max_sequence_length=given["max_sequence_length"],
+        generator=given["generator"],
+        clip_options={
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "callback_on_step_end_tensor_inputs": tensor_inputs,
+            **{name: given[name] for name in same},
+        },
+    )
+
+
+def choose_scheme(
+    conditioning: Scheme | None,
+    condition_frames: int | None,
+    state: ChainState | None,
+    trained: Scheme | None,
+    ignore_lora_conditioning: bool,
+) -> Scheme:
+    """The scheme to use, once it agrees with that of the LoRA, `trained`, and the state's."""
+    if conditioning is not None and not isinstance(conditioning, Scheme):
+        raise ValueError(
+            "`conditioning` must be `PixelMotion(...)`, `LatentMotion(...)` or `HeldLatents(...)`, got "
+            f"{conditioning!r}."
+        )
+    scheme = conditioning or (state.conditioning if state is not None else None) or trained or PixelMotion()
+    if condition_frames is not None:
+        scheme = scheme.with_frames(condition_frames)
+    if state is not None and scheme != state.conditioning:
+        raise ValueError(
+            f"`state` comes from a chain with `conditioning`={state.conditioning}, but {scheme} is asked for. "
+            "Leave `conditioning` and `condition_frames` out to go on with it."
+        )
+    if trained is not None and scheme != trained and not ignore_lora_conditioning:
+        raise ValueError(
+            f"`conditioning`={scheme} is asked for, but the loaded LoRA was trained for {trained}: with another "
+            "scheme it does not work. Leave `conditioning` and `condition_frames` out to use the LoRA's, or pass "
+            "`ignore_lora_conditioning=True` if you mean it."
+        )
+    return scheme
+
+
+def check_sizes(pipe: WanImageToVideoPipeline, height: int, width: int, num_frames: int) -> None:
+    """Raise a `ValueError` unless the model can make clips of this size."""
+    transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+    patch_size = transformer.config.patch_size
+    for name, value, patch in (("height", height, patch_size[1]), ("width", width, patch_size[2])):
+        multiple = math.lcm(16, pipe.vae_scale_factor_spatial * patch)
+        if not isinstance(value, int) or value < multiple or value % multiple:
+            nearest = max(round(value / multiple), 1) * multiple if isinstance(value, (int, float)) else multiple
+            raise ValueError(
+                f"`{name}` must be a multiple of {multiple} for this model, got {value!r}. The nearest is {nearest}."
+            )
+    factor = pipe.vae_scale_factor_temporal
+    if not isinstance(num_frames, int) or num_frames < 1 or num_frames % factor != 1:
+        raise ValueError(
+            f"`num_frames` must be {factor}n + 1, such as {5 * factor + 1} or {20 * factor + 1}, got {num_frames!r}."
+        )
+
+
+def latent_shape(pipe: WanImageToVideoPipeline, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """`(z_dim, latent_frames, latent_height, latent_width)` of a clip."""
+    spatial = pipe.vae_scale_factor_spatial
+    return pipe.vae.config.z_dim, num_latent_frames(num_frames), height // spatial, width // spatial
+
+
+def to_pixels(pipe: WanImageToVideoPipeline, image: PipelineImageInput, height: int, width: int) -> torch.Tensor:
+    """The start image as the parent will see it, `(1, 3, height, width)` in [-1, 1]."""
+    if isinstance(image, PIL.Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(f"`image` must be an RGB image, got mode {image.mode!r}. Use `image.convert('RGB')`.")
+        try:
+            image.load()
+        except OSError as error:
+            raise ValueError(f"`image` cannot be read: {error}. The file may be cut short or damaged.") from error
+    elif isinstance(image, torch.Tensor):
+        if image.ndim not in (3, 4) or image.shape[-3] != 3 or (image.ndim == 4 and image.shape[0] != 1):
+            raise ValueError(
+                "`image` as a tensor must be (3, height, width) or (1, 3, height, width), got "
+                f"{tuple(image.shape)}. A film starts from one image."
+            )
+    else:
+        raise ValueError(
+            f"`image` must be a PIL image or a tensor, got {type(image).__name__}. Use "
+            "`diffusers.utils.load_image` for a path or an address."
+        )
+    return pipe.video_processor.preprocess(image, height=height, width=width).to("cpu", torch.float32)
+
+
+def first_state(
+    pixels: torch.Tensor | None,
+    state: ChainState | None,
+    scheme: Scheme,
+    num_frames: int,
+    height: int,
+    width: int,
+    generator: torch.Generator | None,
+) -> ChainState:
+    """What the first clip begins with: `state` if it fits, or a new one out of `pixels`, the start image."""
+    if state is None:
+        if pixels is None:
+            raise ValueError("`image`, the start image, is missing. Without one, pass the `state` of a chain.")
+        return ChainState(conditioning=scheme, num_frames=num_frames, image=pixels)
+    asked, saved = (num_frames, height, width), (state.num_frames, *state.image.shape[-2:])
+    if asked != saved:
+        raise ValueError(
+            f"`state` comes from a chain with `num_frames`, `height`, `width` = {saved}, but {asked} is asked for."
+        )
+    if pixels is not None and not torch.equal(pixels, state.image):
+        raise ValueError("`image` is not the start image of the chain that `state` comes from. Leave it out.")
+    if state.generator is not None and generator is None:
+        raise ValueError(
+            "`state` comes from a chain that drew its noise from a `generator`. Pass one, in any state, on the "
+            "same kind of device: it is set to where the chain stopped."
+        )
+    return state
+
+
+def check_prompts(
+    prompts: str | ClipSpec | Iterable[str | ClipSpec] | None,
+    prompt_embeds: torch.Tensor | None,
+    num_clips: int | None,
+) -> tuple[Iterable[str | ClipSpec | torch.Tensor], int | None]:
+    """What to iterate over for the clips of a film, and the number of its clips if it is known."""
+    if (prompts is None) == (prompt_embeds is None):
+        raise ValueError(
+            "Pass either `prompts` or `prompt_embeds`: " + ("none" if prompts is None else "both") + " is given."
+        )
+    items: Iterable[str | ClipSpec | torch.Tensor]
+    if prompt_embeds is not None:
+        if not isinstance(prompt_embeds, torch.Tensor) or prompt_embeds.ndim != 3 or len(prompt_embeds) == 0:
+            raise ValueError(
+                "`prompt_embeds` must be a tensor (clips, sequence_length, dim) with a row for every clip."
+            )
+        items = prompt_embeds
+    elif isinstance(prompts, (str, ClipSpec, list, tuple)):
+        items = [prompts] if isinstance(prompts, (str, ClipSpec)) else list(prompts)
+        if not items:
+            raise ValueError(f"`prompts` must be a string or a list of at least one string, got {prompts!r}.")
+        for index, item in enumerate(items):
+            check_clip(item, index)
+    elif isinstance(prompts, Iterable):
+        items = prompts
+    else:
+        raise ValueError(f"`prompts` must be a string, a list of strings or an iterator of strings, got {prompts!r}.")
+    if num_clips is not None:
+        check_count("num_clips", num_clips, 1)
+    if isinstance(items, Sized):
+        if num_clips is not None and num_clips < len(items):
+            raise ValueError(
+                f"`num_clips`={num_clips} leaves out some of the {len(items)} prompts. Give no more prompts than "
+                "clips."
+            )
+        num_clips = num_clips or len(items)
+    return items, num_clips
+
+
+def check_clip(item: Any, index: int) -> ClipSpec:
+    """`prompts[index]` as a `ClipSpec`, or a `ValueError` that names it."""
+    spec = item if isinstance(item, ClipSpec) else ClipSpec(item)
+    if not isinstance(spec.prompt, str):
+        raise ValueError(f"`prompts[{index}]` must be a string, got {type(spec.prompt).__name__}: {spec.prompt!r}.")
+    if not spec.prompt.strip():
+        raise ValueError(f"`prompts[{index}]` is empty. Describe what happens in clip {index}, or leave it out.")
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if field.name != "prompt" and value != field.default:
+            raise ValueError(
+                f"`prompts[{index}].{field.name}`={value!r}: only the prompt of a `ClipSpec` has an effect so far. "
+                "Leave it out, or set it for the whole film."
+            )
+    return spec
+
+
+def clip_noise(
+    generator: torch.Generator | None,
+    seeds: Iterable[int] | None,
+    latents: torch.Tensor | None,
+    num_clips: int | None,
+    shape: tuple[int, int, int, int],
+) -> Iterable[dict[str, Any]]:
+    """The arguments of the parent pipeline that make the noise, one dictionary a clip.
+
+    `generator` is drawn from again for every clip, `seeds` make a fresh generator for each, `latents` are the noise.
+    `shape` is that of a clip's latents.
+    """
+    sources = {"generator": generator, "seeds": seeds, "latents": latents}
+    given = [f"`{name}`" for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"The noise comes from one source, but {' and '.join(given)} are given.")
+    if latents is not None:
+        wanted = (num_clips, *shape)
+        if tuple(latents.shape) != wanted:
+            raise ValueError(f"`latents` must hold the noise of every clip, {wanted}, got {tuple(latents.shape)}.")
+        return ({"latents": clip[None]} for clip in latents)
+    if seeds is not None:
+        _check_seeds(seeds, num_clips)
+        return ({"generator": torch.Generator("cpu").manual_seed(seed)} for seed in seeds)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"`generator` must be one `torch.Generator` for the whole film, got {generator!r}.")
+    return itertools.repeat({"generator": generator})
+
+
+def _check_seeds(seeds: Iterable[int], num_clips: int | None) -> None:
+    if isinstance(seeds, (int, str)) or not isinstance(seeds, Iterable):
+        raise ValueError(f"`seeds` must hold one seed a clip, as a list or an iterator, got {seeds!r}.")
+    if isinstance(seeds, (list, tuple, range)):
+        if num_clips is not None and len(seeds) < num_clips:
+            raise ValueError(f"`seeds` must hold one seed for each of the {num_clips} clips, got {len(seeds)}.")
+        if len(set(seeds)) < len(seeds):
+            logger.warning("`seeds` repeats itself: the same noise in several clips accumulates artifacts.")

@@ -1,0 +1,39 @@
+"""What a film is made of, clip by clip: one prompt each, and which of them is the last."""
+
+import itertools
+
+from diffusers_svi.clips import one_per_clip, with_last
+
+
+def test_the_last_prompt_holds():
+    assert list(one_per_clip(["a", "b"], 4)) == ["a", "b", "b", "b"]
+    assert list(one_per_clip(["a", "b"], 2)) == ["a", "b"]
+    assert list(one_per_clip(["a", "b"], None)) == ["a", "b"]
+
+
+def test_endless_prompts_are_asked_for_one_at_a_time():
+    asked = []
+
+    def endless():
+        for index in itertools.count():
+            asked.append(index)
+            yield str(index)
+
+    prompts = one_per_clip(endless(), None)
+    assert [next(prompts), next(prompts)] == ["0", "1"]
+    assert asked == [0, 1]
+
+
+def test_nothing_is_asked_for_before_its_turn():
+    """Without a look ahead; with one, a single item ahead of what was given out."""
+    for look_ahead in (False, True):
+        asked = []
+        items = with_last((asked.append(index) or index for index in range(3)), look_ahead)
+        assert next(items) == (0, False) and len(asked) == 1 + look_ahead
+        assert list(items) == [(1, False), (2, look_ahead)]
+    assert list(with_last([7], True)) == [(7, True)] and list(with_last([], True)) == []
+
+
+def test_a_missing_prompt_is_no_end():
+    assert list(with_last([None, "a"], True)) == [(None, False), ("a", True)]
+    assert list(one_per_clip([], 2)) == [None, None]
