@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import seeded
-from diffusers_svi.erft import BankConfig, ErrorBank, clean_side_error
+from diffusers_svi.erft import BankConfig, ErrorBank
 from diffusers_svi.flow import shifted_sigmas
 
 
@@ -112,15 +112,6 @@ def test_draws_come_from_the_grid_asked_for_and_are_uniform():
         values = [float(error.residual.mean()) - 10 * grid for error in drawn[first::4]]
         # 500 draws of 4: 125 each, give or take four standard deviations of 9.7.
         assert all(abs(values.count(value) - 125) < 39 for value in range(4))
-
-
-def test_an_error_that_is_no_residual():
-    """It is banked as `-error` at sigma 1, and its clean side is the error itself."""
-    bank = make_bank(capacity=1, dtype="float32")
-    (error,) = errors(1)
-    bank.put(2, -error, 1.0, seeded())
-    stored = bank.get(2, 0)
-    assert torch.equal(clean_side_error(stored.residual.unsqueeze(0), torch.tensor([stored.sigma]))[0], error)
 
 
 def test_it_says_what_it_takes_and_takes_no_more():

@@ -20,16 +20,6 @@ def velocity(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return noise - clean
 
 
-def clean_endpoint(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Where one step along `velocity` from `sigma` to 0 leads: `noisy - sigma * velocity`."""
-    return noisy - like(sigma, noisy) * velocity
-
-
-def noise_endpoint(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Where one step along `velocity` from `sigma` to 1 leads: `noisy + (1 - sigma) * velocity`."""
-    return noisy + (1 - like(sigma, noisy)) * velocity
-
-
 def shifted_sigmas(num_steps: int, shift: float) -> torch.Tensor:
     r"""The schedule of `num_steps` steps, float64, from 1 downwards without the final 0.
 

@@ -2,9 +2,10 @@
 
 from .bank import BankConfig, ErrorBank, StoredError
 from .distributed import ShardedErrorBank
-from .injection import InjectionConfig
+from .injection import InjectionConfig, Switches
 from .objective import clean_side_error, erft_loss, loss_weights, noise_side_error, recycled_velocity
 from .recycler import ErrorRecycler, Injected, RecyclerConfig
+from .snapshot import load_bank, save_bank
 
 
 __all__ = [
@@ -16,9 +17,12 @@ __all__ = [
     "RecyclerConfig",
     "ShardedErrorBank",
     "StoredError",
+    "Switches",
     "clean_side_error",
     "erft_loss",
+    "load_bank",
     "loss_weights",
     "noise_side_error",
     "recycled_velocity",
+    "save_bank",
 ]

@@ -104,8 +104,7 @@ class ErrorBank:
     r"""Replay memory of residuals r = v_hat - V, each with its sigma, in grids of neighbouring timesteps.
 
     Both memories of the published method are readings of it: `-sigma * r` is the error on the clean side, and
-    `(1 - sigma) * r` the one on the noise side. An error that is no residual, but is known on the clean side, is the
-    residual `-error` at sigma 1.
+    `(1 - sigma) * r` the one on the noise side.
 
     In a full grid the default replacement looks for the stored error nearest in L2. Large errors are compared by short
     sketches of them first: restacking and comparing all of a grid, as published, takes seconds at the size of real

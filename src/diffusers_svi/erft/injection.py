@@ -27,9 +27,6 @@ class InjectionConfig:
             Range of the grids that the errors of conditions come from. Those of high sigma are large.
         img_scale (`tuple[float, float]`, defaults to `(1.0, 1.0)`): Range of a random factor on them.
 
-        p_boundary (`float`, defaults to 0.0):
-            Share of the errors in conditions that are boundary errors of the sample itself, once there are any.
-
     Raises:
         ValueError: for a value out of its range.
     """
@@ -43,10 +40,9 @@ class InjectionConfig:
     first_error: int = 0
     img_sigmas: tuple[float, float] = (0.0, 1.0)
     img_scale: tuple[float, float] = (1.0, 1.0)
-    p_boundary: float = 0.0
 
     def __post_init__(self):
-        for name in ("p_vid", "p_noi", "p_img", "p_clean", "p_boundary"):
+        for name in ("p_vid", "p_noi", "p_img", "p_clean"):
             check_probability(name, getattr(self, name))
         for name, least in (("n_img", 1), ("first_img", 0), ("first_error", 0)):
             check_count(name, getattr(self, name), least)

@@ -61,32 +61,17 @@ class ErrorRecycler:
         injection (`InjectionConfig`): How samples are corrupted.
         config (`RecyclerConfig`): When errors are banked.
         seed (`int`): Of its generator. Give every process another.
-        boundary (`ErrorBank`, *optional*):
-            Memory of boundary errors, with a grid for every training sample; see `diffusers_svi.erft.boundary`.
     """
 
-    def __init__(
-        self,
-        bank: ErrorBank,
-        injection: InjectionConfig,
-        config: RecyclerConfig,
-        seed: int,
-        boundary: ErrorBank | None = None,
-    ):
+    def __init__(self, bank: ErrorBank, injection: InjectionConfig, config: RecyclerConfig, seed: int):
         self.bank = bank
-        self.boundary = boundary
         self.injection = injection
         self.config = config
         self.generator = torch.Generator().manual_seed(seed)
         self.step = 0
 
     def inject(
-        self,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        condition: torch.Tensor,
-        sigmas: torch.Tensor,
-        samples: torch.Tensor | None = None,
+        self, latents: torch.Tensor, noise: torch.Tensor, condition: torch.Tensor, sigmas: torch.Tensor
     ) -> Injected:
         """Corrupt a batch.
 
@@ -95,8 +80,6 @@ class ErrorRecycler:
             condition (`torch.Tensor` of shape `(batch, z_dim, n, h, w)`):
                 The condition latents y, or the held latents of TI2V-5B; without the mask.
             sigmas (`torch.Tensor` of shape `(batch,)`): Noise levels.
-            samples (`torch.Tensor` of shape `(batch,)`, *optional*):
-                Numbers of the training samples, -1 for what takes no boundary error; needed if there are any.
         """
         self.bank.synchronize()
         switches = draw_switches(self.injection, len(latents), self.generator)
@@ -104,8 +87,6 @@ class ErrorRecycler:
         img_grids = draw_img_grids(
             self.injection, self.bank.grid_sigmas, self.bank.filled(), len(latents), self.generator
         )
-        condition, met = self._meet_boundary(condition, samples, switches.img)
-        img_grids = torch.where(met, -1, img_grids)
         wanted = [
             torch.where(switch, grid, -1)
             for switch, grid in ((switches.vid, grids), (switches.noi, grids), (switches.img, img_grids))
@@ -126,39 +107,6 @@ class ErrorRecycler:
                     condition[sample], clean_side_error(residual, sigma)[0], self.injection, self.generator
                 )
         return Injected(latents, noise, condition, switches)
-
-    def _meet_boundary(
-        self, condition: torch.Tensor, samples: torch.Tensor | None, switch: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Conditions with a boundary error in some of those that `switch` marks, and which these are."""
-        if self.boundary is None:
-            return condition, torch.zeros_like(switch)
-        draws = torch.rand(len(condition), generator=self.generator, dtype=torch.float64)
-        known = (samples >= 0) & self.boundary.filled()[samples]
-        met = switch & (draws < self.injection.p_boundary) & known
-        return self.with_boundary_errors(condition, torch.where(met, samples, -1), self.injection.img_scale), met
-
-    def with_boundary_errors(
-        self, condition: torch.Tensor, samples: torch.Tensor, scale: tuple[float, float] = (1.0, 1.0)
-    ) -> torch.Tensor:
-        """`condition` `(batch, ...)` with a boundary error of each of `samples` `(batch,)` that has one; -1: none.
-
-        Each is scaled by a random factor in `scale`.
-        """
-        condition, (low, high) = condition.clone(), scale
-        factors = low + (high - low) * torch.rand(len(samples), generator=self.generator)
-        for index, error in enumerate(self.boundary.draw(samples, self.generator)):
-            if error is not None:
-                error = clean_side_error(error.residual, torch.tensor(error.sigma))
-                condition[index] += factors[index].to(condition) * error.to(condition)
-        return condition
-
-    @torch.no_grad()
-    def recycle_boundary(self, errors: torch.Tensor, samples: torch.Tensor) -> None:
-        """Bank the boundary errors `(batch, z_dim, n, h, w)` of `samples` `(batch,)`."""
-        for error, sample in zip(errors, samples.tolist(), strict=True):
-            # Known on the clean side: the residual -error at sigma 1.
-            self.boundary.put(sample, -error, 1.0, self.generator)
 
     @torch.no_grad()
     def recycle(self, residuals: torch.Tensor, sigmas: torch.Tensor, switches: Switches) -> None:

@@ -43,11 +43,6 @@ class BankWriter:
         self._thread = threading.Thread(target=self._run, name="error-bank-writer")
         self._thread.start()
 
-    @property
-    def done(self) -> bool:
-        """Whether the file is complete and in its place."""
-        return not self._thread.is_alive()
-
     def wait(self) -> None:
         """Wait until the file is there. Raises what went wrong in writing it."""
         self._thread.join()
