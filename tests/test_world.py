@@ -9,10 +9,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers_svi.training.samples import SampleLayout, Samples
-from diffusers_svi.training.sources import open_folder, usable_videos
 
 from diffusers_svi.pixels import from_uint8
+from diffusers_svi.training.samples import SampleLayout, Samples
+from diffusers_svi.training.sources import open_folder, usable_videos
 from svi_tiny import world
 from svi_tiny.tracker import displacement, track
 from svi_tiny.videos import write_videos
