@@ -220,6 +220,12 @@ def test_films_as_videos(tmp_path):
     assert (tmp_path / "0-000000.mp4").read_bytes() == before
 
 
+def test_a_consistent_film_tells_its_one_action_once(tmp_path):
+    (text,), (video,) = read_back(write_videos(tmp_path, num_videos=1, num_clips=3, setting="consistent"))
+    state, (action, *_) = world.sample_story(0, 0, 3, "consistent")
+    assert text == caption(state, action) and len(video) == 49
+
+
 @pytest.mark.parametrize(("before", "retold", "num_clips"), [(0, 1, 1), (1, 1, 2), (17, 1, 3), (0, 5, 2), (13, 5, 3)])
 def test_clips_with_what_is_before_them(tmp_path, before, retold, num_clips):
     """A clip re-tells `retold` frames of the action before its own, and its caption tells its own alone."""

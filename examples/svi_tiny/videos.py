@@ -4,12 +4,13 @@
 
 `examples/train_erft.py --train_data_dir outputs/world --center_crop` takes the folder.
 
-A caption tells all actions of a film, and a clip cut from the film shows one or two of them. With `--before` every
-video is one clip, captioned by its own action alone, and the frames before it that a scheme asks for:
+A caption tells all actions of a film. In a consistent film they are one and the same, and fit every clip that is cut
+from it; in a creative one a clip shows one or two of them. There `--before` helps: every video is one clip, captioned by
+its own action alone, and the frames before it that a scheme asks for:
 
-    for Shot    --before 1                  the reference
-    for Film    --before 0 --retold 5       nothing, but the clip begins with the end of the action before
-    for Pro     --before 13 --retold 5      the anchor and the latents before
+    Shot    --before 1                 the reference
+    Film    --before 0 --retold 5      nothing, but the clip begins with the end of the action before
+    Pro     --before 13 --retold 5     the anchor, and the clip before as far as its latents are carried
 """
 
 import argparse
@@ -70,7 +71,8 @@ def write_videos(
         num_videos (`int`): How many videos.
         seed (`int`, defaults to 0): Video `index` shows `sample_story(seed, index, num_clips, setting)`.
         num_clips (`int`, defaults to 1): Actions a film; each adds 16 frames to the first.
-        setting (`str`, defaults to `"creative"`): Whether actions differ ("creative") or are the same ("consistent").
+        setting (`str`, defaults to `"creative"`):
+            Whether actions differ ("creative") or are the same ("consistent"), which the caption tells once.
         before (`int`, *optional*):
             Not a film, but the end of one: a clip of 17 frames, captioned by the last action, and so many frames
             before it. The film has as many actions as that takes, each of `17 - retold` frames.
@@ -99,7 +101,9 @@ def write_videos(
         states = film(state, actions, new)
         captions = [caption(states[new * clip], action) for clip, action in enumerate(actions)]
         if before is not None:
-            states, captions = states[-(before + CLIP_FRAMES) :], captions[-1:]
+            states = states[-(before + CLIP_FRAMES) :]
+        if before is not None or setting == "consistent":
+            captions = captions[-1:]
         name = f"{seed}-{index:06d}.mp4"
         # Full chroma and little loss: at 64 x 64 pixels the usual settings of a video file would be seen.
         imageio.mimwrite(
