@@ -5,8 +5,8 @@
 `examples/train_erft.py --train_data_dir outputs/world --center_crop` takes the folder.
 
 A caption tells all actions of a film. In a consistent film they are one and the same, and fit every clip that is cut
-from it; in a creative one a clip shows one or two of them. There `--before` helps: every video is one clip, captioned by
-its own action alone, and the frames before it that a scheme asks for:
+from it; in a creative one a clip shows one or two of them. There `--before` helps: every video is one clip, captioned
+by its own action alone, and the frames before it that a scheme asks for:
 
     Shot    --before 1                 the reference
     Film    --before 0 --retold 5      nothing, but the clip begins with the end of the action before
