@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LORAS := models/svi-tiny-loras
+LORAS := examples/svi_tiny/loras
 
 .PHONY: help demo drift test quality style clean
 
