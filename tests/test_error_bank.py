@@ -101,6 +101,23 @@ def test_l2_replaces_the_nearest(size):
     assert agreed == 30
 
 
+def test_sketches_keep_the_distances_of_errors_with_structure():
+    """A squared distance is off by 1.6% of its size in standard deviation; of constant errors too, by the signs."""
+    size = 150_000
+    bank, line = make_bank(capacity=1, shape=(size,), dtype="float32"), torch.linspace(-1, 1, size)
+    ones, waves = torch.ones(size), (40 * line).sin()
+    structured = [torch.zeros(size), ones, -2 * ones, line, waves, 3 + waves, (line > 0.5).float()]
+    sketches, deviations = [bank.sketch.of(error) for error in structured], []
+    assert bank.sketch.deviation == pytest.approx((2 / 8192) ** 0.5) and sketches[0].shape == (8192,)
+    for index, error in enumerate(structured):
+        bank.sketch.rows[0] = sketches[index]
+        for other in range(index):
+            (estimate,) = bank.sketch.distances(sketches[other], 0, 1).tolist()
+            deviations.append(estimate / (error - structured[other]).square().sum().item() - 1)
+    assert max(map(abs, deviations)) < 5 * bank.sketch.deviation
+    assert torch.tensor(deviations).square().mean().sqrt() < 2 * bank.sketch.deviation
+
+
 def test_draws_come_from_the_grid_asked_for_and_are_uniform():
     bank = make_bank(capacity=4, dtype="float32")
     for grid in (0, 3):

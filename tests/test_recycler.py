@@ -1,10 +1,11 @@
 """Switches and injection, statistically and exactly, and the recycler in a training loop of a real transformer."""
 
+import threading
+
 import pytest
 import torch
 
 from conftest import TEXT_DIM, make_transformer, seeded
-from diffusers_svi.conditioning import first_frame_mask
 from diffusers_svi.erft import (
     BankConfig,
     ErrorBank,
@@ -12,11 +13,13 @@ from diffusers_svi.erft import (
     InjectionConfig,
     RecyclerConfig,
     erft_loss,
+    load_bank,
     recycled_velocity,
+    save_bank,
 )
 from diffusers_svi.erft.injection import add_to_condition, draw_img_grids, draw_switches
-from diffusers_svi.erft.snapshot import load_bank, save_bank
 from diffusers_svi.flow import interpolate, shifted_sigmas
+from diffusers_svi.wan import first_frame_mask
 
 
 SHAPE = (16, 3, 4, 4)
@@ -210,6 +213,46 @@ def test_a_bank_is_saved_as_it_was_when_saving_began(dtype, tmp_path):
     for stored, (grid, place) in zip(before, ((g, p) for g in (0, 1) for p in range(50)), strict=True):
         assert torch.equal(loaded.get(grid, place).residual, stored.residual)
         assert loaded.get(grid, place).sigma == stored.sigma
+
+
+class Rows:
+    """Rows of a bank of which the second is not to be had until `go`."""
+
+    def __init__(self, rows: torch.Tensor, reached: threading.Event, go: threading.Event):
+        self.rows, self.reached, self.go = rows, reached, go
+
+    def __getattr__(self, name):
+        return getattr(self.rows, name)
+
+    def __getitem__(self, slot):
+        if slot == 1:
+            self.reached.set()
+            assert self.go.wait(60)
+        return self.rows[slot]
+
+
+def test_the_file_has_its_name_only_when_all_is_in_it(tmp_path):
+    reached, go = threading.Event(), threading.Event()
+
+    class SlowBank(ErrorBank):
+        def tensors(self):
+            return {name: Rows(rows, reached, go) for name, rows in super().tensors().items()}
+
+    bank = SlowBank((5,), shifted_sigmas(1, 5.0), BankConfig(num_grids=1, capacity=3, dtype="float32"))
+    for value in (1.0, 2.0, 3.0):
+        bank.put(0, torch.full((5,), value), 0.5, seeded())
+    (tmp_path / "bank.safetensors").write_text("the bank before")
+    writer = save_bank(bank, tmp_path / "bank.safetensors")
+    assert reached.wait(60)
+    assert (tmp_path / "bank.safetensors").read_text() == "the bank before"
+    with pytest.raises(RuntimeError, match="still being written"):
+        save_bank(bank, tmp_path / "again.safetensors")
+    go.set()
+    writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["bank.safetensors"]
+    loaded = ErrorBank((5,), shifted_sigmas(1, 5.0), BankConfig(num_grids=1, capacity=3, dtype="float32"))
+    load_bank(loaded, tmp_path / "bank.safetensors")
+    assert [loaded.get(0, place).residual.tolist() for place in range(3)] == [[1.0] * 5, [2.0] * 5, [3.0] * 5]
 
 
 def test_a_bank_of_another_run_is_refused(tmp_path):

@@ -251,7 +251,8 @@ class _Sketch:
     """A short linear image of every error, of which the squared distances are those of the errors on average.
 
     Every value is given a random sign and added to one of m sums (a count sketch): one pass over the error. The
-    relative standard deviation of a squared distance is at most sqrt(2 / m), 1.6% for large errors (m = 8192).
+    relative standard deviation of a squared distance is at most sqrt(2 / m), 1.6% for large errors (m = 8192), if no
+    sum has more than its share of the squares.
     """
 
     def __init__(self, size: int, num_slots: int):

@@ -1,0 +1,74 @@
+"""What a run tells of itself: films with their figures, and the model card."""
+
+import json
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+from huggingface_hub import ModelCard
+
+from diffusers_svi import LatentMotion
+from diffusers_svi.training.films import save_film
+from diffusers_svi.training.model_card import make_model_card
+from diffusers_svi.training.quality import drift_figures
+
+
+def test_a_film_its_strip_and_its_figures(tmp_path):
+    """The second clip ends darker by a fifth, with half the contrast and half the sharpness."""
+    stripes = np.where(np.arange(32) % 4 < 2, 0.3, 0.7)[None, :, None] * np.ones((16, 32, 3))
+    dark = 0.5 + (stripes - 0.5) / 2 - 0.2
+    clips = [np.stack([np.zeros_like(stripes), stripes]), np.stack([stripes, stripes, dark])]
+    figures = save_film(tmp_path / "validation" / "step-3.mp4", clips, fps=8)
+    assert figures["colour_shift"] == pytest.approx([0, 0.2])
+    assert figures["contrast_kept"] == pytest.approx([1, 0.5])
+    assert figures["sharpness_kept"] == pytest.approx([1, 0.5])
+    assert json.loads((tmp_path / "validation" / "step-3.json").read_text()) == figures == drift_figures(clips)
+    strip = np.asarray(PIL.Image.open(tmp_path / "validation" / "step-3.png"))
+    assert np.array_equal(strip, np.concatenate([stripes, dark], axis=1).__mul__(255).round())
+    with av.open(tmp_path / "validation" / "step-3.mp4") as container:
+        assert container.streams.video[0].average_rate == 8
+        assert sum(1 for _ in container.decode(video=0)) == 5
+
+
+def make_card(tmp_path, **options) -> ModelCard:
+    values = {"height": 64, "width": 96, "num_frames": 17, "fps": 8, **options}
+    settings = {"preset": "pro", "p_vid": 0.9, "expert": None}
+    base = values.pop("base_model", "Wan-AI/some-model")
+    card = make_model_card("me/my-lora", base, "lora.safetensors", LatentMotion(1), "by hand", settings, **values)
+    card.save(tmp_path / "README.md")
+    return ModelCard.load(tmp_path / "README.md")
+
+
+def test_the_card_says_how_the_lora_is_used_and_was_made(tmp_path):
+    # A card that was there before is not what is written.
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\nAn older card.\n")
+    card = make_card(tmp_path)
+    data = card.data.to_dict()
+    assert data.pop("tags") == ["image-to-video", "diffusers", "diffusers-training", "lora", "wan", "svi"]
+    assert data == {
+        "base_model": "Wan-AI/some-model",
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-video",
+    }
+    text = card.text
+    assert "older" not in text and "trained by hand" in text and "`LatentMotion(num_latents=1)`" in text
+    assert "[Wan-AI/some-model](https://huggingface.co/Wan-AI/some-model)" in text
+    assert "| preset | pro |\n| p_vid | 0.9 |\n" in text and "expert" not in text and "## Sample" not in text
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert 'load_lora_weights("me/my-lora", weight_name="lora.safetensors")' in code
+    assert "height=64,\n    width=96,\n    num_frames=17,\n" in code and "fps=8)" in code
+
+
+def test_the_card_of_an_expert_with_a_sample(tmp_path):
+    figures = {"colour_shift": [0.0, 0.12345], "sharpness_kept": [1.0, 0.9]}
+    card = make_card(tmp_path, base_model=str(tmp_path), expert="low", film="validation/step-3.mp4", figures=figures)
+    # The Hub takes no local folder for a model.
+    assert card.data.base_model is None and f"`{tmp_path}`" in card.text
+    assert 'weight_name="lora.safetensors", load_into_transformer_2=True)' in card.text
+    assert "[2 clips](validation/step-3.mp4)" in card.text and "(validation/step-3.png)" in card.text
+    assert (
+        "| clip | colour shift | sharpness kept |\n|---|---|---|\n| 1 | 0.000 | 1.000 |\n| 2 | 0.123 | 0.900 |\n"
+        in (card.text)
+    )
