@@ -8,7 +8,7 @@ import torch
 
 from diffusers_svi import SVIPipeline
 from diffusers_svi.conditioning import Scheme
-from diffusers_svi.lora import read_lora
+from diffusers_svi.lora_file import read_lora
 from diffusers_svi.tiny import world
 
 

@@ -72,7 +72,7 @@ from diffusers_svi.erft.injection import Switches
 from diffusers_svi.erft.snapshot import BankWriter, load_bank, save_bank
 from diffusers_svi.flow import interpolate, shifted_sigmas
 from diffusers_svi.latents import encode_video
-from diffusers_svi.lora import TARGET_MODULES, read_lora, save_lora
+from diffusers_svi.lora_file import TARGET_MODULES, read_lora, save_lora
 from diffusers_svi.quality import drift_figures
 
 
