@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from conftest import make_components
 from diffusers_svi import PixelMotion, SVIPipeline
-from diffusers_svi.lora import lora_metadata
+from diffusers_svi.lora_file import lora_metadata
 from test_lora import make_lora
 
 
@@ -27,7 +27,7 @@ def blocks(page: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder in which the names of the documentation mean something: what the Hub has is here, but tiny."""
-    for name in ("models", "docs"):
+    for name in ("models", "docs", "examples"):
         os.symlink(ROOT / name, tmp_path / name)
     wan = SVIPipeline(**make_components("wan2.1"))
     wan.save_pretrained(tmp_path / "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers")
@@ -40,6 +40,8 @@ def folder(tmp_path, monkeypatch):
     trained = tmp_path / "outputs" / "svi-shot" / "pytorch_lora_weights.safetensors"
     save_file(make_lora(tiny), trained, metadata=lora_metadata(PixelMotion(1, "reference")))
     PIL.Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "kitten.png")
+    # Where diffusers puts code that comes with a model.
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,6 +1,7 @@
 """`SVIPipeline`: clips of a Wan image-to-video model, chained into a film of any length."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from .latents import decode_video
 from .lora import SVILoraLoaderMixin
 from .noise import clip_noise
 from .prompts import check_film, check_prompt, one_per_clip
+from .scheduler import SVIEulerScheduler  # noqa: F401 - diffusers finds it in a saved pipeline once it is imported
 
 
 logger = logging.get_logger(__name__)
@@ -402,6 +404,11 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
             return latents, F.pad(held, (0, 0, 0, 0, 0, shape[2] - held.shape[2])), mask
         condition = scheme.condition(self.vae, **known, num_frames=num_frames)
         return latents, torch.cat([first_frame_mask(condition), condition], dim=1)
+
+    def to_json_string(self) -> str:
+        """The text of `model_index.json`, under the parent's name: diffusers by itself loads the folder too."""
+        index = {**json.loads(super().to_json_string()), "_class_name": WanImageToVideoPipeline.__name__}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         spatial = self.vae_scale_factor_spatial
