@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LORAS := examples/svi_tiny/loras
+OLDEST_DIFFUSERS := $(shell sed -n 's/.*"diffusers>=\([0-9.]*\),.*/\1/p' setup.py).0
 
-.PHONY: help demo drift test quality style clean
+.PHONY: help demo drift test compat quality style clean
 
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
@@ -19,6 +20,10 @@ drift: $(VENV)/test  ## Measure how chains drift, with error recycling and witho
 
 test: $(VENV)/test  ## Run the tests
 	$(BIN)/python -m pytest
+
+compat: $(VENV)/test  ## Run the parent contract on the oldest diffusers that is allowed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/compat "diffusers==$(OLDEST_DIFFUSERS)"
+	PYTHONPATH=build/compat:src $(BIN)/python -m pytest tests/test_parent_contract.py
 
 quality: $(VENV)/test  ## Check style and format
 	$(BIN)/ruff check .

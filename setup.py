@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 
 install_requires = [
     "torch>=2.6",
-    "diffusers>=0.42,<0.43",
+    "diffusers>=0.41,<0.43",
     "transformers>=5.0,<6",
     "peft>=0.19",
     "accelerate>=1.1",

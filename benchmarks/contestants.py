@@ -9,7 +9,7 @@ import torch
 
 from diffusers_svi import SVIPipeline
 from diffusers_svi.conditioning import Scheme
-from diffusers_svi.lora import read_lora
+from diffusers_svi.lora_file import read_lora
 
 
 # Here for all benchmarks: they import this before anything of `svi_tiny`.

@@ -43,7 +43,7 @@ from diffusers_svi.erft import (
     recycled_velocity,
 )
 from diffusers_svi.flow import interpolate, shifted_sigmas
-from diffusers_svi.lora import TARGET_MODULES
+from diffusers_svi.lora_file import TARGET_MODULES
 from diffusers_svi.wan import transformer_inputs
 
 

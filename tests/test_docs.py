@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from conftest import make_components
 from diffusers_svi import PixelMotion, SVIPipeline
-from diffusers_svi.lora import lora_metadata
+from diffusers_svi.lora_file import lora_metadata
 from test_lora import make_lora
 
 
@@ -56,6 +56,8 @@ def folder(tmp_path, monkeypatch):
     trained = tmp_path / "outputs" / "svi-shot" / "pytorch_lora_weights.safetensors"
     save_file(make_lora(tiny), trained, metadata=lora_metadata(PixelMotion(1, "reference")))
     PIL.Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "kitten.png")
+    # Where diffusers puts code that comes with a model.
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from conftest import load_script, make_components, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.lora import read_lora
+from diffusers_svi.lora_file import read_lora
 from diffusers_svi.tiny import world
 
 

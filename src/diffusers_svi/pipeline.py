@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, TypeVar, Unpack
@@ -23,6 +24,7 @@ from .inputs import OUTPUT_TYPES, Film, check_clip, check_film, choose_scheme, l
 from .lora import SVILoraLoaderMixin
 from .options import FILM_DEFAULTS, FilmOptions
 from .pixels import to_pil, to_uint8
+from .scheduler import SVIEulerScheduler  # noqa: F401 - diffusers finds it in a saved pipeline once it is imported
 from .wan import decode_video, pipeline_condition
 
 
@@ -275,6 +277,11 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         carried = state.carried(latents.device, latents.dtype)
         condition = state.conditioning.condition(self.vae, carried, num_frames, expand_timesteps)
         return latents, *pipeline_condition(condition, shape[2], expand_timesteps)
+
+    def to_json_string(self) -> str:
+        """The text of `model_index.json`, under the parent's name: diffusers by itself loads the folder too."""
+        index = {**json.loads(super().to_json_string()), "_class_name": WanImageToVideoPipeline.__name__}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @property
     def _bar_config(self) -> dict[str, Any]:
