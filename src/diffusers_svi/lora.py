@@ -12,6 +12,8 @@ from types import MethodType
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
+from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import get_adapter_name
 from diffusers.utils.torch_utils import unwrap_module
@@ -34,8 +36,8 @@ class _ClassOrInstanceMethod(classmethod):
         return MethodType(self.__func__, owner if instance is None else instance)
 
 
-class SVILoraLoaderMixin:
-    """SVI LoRAs in a Wan pipeline: before diffusers' own loader among the bases of the class."""
+class SVILoraLoaderMixin(WanLoraLoaderMixin):
+    """diffusers' loader of LoRAs for Wan pipelines, for SVI LoRAs: before the pipeline among the bases of a class."""
 
     @classmethod
     def lora_state_dict(
@@ -118,7 +120,7 @@ class SVILoraLoaderMixin:
 
     @_ClassOrInstanceMethod
     def save_lora_weights(
-        target,
+        target: Any,
         save_directory: str | os.PathLike,
         transformer_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | torch.nn.Module | None = None,
         is_main_process: bool = True,
@@ -217,7 +219,7 @@ class SVILoraLoaderMixin:
         Raises:
             ValueError: if they were trained for different schemes.
         """
-        schemes = {}
+        schemes: dict[Scheme, str] = {}
         for transformer in self._transformers:
             in_use = (
                 name
@@ -239,7 +241,7 @@ class SVILoraLoaderMixin:
         return next(iter(schemes), None)
 
     @property
-    def _transformers(self) -> list[torch.nn.Module]:
+    def _transformers(self) -> list[WanTransformer3DModel]:
         """Those the pipeline has, out of the wrapper of `torch.compile`."""
         transformers = (getattr(self, component, None) for component in self._lora_loadable_modules)
         return [unwrap_module(transformer) for transformer in transformers if transformer is not None]
@@ -278,11 +280,11 @@ class SVILoraLoaderMixin:
         return state_dict
 
 
-def _lora_layers(transformer: torch.nn.Module) -> Iterator[BaseTunerLayer]:
+def _lora_layers(transformer: WanTransformer3DModel) -> Iterator[BaseTunerLayer]:
     return (layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer))
 
 
-def _noted(transformer: torch.nn.Module, adapter_names: Iterable[str]) -> dict[str, Scheme]:
+def _noted(transformer: WanTransformer3DModel, adapter_names: Iterable[str]) -> dict[str, Scheme]:
     """The schemes of those of the adapters that `load_lora_weights` knew one for, by name."""
     configs = getattr(transformer, "peft_config", {})
     schemes = {name: getattr(configs.get(name), "svi_conditioning", None) for name in adapter_names}

@@ -127,8 +127,8 @@ def read_lora(
 
 def lora_metadata(conditioning: Scheme | None, expert: str | None = None) -> dict[str, str]:
     """What to write into the metadata of a LoRA file so that [`read_lora`] finds its scheme and its expert."""
-    known = {CONDITIONING_KEY: conditioning and json.dumps(conditioning.to_dict()), EXPERT_KEY: expert}
-    return {key: value for key, value in known.items() if value is not None}
+    metadata = {} if conditioning is None else {CONDITIONING_KEY: json.dumps(conditioning.to_dict())}
+    return metadata if expert is None else {**metadata, EXPERT_KEY: expert}
 
 
 def save_lora(
@@ -219,7 +219,7 @@ def _published(name: str) -> tuple[Scheme | None, str | None]:
     return conditioning, expert.group(1) if expert and "wan2" in stem else None
 
 
-def _name(source, weight_name: str | None) -> str:
+def _name(source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str | None) -> str:
     if isinstance(source, dict):
         return "state dict"
     return os.path.join(os.fspath(source), weight_name) if weight_name else os.fspath(source)

@@ -49,7 +49,7 @@ class SVIEulerScheduler(FlowMatchEulerDiscreteScheduler):
         timesteps: list[float] | None = None,
     ) -> None:
         """Set the timesteps of a run. Without `sigmas` or `timesteps`, those of the equation above."""
-        if sigmas is None and timesteps is None:
+        if sigmas is None and timesteps is None and num_inference_steps is not None:
             # source: the authors' flow matching scheduler, linspace(1, 0, N + 1) without its end
-            sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
+            sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
