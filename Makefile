@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LORAS := models/svi-tiny-loras
+LORAS := examples/svi_tiny/loras
+OLDEST_DIFFUSERS := $(shell sed -n 's/.*"diffusers>=\([0-9.]*\),.*/\1/p' setup.py).0
 
-.PHONY: help demo drift test quality style clean
+.PHONY: help demo drift test compat mutants quality style clean
 
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
@@ -18,18 +19,27 @@ drift: $(VENV)/test  ## Measure how chains drift, with error recycling and witho
 		--lora control-shot=$(LORAS)/control.safetensors erft-shot=$(LORAS)/shot.safetensors
 
 test: $(VENV)/test  ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
-quality: $(VENV)/test  ## Check style and format
+compat: $(VENV)/test  ## Run the parent contract on the oldest diffusers that is allowed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/compat "diffusers==$(OLDEST_DIFFUSERS)"
+	PYTHONPATH=build/compat:src $(BIN)/python -m pytest tests/test_parent_contract.py
+
+mutants: $(VENV)/test  ## Break the product one line at a time and see whether a test notices (an hour)
+	PYTHONPATH=benchmarks $(BIN)/python tests/mutants.py --output_file outputs/mutants.json
+
+quality: $(VENV)/test  ## Check style, format, types and the directions of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 style: $(VENV)/test  ## Mend style and format where that can be done by a program
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment and everything made here
-	rm -rf $(VENV) outputs build src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) outputs build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 
 # One environment; a file in it for each set of extras that is installed.
 # torch comes first and by its exact version, so that nothing else brings another build of it.

@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 
 install_requires = [
     "torch>=2.6",
-    "diffusers>=0.42,<0.43",
+    "diffusers>=0.41,<0.43",
     "transformers>=5.0,<6",
     "peft>=0.19",
     "accelerate>=1.1",
@@ -21,10 +21,11 @@ install_requires = [
 extras = {
     "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
     "train": ["datasets>=4.0", "av>=14.1", "tensorboard>=2.15", "imageio>=2.34", "imageio-ffmpeg>=0.5"],
-    "test": ["pytest>=8", "deepspeed>=0.17"],
-    "quality": ["ruff>=0.11"],
+    "deepspeed": ["deepspeed>=0.17"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "scipy>=1.15"],
+    "quality": ["ruff>=0.11", "mypy>=1.15", "import-linter>=2.10", "types-psutil", "types-tqdm"],
 }
-extras["test"] += extras["demo"] + extras["train"] + extras["quality"]
+extras["test"] += extras["demo"] + extras["train"] + extras["deepspeed"] + extras["quality"]
 
 setup(
     name="diffusers_svi",
@@ -36,7 +37,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=install_requires,
     extras_require=extras,
     classifiers=[

@@ -1,6 +1,7 @@
 """Who takes part in a benchmark of svi-tiny: the base model with a scheme, or with a LoRA that brings its own."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,14 +9,17 @@ import torch
 
 from diffusers_svi import SVIPipeline
 from diffusers_svi.conditioning import Scheme
-from diffusers_svi.lora import read_lora
-from diffusers_svi.tiny import world
+from diffusers_svi.lora_file import read_lora
 
 
-ROOT = Path(__file__).parents[1]
+# Here for all benchmarks: they import this before anything of `svi_tiny`.
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from svi_tiny import world
+
+
 # Films of this seed are never trained on.
 HELD_OUT_SEED = 1
-SVI_TINY = str(ROOT / "models" / "svi-tiny")
+SVI_TINY = str(Path(world.__file__).parent / "model")
 # How svi-tiny makes a clip.
 WORLD_OPTIONS = {
     "height": world.SIZE,

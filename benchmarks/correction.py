@@ -18,24 +18,22 @@ the one that the true end makes. Writes `correction.json` and a plot.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from contestants import HELD_OUT_SEED, add_contestant_options, contestants
+from contestants import HELD_OUT_SEED, add_contestant_options, contestants, world
+from report import provenance, write_json
 from tqdm.auto import tqdm
 
-from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.conditioning import Scheme, transformer_inputs
+from diffusers_svi import ChainState, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
+from diffusers_svi.conditioning import Carried, Scheme
 from diffusers_svi.erft import InjectionConfig, clean_side_error
-from diffusers_svi.erft.boundary import denoise, next_condition
 from diffusers_svi.erft.injection import add_to_condition
 from diffusers_svi.flow import interpolate, velocity
-from diffusers_svi.latents import decode_video, encode_video
-from diffusers_svi.provenance import provenance
-from diffusers_svi.tiny import world
+from diffusers_svi.pixels import from_uint8
+from diffusers_svi.wan import decode_video, encode_video, transformer_inputs
 
 
 matplotlib.use("Agg")
@@ -76,70 +74,60 @@ class Films:
     """Held-out films of two clips for a contestant: pixels, true conditions, prompts."""
 
     def __init__(self, pipe: SVIPipeline, scheme: Scheme, args: argparse.Namespace):
-        self.pipe, self.scheme, self.num_steps = pipe, scheme, args.num_inference_steps
-        new = world.CLIP_FRAMES - scheme.overlap
+        self.pipe, self.scheme = pipe, scheme
+        self.scheduler = SVIEulerScheduler.from_config(pipe.scheduler.config)
+        self.num_steps, end = args.num_inference_steps, world.CLIP_FRAMES - 1
         stories = [
             world.sample_story(HELD_OUT_SEED, FIRST_STORY + i, 2, args.setting) for i in range(args.num_samples)
         ]
-        films = [world.film(state, actions, [world.CLIP_FRAMES - 1, new]) for state, actions in stories]
+        films = [world.film(*story, [end, world.CLIP_FRAMES - scheme.overlap]) for story in stories]
         frames = torch.from_numpy(np.stack([world.render(film) for film in films])).permute(0, 4, 1, 2, 3)
-        pixels = frames.float() / 127.5 - 1
-        self.image, self.before, self.clip = (
-            pixels[:, :, 0],
-            pixels[:, :, : world.CLIP_FRAMES],
-            pixels[:, :, -world.CLIP_FRAMES :],
-        )
-        prompts = [
-            [world.caption(film[0], actions[0]) for film, (_, actions) in zip(films, stories, strict=True)],
-            [
-                world.caption(film[world.CLIP_FRAMES - 1], actions[1])
-                for film, (_, actions) in zip(films, stories, strict=True)
-            ],
-        ]
+        pixels = from_uint8(frames)
+        self.before, self.clip = pixels[:, :, : world.CLIP_FRAMES], pixels[:, :, -world.CLIP_FRAMES :]
+        self.begin = ChainState(scheme, world.CLIP_FRAMES, pixels[:, :, 0])
+        told = list(zip(films, (actions for _, actions in stories), strict=True))
         self.embeds = [
-            torch.cat([pipe.encode_prompt(prompt, None, False, max_sequence_length=32)[0] for prompt in some])
-            for some in prompts
+            self._embed([world.caption(film[begin], actions[clip]) for film, actions in told])
+            for clip, begin in enumerate((0, end))
         ]
         self.before_latents, self.clip_latents = (encode_video(pipe.vae, video) for video in (self.before, self.clip))
         self.noise = torch.randn((2, *self.before_latents.shape), generator=torch.Generator().manual_seed(0))
-        self.start = scheme.condition(pipe.vae, self.image, num_frames=world.CLIP_FRAMES)
-        self.condition, self.next = (
-            self._true_end(self.before, self.before_latents),
-            self._true_end(self.clip, self.clip_latents),
-        )
+        self.start = self._condition(self.begin.carried())
+        self.condition = self.end(self.before_latents, self.before)
+        self.next = self.end(self.clip_latents, self.clip)
 
-    def _true_end(self, video: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        frames = video[:, :, -self.scheme.carried_frames :] if self.scheme.carried_frames else None
-        return self.scheme.condition(self.pipe.vae, self.image, frames, latents, num_frames=world.CLIP_FRAMES)
+    def _embed(self, prompts: list[str]) -> torch.Tensor:
+        # One by one, as the pipeline does it.
+        return torch.cat([self.pipe.encode_prompt(p, None, False, max_sequence_length=32)[0] for p in prompts])
 
-    def end(self, latents: torch.Tensor) -> torch.Tensor:
-        """The condition that the end of a clip makes for the next."""
-        return next_condition(
-            self.pipe.vae, self.scheme, self.image, latents, world.CLIP_FRAMES, expand_timesteps=False
-        )
+    def _condition(self, carried: Carried) -> torch.Tensor:
+        return self.scheme.condition(self.pipe.vae, carried, world.CLIP_FRAMES, expand_timesteps=False)
 
-    def predict(self, noisy: torch.Tensor, sigmas: torch.Tensor, condition: torch.Tensor, clip: int) -> torch.Tensor:
-        inputs = transformer_inputs(
-            noisy, condition, sigmas, self.pipe.transformer.config.patch_size, expand_timesteps=False
-        )
+    def end(self, latents: torch.Tensor, video: torch.Tensor | None = None) -> torch.Tensor:
+        """The condition that the end of a clip makes for the next; `video` is the clip, if it is not to be decoded."""
+        video = decode_video(self.pipe.vae, latents) if video is None else video
+        return self._condition(self.begin.after(latents, video).carried())
+
+    def predict(self, noisy: torch.Tensor, sigma: float, condition: torch.Tensor, clip: int) -> torch.Tensor:
+        sigmas = torch.full((len(noisy),), sigma)
+        patch_size = self.pipe.transformer.config.patch_size
+        inputs = transformer_inputs(noisy, condition, sigmas, patch_size, expand_timesteps=False)
         return self.pipe.transformer(*inputs, self.embeds[clip], return_dict=False)[0]
 
     def make(self, condition: torch.Tensor, clip: int) -> torch.Tensor:
         """Latents of the first (0) or second (1) clip."""
-
-        def predict(noisy, sigmas):
-            return self.predict(noisy, sigmas, condition, clip)
-
-        noise = self.noise[clip]
-        return denoise(
-            predict, torch.zeros_like(noise), noise, 1.0, self.num_steps, self.pipe.scheduler.config.flow_shift
-        )
+        self.scheduler.set_timesteps(self.num_steps)
+        latents = self.noise[clip]
+        for timestep, sigma in zip(self.scheduler.timesteps, self.scheduler.sigmas.tolist(), strict=False):
+            prediction = self.predict(latents, sigma, condition, clip)
+            (latents,) = self.scheduler.step(prediction, timestep, latents, return_dict=False)
+        return latents
 
     def step_error(self, sigma: float) -> torch.Tensor:
         """Clean-side errors of one step on the first clips, from their true conditions."""
-        sigmas = torch.full((len(self.image),), sigma)
         clean, noise = self.before_latents, self.noise[0]
-        prediction = self.predict(interpolate(clean, noise, sigmas), sigmas, self.start, 0)
+        sigmas = torch.full((len(clean),), sigma)
+        prediction = self.predict(interpolate(clean, noise, sigmas), sigma, self.start, 0)
         return clean_side_error(prediction - velocity(clean, noise), sigmas)
 
     def conditions(self) -> dict[str, torch.Tensor]:
@@ -150,7 +138,7 @@ class Films:
                 result[f"vae {trip}"] = self.end(latents)
             latents = encode_video(self.pipe.vae, decode_video(self.pipe.vae, latents).clamp(-1, 1))
         dark = (self.before + 1) * 0.95 - 1
-        result["light"] = self._true_end(dark, encode_video(self.pipe.vae, dark))
+        result["light"] = self.end(encode_video(self.pipe.vae, dark), dark)
         result["clip"] = self.end(self.make(self.start, 0))
         first = 1 if self.scheme.carried_latents else 0
         injection = InjectionConfig(n_img=1, first_img=first)
@@ -199,9 +187,8 @@ def main():
         name: {"scheme": str(scheme), "errors": measure(pipe, scheme, args, name)}
         for name, scheme, pipe in contestants(args, PLAIN)
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    report = {**provenance(), "num_samples": args.num_samples, "setting": args.setting, "results": results}
-    (args.output_dir / "correction.json").write_text(json.dumps(report, indent=1) + "\n")
+    figures = {**provenance(), "num_samples": args.num_samples, "setting": args.setting, "results": results}
+    write_json(figures, args.output_dir / "correction.json")
     plot({name: result["errors"] for name, result in results.items()}, args.output_dir / "correction.png")
     for name, result in results.items():
         print(f"\n{name:14} {result['scheme']}\n{'':14}    in   out  last latent")

@@ -38,18 +38,18 @@ import matplotlib
 import numpy as np
 import PIL.Image
 import torch
-from contestants import HELD_OUT_SEED, WORLD_OPTIONS, add_contestant_options, contestants
-from diffusers.utils import load_image
+from contestants import HELD_OUT_SEED, WORLD_OPTIONS, add_contestant_options, contestants, world
+from diffusers.utils import load_image, make_image_grid
+from report import provenance, write_json
+from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.conditioning import Scheme
-from diffusers_svi.data import fingerprint
+from diffusers_svi.conditioning import Carried, Scheme
 from diffusers_svi.prompts import load_prompts
-from diffusers_svi.provenance import provenance
-from diffusers_svi.quality import drift_figures, sharpness
-from diffusers_svi.tiny import world
-from diffusers_svi.tiny.tracker import displacement, track
+from diffusers_svi.training.cache import fingerprint
+from diffusers_svi.training.quality import drift_figures, sharpness
+from svi_tiny.tracker import displacement, track
 
 
 matplotlib.use("Agg")
@@ -105,11 +105,11 @@ class NoisyPixelMotion(PixelMotion):
 
     noise: float = 0.05
 
-    def _motion(self, image, frames):
-        motion = super()._motion(image, frames)
+    def _motion(self, carried: Carried) -> torch.Tensor:
+        motion = super()._motion(carried)
         # The same noise for every clip and contestant, whatever else is drawn.
         noise = torch.randn(motion.shape, generator=torch.Generator().manual_seed(0))
-        return motion if frames is None else motion + self.noise * noise.to(motion)
+        return motion if carried.frames is None else motion + self.noise * noise.to(motion)
 
 
 PLAIN = {
@@ -256,7 +256,7 @@ def run_chains(
                     row.append((clip.frames[-1] * 255).round().astype(np.uint8))
                     progress.update()
                 path.parent.mkdir(exist_ok=True)
-                PIL.Image.fromarray(np.concatenate(row, axis=1)).save(path.with_suffix(".png"))
+                PIL.Image.fromarray(np.hstack(row)).save(path.with_suffix(".png"))
                 path.with_suffix(".part").write_text(json.dumps(figures))
                 path.with_suffix(".part").replace(path)
             chains.append(figures)
@@ -280,9 +280,14 @@ def save_clip(frames: np.ndarray, path: Path, args) -> None:
 
 
 def interval(values: np.ndarray, statistic) -> dict[str, float]:
-    """A statistic of chains `(chains, ...)` with its 95% bootstrap interval."""
-    rng = np.random.default_rng(0)
-    draws = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(2000)]
+    """A statistic of chains `(chains, ...)` with its 95% bootstrap interval; of one chain, that is the value."""
+    draws = [statistic(values)]
+    if len(values) > 1:
+        # By number: a chain is drawn with all of its clips.
+        numbers, drawn = np.arange(len(values)), lambda chosen: statistic(values[chosen])
+        options = {"n_resamples": 2000, "method": "percentile", "vectorized": False, "rng": 0}
+        draws = bootstrap((numbers,), drawn, **options).bootstrap_distribution
+    # Where a figure is not defined for every chain it may not be for every draw.
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return {"value": float(statistic(values)), "low": float(low), "high": float(high)}
 
@@ -348,11 +353,9 @@ def plot(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def contact_sheet(rows: np.ndarray, path: Path) -> None:
-    """Last frames `(chains, clips, height, width, 3)`: a row a chain, up to 12 clips of it."""
-    shown = np.unique(np.linspace(0, rows.shape[1] - 1, 12).round().astype(int))
-    sheet = np.concatenate([np.concatenate(list(row[shown]), axis=1) for row in rows], axis=0)
-    PIL.Image.fromarray(sheet).save(path)
+def grid(rows: np.ndarray) -> PIL.Image.Image:
+    """Frames `(rows, columns, height, width, 3)` uint8 as one picture."""
+    return make_image_grid([PIL.Image.fromarray(frame) for row in rows for frame in row], *rows.shape[:2])
 
 
 def compare(rows: dict[str, np.ndarray], path: Path) -> None:
@@ -362,7 +365,7 @@ def compare(rows: dict[str, np.ndarray], path: Path) -> None:
     size = (1.6 * len(chosen) * len(rows), 1.6 * chains * height / width + 0.4)
     figure, axes = plt.subplots(1, len(rows), figsize=size, squeeze=False, layout="constrained")
     for axis, (name, frames) in zip(axes[0], rows.items(), strict=True):
-        axis.imshow(np.concatenate([np.concatenate(list(row[chosen]), axis=1) for row in frames], axis=0))
+        axis.imshow(grid(frames[:, chosen]))
         axis.set_title(name, fontsize=16)
         axis.set_xticks(width * (np.arange(len(chosen)) + 0.5), [f"clip {clip + 1}" for clip in chosen], fontsize=12)
         axis.set_yticks([])
@@ -379,16 +382,12 @@ def main():
         for setting in args.settings:
             chains, rows = run_chains(pipe, name, scheme, setting, args)
             results[setting][name] = {"scheme": str(scheme), **summarize(chains, args.num_clips)}
-            contact_sheet(rows, args.output_dir / f"{setting}-{name}.png")
+            shown = np.unique(np.linspace(0, args.num_clips - 1, 12).round().astype(int))
+            grid(rows[:, shown]).save(args.output_dir / f"{setting}-{name}.png")
             sheets[setting][name] = rows
 
     summary = {setting: summarize_setting(measured) for setting, measured in results.items()}
-    report = {
-        **provenance(),
-        "summary": summary,
-        "results": results,
-    }
-    (args.output_dir / "drift.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json({**provenance(), "summary": summary, "results": results}, args.output_dir / "drift.json")
     plot(results, args.output_dir / "drift.png")
     for setting, rows in sheets.items():
         compare(rows, args.output_dir / f"{setting}.png")

@@ -1,6 +1,6 @@
 r"""Measure what error recycling adds to a training step: the time of an ERFT step over that of a plain LoRA step.
 
-    python benchmarks/erft_step.py --json --output_file docs/results/erft_step.json
+    python benchmarks/erft_step.py --json --output_file docs/results/erft_step/erft_step.json
     python benchmarks/erft_step.py --preset 14b --json          # on a GPU with 80 GB
 
 Both steps train the same LoRA on the same frozen image-to-video transformer of Wan's form, on the same random latents.
@@ -29,10 +29,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from report import add_report_options, report
+from report import add_report_options, provenance, report
 from tqdm.auto import tqdm
 
-from diffusers_svi.conditioning import transformer_inputs
 from diffusers_svi.erft import (
     BankConfig,
     ErrorBank,
@@ -44,8 +43,8 @@ from diffusers_svi.erft import (
     recycled_velocity,
 )
 from diffusers_svi.flow import interpolate, shifted_sigmas
-from diffusers_svi.lora import TARGET_MODULES
-from diffusers_svi.provenance import provenance
+from diffusers_svi.lora_file import TARGET_MODULES
+from diffusers_svi.wan import transformer_inputs
 
 
 PRESETS = {

@@ -1,6 +1,6 @@
 r"""Measure what a full error bank's L2 replacement costs, and whether it replaces the right error.
 
-    python benchmarks/error_bank.py --json --output_file docs/results/error_bank.json
+    python benchmarks/error_bank.py --json --output_file docs/results/error_bank/synthetic.json
 
 One grid of the bank is filled, and a stream of new errors goes into it with `ErrorBank.put`. Every victim is compared
 with that of an exact float32 search over the same stored values: `victim_agreement` is the share that are the same.
@@ -36,17 +36,17 @@ import time
 
 import torch
 import torch.nn.functional as F
-from report import add_report_options, report
+from contestants import HELD_OUT_SEED, world
+from report import add_report_options, provenance, report
 from tqdm.auto import tqdm
 
 from diffusers_svi import PixelMotion, SVIPipeline
-from diffusers_svi.conditioning import transformer_inputs
+from diffusers_svi.conditioning import Carried
 from diffusers_svi.erft import BankConfig, ErrorBank
 from diffusers_svi.erft.storage import DTYPES, FLOAT_DTYPES, make_storage
 from diffusers_svi.flow import interpolate, shifted_sigmas, velocity
-from diffusers_svi.latents import encode_video
-from diffusers_svi.provenance import provenance
-from diffusers_svi.tiny import world
+from diffusers_svi.pixels import from_uint8
+from diffusers_svi.wan import encode_video, transformer_inputs
 
 
 FULL = {"shape": [16, 21, 60, 104], "capacity": 500, "num_replacements": 200, "num_published": 7}
@@ -55,7 +55,7 @@ VISITS = 5
 DRAWS = 8
 NUM_GRIDS, GRID = 50, 25
 FLOW_SHIFT = 5.0
-WORLD_SEED, FIRST_STORY = 1, 50000
+FIRST_STORY = 50000
 
 
 def parse_args():
@@ -133,11 +133,13 @@ class ModelErrors:
     @torch.no_grad()
     def _residuals(pipe: SVIPipeline, index: int, generator: torch.Generator) -> torch.Tensor:
         """`(DRAWS, z_dim, latent_frames, h, w)`."""
-        state, (action,) = world.sample_story(WORLD_SEED, FIRST_STORY + index)
+        state, (action,) = world.sample_story(HELD_OUT_SEED, FIRST_STORY + index)
         clip = torch.from_numpy(world.render(world.film(state, [action]))[None])
-        pixels = clip.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        pixels = from_uint8(clip.permute(0, 4, 1, 2, 3))
         clean = encode_video(pipe.vae, pixels).expand(DRAWS, -1, -1, -1, -1)
-        condition = PixelMotion().condition(pipe.vae, pixels[:, :, 0], num_frames=world.CLIP_FRAMES)
+        condition = PixelMotion().condition(
+            pipe.vae, Carried(pixels[:, :, 0]), world.CLIP_FRAMES, expand_timesteps=False
+        )
         prompt, _ = pipe.encode_prompt(
             world.caption(state, action), do_classifier_free_guidance=False, max_sequence_length=32
         )

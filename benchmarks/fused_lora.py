@@ -1,6 +1,6 @@
 """What a fused LoRA costs at inference: nothing, which is measured here.
 
-    python benchmarks/fused_lora.py --lora models/svi-tiny-loras/shot.safetensors
+    python benchmarks/fused_lora.py --lora examples/svi_tiny/loras/shot.safetensors
 
 Clips are made in turn by the base model and by the model with the LoRA fused, both chained by the LoRA's scheme, with
 the same start image, prompt and noise; `clip_ratio` is the ratio of the medians of their times.
@@ -11,12 +11,9 @@ import statistics
 import time
 
 import PIL.Image
-from contestants import HELD_OUT_SEED, SVI_TINY, WORLD_OPTIONS, load_fused, lora_scheme
-from report import add_report_options, report
+from contestants import HELD_OUT_SEED, SVI_TINY, WORLD_OPTIONS, load_fused, lora_scheme, world
+from report import add_report_options, provenance, report
 from tqdm.auto import tqdm
-
-from diffusers_svi.provenance import provenance
-from diffusers_svi.tiny import world
 
 
 def parse_args():

@@ -1,6 +1,6 @@
 """Error recycling against its control, chain by chain, in whatever runs of `drift.py` hold both.
 
-    python benchmarks/pairs.py docs/results/*/drift.json --output_dir docs/results/drift_pairs
+    python benchmarks/pairs.py outputs/*/drift.json
 
 A pair is `erft-NAME` and `control-NAME` of one `drift.json`: the same films with the same noise. Of quality and its
 parts sprite and background, where the file has them by chain, error recycling less control, with intervals of 95% by
@@ -21,8 +21,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from drift import PARTS, interval
-
-from diffusers_svi.provenance import provenance
+from report import provenance, write_json
 
 
 matplotlib.use("Agg")
@@ -98,8 +97,7 @@ def main():
             f"`files` hold no pair, got {', '.join(map(str, args.files))}: measure `control-NAME` and `erft-NAME` in "
             "one run of `drift.py --lora`."
         )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "pairs.json").write_text(json.dumps({**provenance(), "pairs": pairs}, indent=1) + "\n")
+    write_json({**provenance(), "pairs": pairs}, args.output_dir / "pairs.json")
     plot(pairs, args.output_dir / "pairs.png")
     width = max(map(len, pairs))
     print(f"{'error recycling less control':{width}}  chains  part        end                        change")

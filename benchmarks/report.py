@@ -1,10 +1,45 @@
-"""How a benchmark reports its figures: a table or a line of JSON, and a file."""
+"""How a benchmark reports its figures, and where they come from."""
 
 import argparse
 import json
+import platform
 import resource
+import shlex
 import sys
 from pathlib import Path
+
+import diffusers
+import psutil
+import torch
+import transformers
+
+import diffusers_svi
+
+
+def provenance() -> dict:
+    """`command`, `versions`, `machine`, and `load_before`: how busy the machine was in the minute before."""
+    libraries = (torch, diffusers, transformers, diffusers_svi)
+    # A module's `sys.argv[0]` is where it lies on this machine.
+    module = sys.modules["__main__"].__spec__
+    program = sys.argv[:1] if module is None else ["-m", module.name]
+    return {
+        "command": "python " + shlex.join([*program, *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            **{library.__name__: library.__version__ for library in libraries},
+        },
+        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
+        "load_before": round(psutil.getloadavg()[0], 2),
+    }
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -13,13 +48,19 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def report(results: dict, args: argparse.Namespace) -> None:
+    """Print `results` as a table or a line of JSON, and write them to a file if that is asked for."""
     # ru_maxrss is in kilobytes, but in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     results["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if args.output_file is not None:
-        args.output_file.parent.mkdir(parents=True, exist_ok=True)
-        args.output_file.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(results, args.output_file)
     if args.json:
         print(json.dumps(results))
     else:
         print("\n".join(f"{name:28} {value}" for name, value in results.items()))
+
+
+def write_json(results: dict, path: Path) -> None:
+    """Figures as a file; the folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")

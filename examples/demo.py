@@ -18,15 +18,14 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.tiny import world
+from svi_tiny import world
 
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-MODELS = Path(__file__).parents[1] / "models"
-LORA = MODELS / "svi-tiny-loras" / "shot.safetensors"
+SVI_TINY = Path(__file__).parent / "svi_tiny"
 SCHEMES = {"pixel": PixelMotion(num_frames=1), "latent": LatentMotion(num_latents=1)}
 HELD_OUT_SEED = 1  # svi-tiny was trained on films of seed 0
 
@@ -56,7 +55,7 @@ def contact_sheet(rows: list[tuple[str, np.ndarray]], path: Path, columns: int =
     for axis, (title, frames) in zip(axes[:, 0], rows, strict=True):
         chosen = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
         gaps = np.pad(chosen, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=255)
-        axis.imshow(np.concatenate(list(gaps), axis=1), interpolation="nearest")
+        axis.imshow(np.hstack(gaps), interpolation="nearest")
         axis.set_title(title, loc="left", fontsize=9)
         axis.axis("off")
     figure.savefig(path, dpi=100)
@@ -111,7 +110,7 @@ def compare(pipe: SVIPipeline, args: argparse.Namespace) -> None:
     rows = []
     for name in ("svi-tiny", "with error recycling"):
         if rows:
-            pipe.load_lora_weights(LORA)
+            pipe.load_lora_weights(SVI_TINY / "loras" / "shot.safetensors")
             pipe.fuse_lora()
         # The LoRA knows how its clips are chained; without one they begin with the last frame of the clip before.
         clips = tqdm(story.tell(pipe), desc=f"One prompt, {name}", total=args.compare_clips)
@@ -126,7 +125,7 @@ def compare(pipe: SVIPipeline, args: argparse.Namespace) -> None:
 def main():
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    pipe = SVIPipeline.from_pretrained(MODELS / "svi-tiny")
+    pipe = SVIPipeline.from_pretrained(SVI_TINY / "model")
     make_film(pipe, args)
     if args.compare_clips:
         compare(pipe, args)

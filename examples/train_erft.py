@@ -55,7 +55,7 @@ from diffusers_svi.erft import (
 )
 from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.flow import interpolate, shifted_sigmas
-from diffusers_svi.lora import TARGET_MODULES, read_lora, save_lora
+from diffusers_svi.lora_file import TARGET_MODULES, read_lora, save_lora
 from diffusers_svi.training.cache import TensorCache
 from diffusers_svi.training.checkpoints import Checkpoints
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders

@@ -1,6 +1,7 @@
 """Tiny real components of the four kinds of model that can be chained."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,11 @@ from transformers import (
 
 from diffusers_svi import SVIPipeline
 
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and so do the processes they start: one thread each, or they wait for one another.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 WORDS = ["a", "the", "cat", "dog", "sits", "jumps", "sleeps", "on", "mat", "red", "blue", "bad", "blurry"]
 TEXT_DIM = 16

@@ -1,4 +1,4 @@
-"""Every Python block of the documentation runs as it stands, those of one page one after the other."""
+"""The documentation: its Python blocks run, those of one page one after the other; its links lead somewhere."""
 
 import os
 import re
@@ -12,22 +12,38 @@ from safetensors.torch import save_file
 
 from conftest import make_components
 from diffusers_svi import PixelMotion, SVIPipeline
-from diffusers_svi.lora import lora_metadata
+from diffusers_svi.lora_file import lora_metadata
 from test_lora import make_lora
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples" / "svi_tiny", ROOT / "examples" / "svi_tiny" / "loras")
+PAGES = sorted(str(page.relative_to(ROOT)) for folder in FOLDERS for page in folder.glob("*.md"))
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```", text_of(page), re.MULTILINE | re.DOTALL)
+
+
+def links(page: str) -> list[str]:
+    """Without those to the web."""
+    return [link for link in re.findall(r"\]\(([^)]+)\)", text_of(page)) if not link.startswith("http")]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder in which the names of the documentation mean something: what the Hub has is here, but tiny."""
-    for name in ("models", "docs"):
+    for name in ("examples", "docs"):
         os.symlink(ROOT / name, tmp_path / name)
     wan = SVIPipeline(**make_components("wan2.1"))
     wan.save_pretrained(tmp_path / "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers")
@@ -35,11 +51,13 @@ def folder(tmp_path, monkeypatch):
     lora.parent.mkdir(parents=True)
     save_file(make_lora(wan.transformer), lora)
     # What the command of docs/training.md leaves behind.
-    tiny = WanTransformer3DModel.from_pretrained(ROOT / "models" / "svi-tiny" / "transformer")
+    tiny = WanTransformer3DModel.from_pretrained(ROOT / "examples" / "svi_tiny" / "model" / "transformer")
     (tmp_path / "outputs" / "svi-shot").mkdir(parents=True)
     trained = tmp_path / "outputs" / "svi-shot" / "pytorch_lora_weights.safetensors"
     save_file(make_lora(tiny), trained, metadata=lora_metadata(PixelMotion(1, "reference")))
     PIL.Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "kitten.png")
+    # Where diffusers puts code that comes with a model.
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -58,9 +76,23 @@ def test_the_blocks_of_a_page_run(page, folder):
         exec(compile(at_hand(block), page, "exec"), names)
 
 
-def test_links_lead_somewhere():
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for link in re.findall(r"\]\(([^)#]+)\)", text):
-            if not link.startswith("http"):
-                assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_picture_is_on_a_page():
+    """Shown, or what a block begins with."""
+    shown = {((ROOT / page).parent / link).resolve() for page in PAGES for link in links(page)}
+    named = {ROOT / name for page in PAGES for name in re.findall(r'"(docs/[^"]+\.png)"', text_of(page))}
+    pictures = {path for folder in ("images", "results") for path in (ROOT / "docs" / folder).rglob("*.png")}
+    assert pictures and pictures <= shown | named
+
+
+def test_the_measurement_is_told_on_one_page():
+    text = text_of("docs/does_it_work.md")
+    assert len(text.split()) <= 800 and text.count("![") == 1

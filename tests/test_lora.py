@@ -1,17 +1,19 @@
 import json
+import logging
 import re
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from conftest import CLIP, make_components, make_transformer, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.lora import lora_metadata, read_lora, save_lora
+from diffusers_svi.lora_file import lora_metadata, read_lora, save_lora
 
 
 # The layers an SVI LoRA has, in the original names and in diffusers'.
@@ -139,20 +141,13 @@ def test_fused_and_partly_weighted(i2v, image):
 
 def test_the_alpha_of_diffusers_metadata_counts(i2v, image, tmp_path):
     """A LoRA of rank 4 saved by diffusers with alpha 2 has scale 0.5."""
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    trained = make_transformer()
-    config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False)
-    torch.manual_seed(0)
-    trained.add_adapter(config)
-    SVIPipeline.save_lora_weights(
-        tmp_path,
-        transformer_lora_layers=get_peft_model_state_dict(trained),
-        transformer_lora_adapter_metadata=config.to_dict(),
+    transformer = make_transformer()
+    layers, config = trained(transformer)
+    WanImageToVideoPipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
     )
     i2v.load_lora_weights(tmp_path)
-    reference = quiet(SVIPipeline(**{**make_components("i2v"), "transformer": trained}))
+    reference = quiet(SVIPipeline(**{**make_components("i2v"), "transformer": transformer}))
     torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=1e-5, rtol=1e-5)
 
 
@@ -212,13 +207,6 @@ def test_another_scheme_than_the_loras_is_refused_unless_meant(i2v, image, optio
     first_clip(i2v, image, ignore_lora_conditioning=True, **options)
 
 
-def test_a_fused_lora_keeps_its_scheme(i2v):
-    i2v.load_lora_weights(make_lora(i2v.transformer), conditioning=PixelMotion(5))
-    i2v.fuse_lora()
-    i2v.unload_lora_weights()
-    assert i2v.lora_conditioning == PixelMotion(5)
-
-
 def test_a_second_lora_beside_it(i2v):
     """A few-step LoRA, say: it has no scheme and changes none. Two SVI LoRAs must agree."""
     i2v.load_lora_weights(make_lora(i2v.transformer), adapter_name="svi", conditioning=PixelMotion(5))
@@ -233,6 +221,135 @@ def test_a_second_lora_beside_it(i2v):
         _ = i2v.lora_conditioning
     i2v.set_adapters("shot")
     assert i2v.lora_conditioning == PixelMotion(1, "reference")
+
+
+def test_the_scheme_comes_along_to_another_pipeline(i2v):
+    i2v.load_lora_weights(make_lora(i2v.transformer), conditioning=PixelMotion(5))
+    assert SVIPipeline.from_pipe(i2v).lora_conditioning == PixelMotion(5)
+
+
+def test_a_lora_that_is_disabled_has_no_say(i2v):
+    i2v.load_lora_weights(make_lora(i2v.transformer), conditioning=PixelMotion(5))
+    i2v.disable_lora()
+    assert i2v.lora_conditioning is None
+    i2v.enable_lora()
+    assert i2v.lora_conditioning == PixelMotion(5)
+
+
+def test_a_lora_that_is_deleted_has_no_say(i2v):
+    i2v.load_lora_weights(make_lora(i2v.transformer), adapter_name="svi", conditioning=PixelMotion(5))
+    i2v.delete_adapters("svi")
+    assert i2v.lora_conditioning is None
+
+
+def test_a_hotswapped_lora_brings_its_scheme(i2v):
+    i2v.load_lora_weights(make_lora(make_transformer()), adapter_name="svi", conditioning=PixelMotion(5))
+    # Swapping is what compiled transformers do: `torch.compile` wraps them here, nothing is compiled.
+    i2v.transformer = torch.compile(i2v.transformer)
+    assert i2v.lora_conditioning == PixelMotion(5)
+    swap = {"adapter_name": "svi", "hotswap": True}
+    i2v.load_lora_weights(make_lora(make_transformer(), seed=1), conditioning=PixelMotion(1, "reference"), **swap)
+    assert i2v.lora_conditioning == PixelMotion(1, "reference")
+    i2v.load_lora_weights(make_lora(make_transformer(), seed=2), **swap)
+    assert i2v.lora_conditioning is None
+
+
+# Fused LoRAs
+
+
+def test_a_fused_lora_has_a_say_while_it_is_fused(i2v):
+    i2v.load_lora_weights(make_lora(i2v.transformer), adapter_name="svi", conditioning=PixelMotion(5))
+    i2v.load_lora_weights(make_lora(i2v.transformer, seed=1), adapter_name="fast")
+    i2v.fuse_lora(adapter_names=["svi"])
+    i2v.set_adapters("fast")
+    assert i2v.lora_conditioning == PixelMotion(5)
+    i2v.unfuse_lora()
+    assert i2v.lora_conditioning is None
+    i2v.set_adapters("svi")
+    i2v.unload_lora_weights()
+    assert i2v.lora_conditioning is None
+
+
+@pytest.mark.parametrize("leave", ["unload_lora_weights", "delete_adapters"])
+def test_a_fused_lora_keeps_its_scheme(i2v, image, leave):
+    """It stays in the weights, so it stays on record, beside what is loaded later under the same name."""
+    i2v.load_lora_weights(make_lora(i2v.transformer), adapter_name="svi", conditioning=PixelMotion(5))
+    fused = first_clip(i2v, image)
+    i2v.fuse_lora()
+    i2v.delete_adapters("svi") if leave == "delete_adapters" else i2v.unload_lora_weights()
+    torch.testing.assert_close(first_clip(i2v, image), fused, atol=2e-4, rtol=2e-4)
+    assert i2v.lora_conditioning == PixelMotion(5)
+    i2v.disable_lora()
+    assert i2v.lora_conditioning == PixelMotion(5)
+    i2v.unload_lora_weights()
+    i2v.load_lora_weights(make_lora(i2v.transformer, seed=1), adapter_name="svi")
+    assert i2v.lora_conditioning == PixelMotion(5)
+    i2v.fuse_lora()
+    i2v.unfuse_lora()
+    assert i2v.lora_conditioning == PixelMotion(5)
+    i2v.unload_lora_weights()
+    i2v.load_lora_weights(make_lora(i2v.transformer, seed=1), adapter_name="shot", conditioning=LatentMotion(1))
+    with pytest.raises(
+        ValueError, match=r"different schemes \(shot: LatentMotion.*, fused: PixelMotion.*`set_adapters`"
+    ):
+        _ = i2v.lora_conditioning
+    i2v.disable_lora()
+    assert i2v.lora_conditioning == PixelMotion(5)
+
+
+def test_only_what_is_fused_stays_on_record(i2v):
+    i2v.load_lora_weights(make_lora(i2v.transformer), adapter_name="svi", conditioning=PixelMotion(5))
+    i2v.load_lora_weights(make_lora(i2v.transformer), adapter_name="shot", conditioning=PixelMotion(1, "reference"))
+    i2v.fuse_lora(adapter_names=["svi"])
+    i2v.delete_adapters(["shot"])
+    i2v.unfuse_lora()
+    i2v.delete_adapters("svi")
+    assert i2v.lora_conditioning is None
+
+
+def test_a_fused_lora_is_saved_with_its_scheme(tmp_path, image, caplog, monkeypatch):
+    """Both experts are fused; the folder says so to `SVIPipeline`, and nothing that disturbs to stock diffusers."""
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    pipe.load_lora_weights(make_lora(pipe.transformer), adapter_name="fast")
+    pipe.load_lora_weights(
+        make_lora(pipe.transformer_2, seed=1), load_into_transformer_2=True, conditioning=PixelMotion(5)
+    )
+    expected = first_clip(pipe, image, num_inference_steps=4)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.fuse_lora()  # nothing is left to fuse
+    pipe.save_pretrained(tmp_path)
+    loaded = quiet(SVIPipeline.from_pretrained(tmp_path))
+    assert loaded.lora_conditioning == PixelMotion(5)
+    torch.testing.assert_close(first_clip(loaded, image, num_inference_steps=4), expected, atol=2e-4, rtol=2e-4)
+    loaded.save_pretrained(tmp_path / "again")
+    assert SVIPipeline.from_pretrained(tmp_path / "again").lora_conditioning == PixelMotion(5)
+
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        stock = WanImageToVideoPipeline.from_pretrained(tmp_path)
+    assert not [record for record in caplog.records if record.name.startswith("diffusers")]
+    for key, value in pipe.transformer_2.state_dict().items():
+        assert torch.equal(stock.transformer_2.state_dict()[key], value), key
+
+
+def test_unfusing_is_for_both_experts_too(image):
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    base = first_clip(pipe, image, num_inference_steps=4)
+    pipe.load_lora_weights(make_lora(pipe.transformer), adapter_name="svi")
+    pipe.load_lora_weights(make_lora(pipe.transformer_2), adapter_name="svi", load_into_transformer_2=True)
+    with_lora = first_clip(pipe, image, num_inference_steps=4)
+    pipe.fuse_lora(components=["transformer"])
+    pipe.disable_lora()  # what is not fused; and peft takes out what is
+    torch.testing.assert_close(first_clip(pipe, image, num_inference_steps=4), base, atol=2e-4, rtol=2e-4)
+    pipe.enable_lora()
+    pipe.fuse_lora()
+    fused = [layer.merged for layer in pipe.transformer_2.modules() if isinstance(layer, BaseTunerLayer)]
+    assert fused and all(fused)
+    torch.testing.assert_close(first_clip(pipe, image, num_inference_steps=4), with_lora, atol=2e-4, rtol=2e-4)
+    pipe.unfuse_lora()
+    for transformer in (pipe.transformer, pipe.transformer_2):
+        assert not any(layer.merged for layer in transformer.modules() if isinstance(layer, BaseTunerLayer))
 
 
 # Two experts
@@ -282,12 +399,149 @@ def test_a_lora_of_the_other_expert_is_refused(experts):
     assert pipe.get_list_adapters() == {}
 
 
+@pytest.mark.parametrize("component", ["transformer", "transformer_2"])
+def test_a_lora_in_one_expert_only(component):
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    second = component == "transformer_2"
+    pipe.load_lora_weights(
+        make_lora(pipe.transformer), adapter_name="svi", conditioning=PixelMotion(5), load_into_transformer_2=second
+    )
+    pipe.load_lora_weights(make_lora(pipe.transformer), adapter_name="fast", load_into_transformer_2=not second)
+    assert pipe.lora_conditioning == PixelMotion(5)
+    pipe.transformer, pipe.transformer_2 = torch.compile(pipe.transformer), torch.compile(pipe.transformer_2)
+    assert pipe.lora_conditioning == PixelMotion(5)
+
+
+def test_the_experts_must_agree():
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    options = {"adapter_name": "svi", "load_into_transformer_2": True}
+    pipe.load_lora_weights(make_lora(pipe.transformer), adapter_name="svi", conditioning=PixelMotion(5))
+    pipe.load_lora_weights(make_lora(pipe.transformer), conditioning=LatentMotion(1), **options)
+    with pytest.raises(ValueError, match="different schemes"):
+        _ = pipe.lora_conditioning
+
+
+def test_two_files_of_different_schemes_are_refused(tmp_path):
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    for number in (1, 2):
+        save_file(make_lora(pipe.transformer), tmp_path / f"{number}", metadata=lora_metadata(LatentMotion(number)))
+        (tmp_path / f"{number}").rename(tmp_path / f"{number}.safetensors")
+    with pytest.raises(ValueError, match=r"two experts were trained for different schemes.*1\).*2\)"):
+        pipe.load_lora_weights(tmp_path, weight_name="1.safetensors", weight_name_2="2.safetensors")
+    assert pipe.get_list_adapters() == {}
+
+
+def test_a_name_that_is_free_in_both_experts():
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    for _ in range(10):
+        pipe.load_lora_weights(make_lora(pipe.transformer, rank=1), load_into_transformer_2=True)
+    read = make_lora(pipe.transformer, rank=1)
+    pipe.load_lora_weights(read)
+    assert pipe.get_list_adapters()["transformer"] == ["default_0"]
+
+
 def test_a_second_expert_that_is_not_there(i2v):
     with pytest.raises(ValueError, match=r"`transformer_2`, which this pipeline does not have"):
         i2v.load_lora_weights(make_lora(i2v.transformer), load_into_transformer_2=True)
 
 
+# Saving
+
+
+def trained(transformer, seed=0) -> tuple[dict, dict]:
+    """Weights and configuration of a LoRA as a training leaves them, of scale 0.5."""
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "ffn.net.2"], init_lora_weights=False)
+    torch.manual_seed(seed)
+    transformer.add_adapter(config)
+    return get_peft_model_state_dict(transformer), config.to_dict()
+
+
+def test_both_experts_are_saved_with_their_scheme(image, tmp_path):
+    """On the class, and loaded again by `SVIPipeline` and by stock diffusers."""
+    source = quiet(SVIPipeline(**make_components("a14b")))
+    (high, high_config), (low, low_config) = trained(source.transformer), trained(source.transformer_2, seed=1)
+    SVIPipeline.save_lora_weights(
+        tmp_path / "new",
+        transformer_lora_layers=high,
+        transformer_lora_adapter_metadata=high_config,
+        transformer_2_lora_layers=low,
+        transformer_2_lora_adapter_metadata=low_config,
+        conditioning=LatentMotion(1),
+    )
+    names = {"weight_name": "pytorch_lora_weights.safetensors", "weight_name_2": "pytorch_lora_weights_2.safetensors"}
+    assert [read_lora(tmp_path / "new", name).expert for name in names.values()] == ["high", "low"]
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    with pytest.raises(ValueError, match="low-noise expert"):
+        pipe.load_lora_weights(tmp_path / "new", weight_name=names["weight_name_2"])
+    pipe.load_lora_weights(tmp_path / "new", **names)
+    assert pipe.lora_conditioning == LatentMotion(1)
+    options = {"num_inference_steps": 4, "conditioning": LatentMotion(1)}
+    expected = first_clip(source, image, **options)
+    torch.testing.assert_close(first_clip(pipe, image, **options), expected, atol=1e-5, rtol=1e-5)
+
+    stock = quiet(WanImageToVideoPipeline(**make_components("a14b")))
+    stock.load_lora_weights(tmp_path / "new", weight_name=names["weight_name"])
+    stock.load_lora_weights(tmp_path / "new", weight_name=names["weight_name_2"], load_into_transformer_2=True)
+    for component in ("transformer", "transformer_2"):
+        ours, theirs = (getattr(pipeline, component).state_dict() for pipeline in (pipe, stock))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        scales = [m.scaling["default_0"] for m in getattr(stock, component).modules() if isinstance(m, BaseTunerLayer)]
+        assert set(scales) == {0.5}
+
+
+@pytest.mark.parametrize(("kind", "expert"), [("a14b", "high"), ("i2v", None)], indirect=["kind"])
+def test_a_pipeline_saves_the_scheme_of_its_loras(pipe, expert, tmp_path):
+    pipe.load_lora_weights(make_lora(pipe.transformer), conditioning=PixelMotion(5))
+    layers = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
+    pipe.save_lora_weights(tmp_path, layers, weight_name="first.safetensors")
+    lora = read_lora(tmp_path, "first.safetensors")
+    assert lora.conditioning == PixelMotion(5) and lora.expert == expert and lora.adapter_metadata is None
+    assert lora.state_dict.keys() == {f"transformer.{key}" for key in layers}
+    pipe.save_lora_weights(tmp_path, layers, weight_name="second.safetensors", conditioning=LatentMotion(1))
+    assert read_lora(tmp_path, "second.safetensors").conditioning == LatentMotion(1)
+    pipe.save_lora_weights(tmp_path / "other", layers, is_main_process=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_one_expert_is_saved_alone_and_without_a_scheme(i2v, tmp_path):
+    layers, _ = trained(i2v.transformer)
+    SVIPipeline.save_lora_weights(tmp_path, transformer_2_lora_layers=layers, weight_name_2="low.safetensors")
+    SVIPipeline.save_lora_weights(tmp_path, layers)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["low.safetensors", "pytorch_lora_weights.safetensors"]
+    low, only = read_lora(tmp_path, "low.safetensors"), read_lora(tmp_path, "pytorch_lora_weights.safetensors")
+    assert (low.expert, low.conditioning) == ("low", None) and (only.expert, only.conditioning) == (None, None)
+
+
+def test_what_cannot_be_saved(i2v, tmp_path):
+    layers, _ = trained(i2v.transformer)
+    with pytest.raises(ValueError, match="are both empty: there is nothing to save"):
+        SVIPipeline.save_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match=r"both 'a.safetensors': name two files"):
+        SVIPipeline.save_lora_weights(
+            tmp_path,
+            layers,
+            transformer_2_lora_layers=layers,
+            weight_name="a.safetensors",
+            weight_name_2="a.safetensors",
+        )
+    for option in ({"save_function": torch.save}, {"safe_serialization": False}):
+        with pytest.raises(ValueError, match=r"`save_function`=.*Leave both out"):
+            SVIPipeline.save_lora_weights(tmp_path, layers, **option)
+    with pytest.raises(ValueError, match=r"`layout` must be one of \('diffusers', 'original'\), got 'kohya'"):
+        save_lora(tmp_path / "lora.safetensors", layers, LoraConfig(), PixelMotion(5), layout="kohya")
+    assert not list(tmp_path.iterdir())
+
+
 # What is refused
+
+
+def test_an_option_with_a_typing_error(i2v, tmp_path):
+    save_file(make_lora(i2v.transformer), tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"must be one of \('subfolder', .*got 'weigth_name'"):
+        i2v.load_lora_weights(tmp_path, weigth_name="lora.safetensors")
+    (tmp_path / "folder").mkdir()
+    save_file(make_lora(i2v.transformer), tmp_path / "folder" / "svi-film.safetensors")
+    assert read_lora(tmp_path, "svi-film.safetensors", subfolder="folder").conditioning == PixelMotion(5)
 
 
 @pytest.mark.parametrize("member", ["talk", "dance"])

@@ -4,11 +4,13 @@ import inspect
 
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.loaders.lora_base import _fetch_state_dict
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from conftest import CLIP, KINDS, make_components, quiet, seeded
+from conftest import CLIP, KINDS, make_components, make_transformer, quiet, seeded
 from diffusers_svi import FilmOptions, SVIPipeline
 
 
@@ -121,5 +123,39 @@ def test_private_names_that_are_used():
     assert {"use_safetensors", "allow_pickle", "return_file_metadata"} <= set(
         inspect.signature(_fetch_state_dict).parameters
     )
-    assert isinstance(LoraBaseMixin._merged_adapters, set) and isinstance(LoraBaseMixin.fused_loras, property)
     assert callable(WanLoraLoaderMixin._maybe_expand_t2v_lora_for_i2v)
+    assert WanLoraLoaderMixin._lora_loadable_modules == ["transformer", "transformer_2"]
+
+
+@pytest.mark.parametrize("method", ["save_lora_weights", "fuse_lora", "unfuse_lora", "delete_adapters"])
+def test_the_lora_methods_take_the_parents_arguments(method):
+    """In the parent's order; more may follow."""
+    parent, ours = (inspect.signature(getattr(c, method)).parameters for c in (WanImageToVideoPipeline, SVIPipeline))
+    assert list(ours)[: len(parent)] == list(parent)
+    assert all(ours[name].default == parent[name].default for name in parent if name != "components")
+
+
+def test_an_adapter_is_where_its_scheme_is_noted():
+    """`peft_config` of the transformer has an entry for each adapter, and its layers know which are in use."""
+    transformer = make_transformer()
+    for name in ("first", "second"):
+        transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name=name)
+    assert list(transformer.peft_config) == ["first", "second"]
+    transformer.peft_config["second"].note = "kept"
+    layer = next(layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer))
+    assert (layer.active_adapters, layer.merged_adapters, layer.disable_adapters) == (["second"], [], False)
+    transformer.fuse_lora(adapter_names=["first"])
+    assert layer.merged_adapters == ["first"]
+    transformer.delete_adapters("first")
+    # Still in the weights, though no longer on the list.
+    assert layer.merged_adapters == ["first"] and list(transformer.peft_config) == ["second"]
+    assert (
+        transformer.peft_config["second"].note == "kept" and "note" not in transformer.peft_config["second"].to_dict()
+    )
+
+
+def test_keys_with_an_underscore_stay_in_a_models_config(tmp_path):
+    transformer = make_transformer()
+    transformer.register_to_config(_mine=[{"a": 1}])
+    transformer.save_pretrained(tmp_path)
+    assert WanTransformer3DModel.from_pretrained(tmp_path).config["_mine"] == [{"a": 1}]

@@ -48,14 +48,40 @@ def test_a_perfect_velocity_leads_to_the_clean_sample():
     torch.testing.assert_close(sample, clean, atol=1e-5, rtol=1e-5)
 
 
-def test_the_shift_of_another_scheduler_is_taken_over():
-    unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-    assert SVIEulerScheduler.from_config(unipc.config).config.shift == 5.0
-    assert SVIEulerScheduler.from_config(unipc.config, shift=3.0).config.shift == 3.0
-    euler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-    assert SVIEulerScheduler.from_config(euler.config).config.shift == 7.0
+def test_the_shift_and_timesteps_of_another_scheduler_are_taken_over():
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    unipc = UniPCMultistepScheduler(flow_shift=3.0, num_train_timesteps=500, **flow)
+    taken = SVIEulerScheduler.from_config(unipc.config)
+    assert taken.config.shift == 3.0 and taken.config.num_train_timesteps == 500
+    taken.set_timesteps(4)
+    assert taken.timesteps[0] == 500
+    euler = FlowMatchEulerDiscreteScheduler(shift=7.0, num_train_timesteps=500)
+    taken = SVIEulerScheduler.from_config(euler.config)
+    assert taken.config.shift == 7.0 and taken.config.num_train_timesteps == 500
+    for config in (unipc.config, euler.config):
+        for name in ("shift", "flow_shift"):
+            taken = SVIEulerScheduler.from_config(config, **{name: 5.0})
+            assert taken.config.shift == 5.0 and taken.config.num_train_timesteps == 500
+
+
+def test_options_that_are_not_used_come_back():
+    scheduler, unused = SVIEulerScheduler.from_config({"shift": 2.0}, return_unused_kwargs=True, other=1)
+    assert scheduler.config.shift == 2.0 and unused == {"other": 1}
 
 
 def test_save_and_load(tmp_path):
-    SVIEulerScheduler(shift=5.0).save_pretrained(tmp_path)
-    assert SVIEulerScheduler.from_pretrained(tmp_path).config.shift == 5.0
+    scheduler = SVIEulerScheduler(shift=5.0, num_train_timesteps=500)
+    scheduler.save_pretrained(tmp_path)
+    loaded = SVIEulerScheduler.from_pretrained(tmp_path)
+    for each in (scheduler, loaded):
+        each.set_timesteps(6)
+    assert torch.equal(loaded.sigmas, scheduler.sigmas) and torch.equal(loaded.timesteps, scheduler.timesteps)
+
+
+def test_the_schedule_of_the_caller_is_kept():
+    """What `set_timesteps` is given comes before the grid: sigmas before the shift, timesteps as they are."""
+    scheduler = SVIEulerScheduler(shift=5.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([1.0, 5 / 6, 0.0]))
+    scheduler.set_timesteps(2, timesteps=[1000.0, 400.0])
+    torch.testing.assert_close(scheduler.timesteps, torch.tensor([1000.0, 400.0]))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import load_script, make_components, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.lora import read_lora
+from diffusers_svi.lora_file import read_lora
 from small_videos import write_numbered, write_rows
 from svi_tiny import world
 from svi_tiny.videos import write_videos

@@ -1,16 +1,25 @@
 import csv
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 
-from diffusers_svi.tiny import world
-from diffusers_svi.tiny.tracker import displacement, track
-from diffusers_svi.tiny.videos import write_videos
-from diffusers_svi.tiny.world import Action, Sprite, State, caption, film, render
+from diffusers_svi.pixels import from_uint8
+from diffusers_svi.training.samples import SampleLayout, Samples
+from diffusers_svi.training.sources import open_folder, usable_videos
+from svi_tiny import world
+from svi_tiny.tracker import displacement, track
+from svi_tiny.videos import write_videos
+from svi_tiny.world import Action, Sprite, State, caption, film, render
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 BALL = State("blue sky", 0, Sprite("circle", "red", "small", 20, 30))
 
 
@@ -183,21 +192,75 @@ def test_unknown_names():
         world.sample_actions(np.random.default_rng(0), BALL, 3, "wild")
 
 
-def test_as_videos_and_captions(tmp_path):
-    """The layout of the authors' training data: a folder of mp4 files and a CSV with their columns."""
-    write_videos(tmp_path, num_videos=3, seed=0, num_clips=2)
-    with open(tmp_path / f"{tmp_path.name}.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+def read_back(file: Path) -> tuple[list[str], list[np.ndarray]]:
+    """Captions and frames of the videos that a CSV file lists."""
+    with open(file, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
     assert list(rows[0]) == ["Video Title", "Video Description", "Video URL", "Download URL", "Filename"]
-    assert len(rows) == 3
-    for index, row in enumerate(rows):
-        with av.open(str(tmp_path / row["Filename"])) as container:
-            video = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    videos = []
+    for row in rows:
+        with av.open(str(file.parent / row["Filename"])) as container:
+            videos.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
+    return [row["Video Description"] for row in rows], videos
+
+
+def test_films_as_videos(tmp_path):
+    """The layout of the authors' training data: a folder of mp4 files and a CSV with their columns."""
+    file = write_videos(tmp_path, num_videos=3, seed=0, num_clips=2)
+    assert file == tmp_path / f"{tmp_path.name}.csv"
+    captions, videos = read_back(file)
+    assert len(videos) == 3
+    for index, (text, video) in enumerate(zip(captions, videos, strict=True)):
         state, actions = world.sample_story(seed=0, index=index, num_clips=2)
-        truth = render(film(state, actions))
-        assert video.shape == truth.shape == (33, 64, 64, 3)
-        assert np.abs(video.astype(int) - truth).mean() < 2
-        assert row["Video Description"].startswith(caption(state, actions[0]))
-    before = (tmp_path / rows[0]["Filename"]).read_bytes()
+        states = film(state, actions)
+        assert video.shape == (33, 64, 64, 3) and np.abs(video.astype(int) - render(states)).mean() < 2
+        assert text == "; then ".join((caption(state, actions[0]), caption(states[16], actions[1])))
+    before = (tmp_path / "0-000000.mp4").read_bytes()
     write_videos(tmp_path, num_videos=3, seed=0, num_clips=2)
-    assert (tmp_path / rows[0]["Filename"]).read_bytes() == before
+    assert (tmp_path / "0-000000.mp4").read_bytes() == before
+
+
+def test_a_consistent_film_tells_its_one_action_once(tmp_path):
+    (text,), (video,) = read_back(write_videos(tmp_path, num_videos=1, num_clips=3, setting="consistent"))
+    state, (action, *_) = world.sample_story(0, 0, 3, "consistent")
+    assert text == caption(state, action) and len(video) == 49
+
+
+@pytest.mark.parametrize(("before", "retold", "num_clips"), [(0, 1, 1), (1, 1, 2), (17, 1, 3), (0, 5, 2), (13, 5, 3)])
+def test_clips_with_what_is_before_them(tmp_path, before, retold, num_clips):
+    """A clip re-tells `retold` frames of the action before its own, and its caption tells its own alone."""
+    captions, videos = read_back(write_videos(tmp_path, num_videos=2, before=before, retold=retold))
+    for index, (text, video) in enumerate(zip(captions, videos, strict=True)):
+        state, actions = world.sample_story(0, index, num_clips)
+        states = film(state, actions, 17 - retold)
+        assert len(video) == before + 17
+        assert np.abs(video.astype(int) - render(states[-(before + 17) :])).mean() < 2
+        start = len(states) - 1 - (17 - retold)
+        assert text == caption(states[start], actions[-1])
+
+
+@pytest.mark.parametrize(("before", "retold"), [(-1, 1), (0, 0), (0, 6)])
+def test_clips_that_cannot_be(tmp_path, before, retold):
+    with pytest.raises(ValueError, match="`before` must be at least 0 and `retold` from 1 to 5"):
+        write_videos(tmp_path, num_videos=1, before=before, retold=retold)
+
+
+def test_the_command_writes_what_the_trainer_reads(tmp_path):
+    command = [sys.executable, "-m", "svi_tiny.videos", f"--output_dir={tmp_path / 'world'}", "--num_videos=2"]
+    options = ["--seed=3", "--setting=consistent", "--before=1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])}
+    finished = subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout == f"2 videos, listed in {tmp_path / 'world' / 'world.csv'}.\n"
+    layout = SampleLayout(num_frames=17, height=64, width=64, reference="before", center_crop=True)
+    videos, skipped = usable_videos(open_folder(tmp_path / "world"), layout)
+    assert len(videos) == 2 and not skipped
+    sample = Samples(videos, layout, seed=0)[1]
+    state, actions = world.sample_story(3, 1, 2, "consistent")
+    states = film(state, actions)
+    truth = from_uint8(torch.from_numpy(render(states[15:]))).permute(3, 0, 1, 2)
+    assert (sample["reference"] - truth[:, 0]).abs().mean() < 0.03
+    assert sample["video"].shape == (3, 17, 64, 64) and (sample["video"] - truth[:, 1:]).abs().mean() < 0.03
+    assert sample["caption"] == caption(states[16], actions[1])

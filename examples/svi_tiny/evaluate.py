@@ -1,9 +1,9 @@
 """Measure svi-tiny: its VAE, its first clips, and how it drifts when it is chained.
 
-    python examples/svi_tiny/evaluate.py --output_dir docs/results
+    PYTHONPATH=examples python -m svi_tiny.evaluate --output_dir docs/results/svi_tiny
 
-Everything is compared with the truth, which the world knows for every frame. Writes `svi_tiny.json` and the plot
-`svi_tiny_drift.png`. Films of seed 1 are measured; svi-tiny was trained on films of seed 0.
+Everything is compared with the truth, which the world knows for every frame. Writes `svi_tiny.json` and a plot,
+`drift.png`. Films of seed 1 are measured; svi-tiny was trained on films of seed 0.
 """
 
 import argparse
@@ -16,13 +16,13 @@ import numpy as np
 import PIL.Image
 import torch
 from tqdm.auto import tqdm
-from training import to_pixels
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.latents import decode_video, encode_video
-from diffusers_svi.provenance import provenance
-from diffusers_svi.tiny import world
-from diffusers_svi.tiny.tracker import displacement, sprite_mask, track
+from diffusers_svi.wan import decode_video, encode_video
+
+from . import world
+from .tracker import displacement, sprite_mask, track
+from .training import provenance, to_pixels
 
 
 matplotlib.use("Agg")
@@ -34,8 +34,8 @@ HELD_OUT_SEED = 1
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_dir", default="models/svi-tiny")
-    parser.add_argument("--output_dir", type=Path, default=Path("docs/results"))
+    parser.add_argument("--model_dir", default=Path(__file__).parent / "model", help="Default: svi-tiny.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/svi-tiny-evaluation"))
     parser.add_argument(
         "--num_clips", type=int, default=50, help="Length of the chains, and round trips of the VAE alone."
     )
@@ -228,7 +228,7 @@ def main():
     results["minutes"] = round((time.time() - started) / 60, 1)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "svi_tiny.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot_drift(results["drift"], args.output_dir / "svi_tiny_drift.png")
+    plot_drift(results["drift"], args.output_dir / "drift.png")
     summary = {**results["vae"], **results["first_clip"], **results["gates"]}
     print("\n".join(f"{name:36} {value:.4g}" for name, value in summary.items() if isinstance(value, (int, float))))
 

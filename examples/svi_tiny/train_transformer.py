@@ -1,6 +1,6 @@
 """Train the transformer and the text encoder of svi-tiny from scratch, as Wan image-to-video models are trained.
 
-    python examples/svi_tiny/train_transformer.py --output_dir models/svi-tiny
+    PYTHONPATH=examples python -m svi_tiny.train_transformer --output_dir outputs/svi-tiny
 
 Clean conditions only: the first frame of a clip, followed by grey frames, through the VAE; the prompt; the mask. The
 result is a complete pipeline folder for `SVIPipeline.from_pretrained`. Nothing here knows of chains or errors: that
@@ -8,7 +8,6 @@ the model drifts when it is chained is the point.
 """
 
 import argparse
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -23,25 +23,24 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
-from train_vae import HELD_OUT
-from training import (
-    Record,
-    add_shared_options,
-    checkpoint,
-    cosine_schedule,
-    matrix_optimizer,
-    resume,
-    sample_clip,
-    to_pixels,
-    training_steps,
-)
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from diffusers_svi import PixelMotion, SVIPipeline
-from diffusers_svi.conditioning import transformer_inputs
+from diffusers_svi.conditioning import Carried
 from diffusers_svi.flow import interpolate, shift_sigma, velocity
-from diffusers_svi.latents import encode_video
-from diffusers_svi.tiny import world
+from diffusers_svi.wan import encode_video, num_latent_frames, transformer_inputs
+
+from . import world
+from .training import (
+    HELD_OUT,
+    Record,
+    add_shared_options,
+    checkpoint,
+    matrix_optimizer,
+    resume,
+    sample_clips,
+    training_steps,
+)
 
 
 FLOW_SHIFT = 5.0
@@ -55,12 +54,6 @@ def parse_args():
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("outputs/svi-tiny"), help="For interrupted runs.")
     parser.add_argument(
         "--init_from", type=Path, help="Model folder whose transformer and text encoder to go on from, not scratch."
-    )
-    parser.add_argument(
-        "--num_layers",
-        type=int,
-        default=6,
-        help="Blocks of the transformer. Those of `--init_from` are left out or doubled, evenly, to have as many.",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_clips", type=int, default=16384, help="Clips to train on.")
@@ -81,10 +74,7 @@ def parse_args():
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--validation_steps", type=int, default=500)
     parser.add_argument("--num_validation_clips", type=int, default=12)
-    args = parser.parse_args()
-    if args.num_layers < 1:
-        parser.error(f"--num_layers must be at least 1, got {args.num_layers}.")
-    return args
+    return parser.parse_args()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -120,14 +110,13 @@ def look_back(text_encoder: UMT5EncoderModel) -> None:
     of steps: "moves left, the camera pans right" is the same as "moves right, the camera pans left".
     """
     for block in text_encoder.encoder.block:
-        bias = block.layer[
-            0
-        ].SelfAttention.relative_attention_bias.weight  # (buckets, heads); bucket n is n words back
+        attention = block.layer[0].SelfAttention
+        bias = attention.relative_attention_bias.weight  # (buckets, heads); bucket n is n words back
         bias[:, :3] = 0
         bias[1, 0] = bias[2, 1] = bias[3, 2] = 4
 
 
-def build_transformer(z_dim: int, num_layers: int) -> WanTransformer3DModel:
+def build_transformer(z_dim: int) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=4,
@@ -137,31 +126,15 @@ def build_transformer(z_dim: int, num_layers: int) -> WanTransformer3DModel:
         text_dim=128,
         freq_dim=128,
         ffn_dim=768,
-        num_layers=num_layers,
+        num_layers=6,
         rope_max_seq_len=64,
     )
-
-
-@torch.no_grad()
-def change_depth(transformer: WanTransformer3DModel, num_layers: int) -> None:
-    """Leave out blocks, or double some of them, evenly. The second of a pair begins as one that adds nothing."""
-    blocks = torch.nn.ModuleList()
-    kept = torch.linspace(0, len(transformer.blocks) - 1, num_layers).round().int().tolist()
-    for index, before in zip(kept, [None, *kept], strict=False):
-        block = deepcopy(transformer.blocks[index])
-        if index == before:
-            for layer in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[-1]):
-                layer.weight.zero_()
-                layer.bias.zero_()
-        blocks.append(block)
-    transformer.blocks = blocks
-    transformer.register_to_config(num_layers=num_layers)
 
 
 def encode_clips(args, vae: AutoencoderKLWan, tokenizer, device, batch_size: int = 16) -> dict[str, np.ndarray]:
     """Latents, condition latents and tokens of the training clips, in files; an interrupted run goes on."""
     args.cache_dir.mkdir(parents=True, exist_ok=True)
-    shape = (vae.config.z_dim, (world.CLIP_FRAMES - 1) // 4 + 1, world.SIZE // 8, world.SIZE // 8)
+    shape = (vae.config.z_dim, num_latent_frames(world.CLIP_FRAMES), world.SIZE // 8, world.SIZE // 8)
     layout = {
         "latents": (shape, np.float16),
         "conditions": (shape, np.float16),
@@ -177,13 +150,14 @@ def encode_clips(args, vae: AutoencoderKLWan, tokenizer, device, batch_size: int
     done = int(done_file.read_text()) if exists and done_file.exists() else 0
     for first in tqdm(range(done, args.num_clips, batch_size), desc="Encoding clips"):
         rows = slice(first, min(first + batch_size, args.num_clips))
-        prompts, clips = zip(*(sample_clip(args.seed, index) for index in range(rows.start, rows.stop)), strict=True)
-        pixels = to_pixels(np.stack(clips)).to(device)
+        prompts, pixels = sample_clips(args.seed, range(rows.start, rows.stop), device)
         with torch.no_grad():
             arrays["latents"][rows] = encode_video(vae, pixels).cpu().half()
-            condition = PixelMotion().condition(vae, pixels[:, :, 0], num_frames=world.CLIP_FRAMES)
+            condition = PixelMotion().condition(
+                vae, Carried(pixels[:, :, 0]), world.CLIP_FRAMES, expand_timesteps=False
+            )
             arrays["conditions"][rows] = condition.cpu().half()
-        arrays["tokens"][rows] = tokenizer(list(prompts), padding="max_length", max_length=PROMPT_TOKENS).input_ids
+        arrays["tokens"][rows] = tokenizer(prompts, padding="max_length", max_length=PROMPT_TOKENS).input_ids
         done_file.write_text(str(rows.stop))
     return arrays
 
@@ -199,12 +173,11 @@ def validation_error(pipe: SVIPipeline, seed: int, num_clips: int) -> dict[str, 
     """Root mean square error of sampled latents of held-out clips, in units of the latents' standard deviation."""
     errors = []
     for index in range(num_clips):
-        prompt, clip = sample_clip(seed, HELD_OUT + index)
-        pixels = to_pixels(clip[None])
+        prompts, pixels = sample_clips(seed, [HELD_OUT + index])
         size = {"height": world.SIZE, "width": world.SIZE, "num_frames": world.CLIP_FRAMES}
         latents = pipe(
             image=pixels[:, :, 0] / 2 + 0.5,
-            prompts=prompt,
+            prompts=prompts,
             num_inference_steps=10,
             guidance_scale=1.0,
             max_sequence_length=PROMPT_TOKENS,
@@ -230,13 +203,12 @@ def main():
 
     if args.init_from is None:
         text_encoder = build_text_encoder(len(tokenizer))
-        transformer = build_transformer(vae.config.z_dim, args.num_layers)
+        transformer = build_transformer(vae.config.z_dim)
     else:
         text_encoder = UMT5EncoderModel.from_pretrained(args.init_from / "text_encoder", dtype=torch.float32)
         transformer = WanTransformer3DModel.from_pretrained(
             args.init_from, subfolder="transformer", dtype=torch.float32
         )
-        change_depth(transformer, args.num_layers)
     text_encoder, transformer = text_encoder.to(device), transformer.to(device).train()
     accelerator.print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters")
     scheduler = UniPCMultistepScheduler(
@@ -249,7 +221,10 @@ def main():
         matrix_optimizer(args, matrices, weight_decay=0.01),
         torch.optim.AdamW(others, lr=args.learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    schedules = [cosine_schedule(optimizer, 200, args.max_train_steps) for optimizer in optimizers]
+    schedules = [
+        get_scheduler("cosine", optimizer, num_warmup_steps=200, num_training_steps=args.max_train_steps)
+        for optimizer in optimizers
+    ]
     text_encoder, transformer, *prepared = accelerator.prepare(text_encoder, transformer, *optimizers, *schedules)
     optimizers, schedules = prepared[:2], prepared[2:]
     parameters = [*transformer.parameters(), *text_encoder.parameters()]

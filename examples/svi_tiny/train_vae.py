@@ -1,13 +1,10 @@
 """Train the VAE of svi-tiny, an `AutoencoderKLWan`, on the procedural world.
 
-    python examples/svi_tiny/train_vae.py --output_dir models/svi-tiny
+    PYTHONPATH=examples python -m svi_tiny.train_vae --output_dir outputs/svi-tiny
 
-Besides reconstruction it learns to bear its own round trip: once it is halfway good, a share of every batch is what it
-made of a clip itself, one to three times over, to be turned into the clip as it was. Chained clips are decoded and
+Besides reconstruction it learns to bear its own round trip: once it is halfway good, every other batch is what it made
+of clips itself, one to three times over, to be turned into the clips as they were. Chained clips are decoded and
 encoded again and again, and a VAE that drifts on its own would hide everything else.
-
-Most of the error lies in the few pixels of the sprite. With `--crop_size` three of four steps see windows around it,
-which also costs less. The others see whole frames.
 """
 
 import argparse
@@ -19,23 +16,23 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, unpatchify
-from training import (
+from diffusers.optimization import get_scheduler
+
+from diffusers_svi.pixels import from_uint8, to_uint8
+
+from .training import (
+    HELD_OUT,
     Record,
     add_shared_options,
     checkpoint,
-    cosine_schedule,
     matrix_optimizer,
     resume,
-    sample_clip,
-    to_pixels,
+    sample_clips,
     training_steps,
 )
 
-from diffusers_svi.tiny import world
-
 
 Z_DIM = 48
-HELD_OUT = 2**31  # clips with an index from here on are never trained on
 
 
 def parse_args():
@@ -44,38 +41,15 @@ def parse_args():
     parser.add_argument(
         "--checkpoint_dir", type=Path, default=Path("outputs/svi-tiny-vae"), help="For interrupted runs."
     )
-    parser.add_argument("--init_from", type=Path, help="Folder of a trained VAE to go on from, instead of scratch.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_train_steps", type=int, default=8000)
     parser.add_argument("--train_batch_size", type=int, default=4, help="Clips a step.")
-    parser.add_argument("--crop_size", type=int, default=world.SIZE, help="Of windows around the sprite, in pixels.")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument(
-        "--decoder_only",
-        action="store_true",
-        help="Train the decoder alone: latents, and a transformer trained on them, stay as they are.",
-    )
-    parser.add_argument("--mse_weight", type=float, default=2.0, help="Of the mean squared error, beside L1.")
-    parser.add_argument(
-        "--frame_power",
-        type=float,
-        default=1.0,
-        help="Of the power mean of a batch's squared error over frames: the higher, the more the worst frames count.",
-    )
-    parser.add_argument(
-        "--shade_weight",
-        type=float,
-        default=0.0,
-        help="Of the squared error of means over 16 x 16 pixels: small errors that round trips add up.",
-    )
     parser.add_argument(
         "--kl_weight", type=float, default=1e-4, help="Weight of the KL divergence, mean over latents."
     )
     parser.add_argument(
         "--round_trips_from", type=float, default=0.3, help="Share of the run before round trips begin."
-    )
-    parser.add_argument(
-        "--still_clips", action="store_true", help="Before round trips begin, every fourth step sees stills."
     )
     add_shared_options(parser)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
@@ -112,56 +86,21 @@ def build_vae() -> AutoencoderKLWan:
     return vae
 
 
-def window_around_sprite(states: list[world.State], size: int, rng: np.random.Generator) -> tuple[slice, slice]:
-    """Rows and columns of a window of a film in which the sprite is seen, if there is one."""
-    shown = [state.sprite for state in states if state.sprite is not None]
-    if shown and rng.random() < 0.8:
-        sprite = shown[rng.integers(len(shown))]
-        corner = np.array([sprite.y, sprite.x]) - size / 2 + rng.uniform(-size / 4, size / 4, size=2)
-    else:
-        corner = rng.uniform(0, world.SIZE - size, size=2)
-    # Patches and 8-fold compression: a window begins where the latents of the whole frame do.
-    top, left = (np.clip(corner, 0, world.SIZE - size) / 8).round().astype(int) * 8
-    return slice(top, top + size), slice(left, left + size)
-
-
-def sample_batch(args: argparse.Namespace, step: int, rng: np.random.Generator) -> np.ndarray:
-    """Clips `(batch, frames, size, size, 3)` of a step, uint8: whole frames, or windows of them."""
-    first = step * args.train_batch_size
-    stories = [world.sample_story(args.seed, first + i) for i in range(args.train_batch_size)]
-    films = [world.film(*story) for story in stories]
-    if args.crop_size == world.SIZE or step // 4 % 4 == 0:
-        return np.stack([world.render(film) for film in films])
-    windows = [window_around_sprite(film, args.crop_size, rng) for film in films]
-    return np.stack([world.render(film)[:, rows, cols] for film, (rows, cols) in zip(films, windows, strict=True)])
-
-
-def decode(vae: AutoencoderKLWan, latents: torch.Tensor, first_latent: int = 0) -> torch.Tensor:
-    """`vae.decode` without its clamp to [-1, 1], which would stop the gradient.
-
-    Gives the frames from latent `first_latent` on; those before it are decoded without gradient.
-    """
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """`vae.decode` without its clamp to [-1, 1], which would stop the gradient."""
     vae.clear_cache()
     frames = []
     for index in range(latents.shape[2]):
         vae._conv_idx = [0]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and index >= first_latent):
-            hidden = vae.post_quant_conv(latents[:, :, index : index + 1])
-            chunk = vae.decoder(hidden, vae._feat_map, vae._conv_idx, first_chunk=index == 0)
-        if index >= first_latent:
-            frames.append(chunk)
+        hidden = vae.post_quant_conv(latents[:, :, index : index + 1])
+        frames.append(vae.decoder(hidden, vae._feat_map, vae._conv_idx, first_chunk=index == 0))
     vae.clear_cache()
     return unpatchify(torch.cat(frames, dim=2), vae.config.patch_size)
 
 
-def eight_bits(pixels: torch.Tensor) -> torch.Tensor:
-    """What is left of pixels in [-1, 1] in an image."""
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-
-
 def flat_convolutions(vae: AutoencoderKLWan) -> dict[torch.nn.Parameter, torch.nn.Parameter]:
     """Convolution kernels as matrices in the same memory: `torch.optim.Muon` takes no other shape."""
-    kernels = [p for p in vae.parameters() if p.requires_grad and p.ndim >= 4 and p.shape[0] > 3]
+    kernels = [p for p in vae.parameters() if p.ndim >= 4 and p.shape[0] > 3]
     return {kernel: torch.nn.Parameter(kernel.data.view(kernel.shape[0], -1)) for kernel in kernels}
 
 
@@ -169,7 +108,7 @@ def flat_convolutions(vae: AutoencoderKLWan) -> dict[torch.nn.Parameter, torch.n
 def own_output(vae: AutoencoderKLWan, pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """What is left of `pixels` after one to three round trips through the VAE and 8 bits a channel."""
     for _ in range(rng.integers(1, 4)):
-        pixels = eight_bits(vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float())
+        pixels = from_uint8(to_uint8(vae.decode(vae.encode(pixels).latent_dist.mode()).sample))
     return pixels
 
 
@@ -186,68 +125,53 @@ def set_latent_statistics(vae: AutoencoderKLWan, seed: int, num_clips: int, batc
     """Write the mean and standard deviation of the latents of training clips into the VAE's config."""
     latents = []
     for first in range(0, num_clips, batch_size):
-        clips = [sample_clip(seed, index)[1] for index in range(first, min(first + batch_size, num_clips))]
-        latents.append(vae.encode(to_pixels(np.stack(clips))).latent_dist.mode())
+        _, pixels = sample_clips(seed, range(first, min(first + batch_size, num_clips)))
+        latents.append(vae.encode(pixels).latent_dist.mode())
     latents = torch.cat(latents)
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-
-
-def held_out_clips(seed: int, count: int) -> torch.Tensor:
-    """`(count, 3, frames, height, width)` in [-1, 1]."""
-    return to_pixels(np.stack([sample_clip(seed, HELD_OUT + i)[1] for i in range(count)]))
-
-
-def save(vae: AutoencoderKLWan, output_dir: Path, record: Record) -> None:
-    """Into `output_dir/vae`, and end the record beside it."""
-    vae.half()  # half the bytes: loading turns them into float32 again
-    vae.save_pretrained(output_dir / "vae")
-    record.write(parameters=sum(p.numel() for p in vae.parameters()))
 
 
 def main():
     args = parse_args()
     set_seed(args.seed)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    vae = build_vae() if args.init_from is None else AutoencoderKLWan.from_pretrained(args.init_from)
-    vae.to(accelerator.device)
+    device = accelerator.device
+    vae = build_vae().to(device)
     accelerator.print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
-    if args.decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
     flat = flat_convolutions(vae)
-    others = [p for p in vae.parameters() if p.requires_grad and p not in flat]
+    others = [p for p in vae.parameters() if p not in flat]
     optimizers = [
         matrix_optimizer(args, flat.values(), weight_decay=0.0),
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    schedules = [cosine_schedule(optimizer, 100, args.max_train_steps) for optimizer in optimizers]
+    schedules = [
+        get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=args.max_train_steps)
+        for optimizer in optimizers
+    ]
     vae, *prepared = accelerator.prepare(vae, *optimizers, *schedules)
     optimizers, schedules = prepared[:2], prepared[2:]
     first_step = resume(accelerator, args.checkpoint_dir)
 
     record = Record(args.output_dir / "training" / "vae.json", args.seed)
-    held_out = held_out_clips(args.seed, args.num_validation_clips).to(accelerator.device)
+    _, held_out = sample_clips(args.seed, range(HELD_OUT, HELD_OUT + args.num_validation_clips), device)
     progress = training_steps(accelerator, first_step, args.max_train_steps, "VAE")
     for step in progress:
         rng = np.random.default_rng([args.seed, step])
-        target = to_pixels(sample_batch(args, step, rng)).to(accelerator.device)
+        first = step * args.train_batch_size
+        _, target = sample_clips(args.seed, range(first, first + args.train_batch_size), device)
         with accelerator.autocast():
-            inputs, still = target, args.still_clips and step % 4 == 1
+            inputs = target
             if step >= args.round_trips_from * args.max_train_steps and step % 2:
-                inputs, still = own_output(vae, target, rng), step % 4 == 3
-            if still:
-                # Clips of one frame, as the end of one clip becomes the beginning of the next.
-                frame = rng.integers(target.shape[2])
-                inputs, target = (video[:, :, frame, None].expand_as(target) for video in (inputs, target))
+                inputs = own_output(vae, target, rng)
+                if step % 4 == 3:
+                    # Clips of one frame, as the end of one clip becomes the beginning of the next.
+                    frame = rng.integers(target.shape[2])
+                    inputs, target = (video[:, :, frame, None].expand_as(target) for video in (inputs, target))
             posterior = vae.encode(inputs).latent_dist
             decoded = decode(vae, posterior.sample())
         error = decoded.float() - target
-        squared = error.square().mean(dim=(0, 1, 3, 4)).pow(args.frame_power).mean().pow(1 / args.frame_power)
-        reconstruction = error.abs().mean() + args.mse_weight * squared
-        if args.shade_weight:
-            blocks = torch.nn.functional.avg_pool3d(error, (1, 16, 16))
-            reconstruction = reconstruction + args.shade_weight * blocks.square().mean()
+        reconstruction = error.abs().mean() + 2 * error.square().mean()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         accelerator.backward(reconstruction + args.kl_weight * kl)
@@ -265,9 +189,10 @@ def main():
             checkpoint(accelerator, args.checkpoint_dir, step + 1)
 
     vae = accelerator.unwrap_model(vae).cpu()
-    if not args.decoder_only:
-        set_latent_statistics(vae, args.seed, args.num_statistics_clips)
-    save(vae, args.output_dir, record)
+    set_latent_statistics(vae, args.seed, args.num_statistics_clips)
+    vae.half()  # half the bytes: loading turns them into float32 again
+    vae.save_pretrained(args.output_dir / "vae")
+    record.write(parameters=sum(p.numel() for p in vae.parameters()))
     accelerator.print(f"Saved {args.output_dir / 'vae'}.")
 
 

@@ -1,9 +1,11 @@
-"""What the training scripts of svi-tiny share: films of the world, the record beside the weights, checkpoints."""
+"""What the scripts of svi-tiny share: clips of the world, the record beside the weights, checkpoints."""
 
 import argparse
 import json
-import math
+import shutil
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import accelerate
@@ -14,22 +16,32 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from diffusers_svi.provenance import provenance
-from diffusers_svi.tiny import world
+from diffusers_svi.pixels import from_uint8
+
+from . import world
+
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from report import provenance
 
 
 EMA_NAME = "ema.safetensors"
-
-
-def sample_clip(seed: int, index: int) -> tuple[str, np.ndarray]:
-    """Prompt and frames `(CLIP_FRAMES, SIZE, SIZE, 3)`, uint8, of clip `index`."""
-    state, (action,) = world.sample_story(seed, index)
-    return world.caption(state, action), world.render(world.film(state, [action]))
+# Clips with an index from here on are never trained on.
+HELD_OUT = 2**31
 
 
 def to_pixels(frames: np.ndarray) -> torch.Tensor:
     """`(batch, frames, height, width, 3)` uint8 to `(batch, 3, frames, height, width)` in [-1, 1]."""
-    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return from_uint8(torch.from_numpy(frames).permute(0, 4, 1, 2, 3))
+
+
+def sample_clips(
+    seed: int, indices: Iterable[int], device: torch.device | str = "cpu"
+) -> tuple[list[str], torch.Tensor]:
+    """Prompts and pixels `(len(indices), 3, CLIP_FRAMES, SIZE, SIZE)`, in [-1, 1], of the clips of these numbers."""
+    stories = [world.sample_story(seed, index) for index in indices]
+    clips = np.stack([world.render(world.film(*story)) for story in stories])
+    return [world.caption(state, action) for state, (action,) in stories], to_pixels(clips).to(device)
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
@@ -53,16 +65,6 @@ def matrix_optimizer(args: argparse.Namespace, matrices, weight_decay: float) ->
     if args.optimizer == "muon":
         return torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
     return torch.optim.AdamW(matrices, betas=(0.9, 0.98), **options)
-
-
-def cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int):
-    """Linear warm-up, then a cosine down to a fiftieth of the learning rate."""
-
-    def factor(step):
-        progress = min(step / max_steps, 1.0)
-        return min(1.0, (step + 1) / warmup_steps) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * progress)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class Record:
@@ -140,6 +142,4 @@ def checkpoint(accelerator: Accelerator, folder: Path, step: int, ema: EMAModel 
     earlier = list(folder.glob("step-*"))
     unfinished.rename(folder / f"step-{step}")
     for path in earlier:
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
+        shutil.rmtree(path)

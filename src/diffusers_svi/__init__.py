@@ -1,6 +1,7 @@
 """Stable Video Infinity for diffusers: videos of any length that do not fall apart."""
 
 import importlib
+from typing import Any
 
 
 __version__ = "0.1.0.dev0"
@@ -20,12 +21,12 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Nothing heavy is imported until it is asked for.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

@@ -138,7 +138,7 @@ class PixelMotion(Scheme):
     concatenates = True
     holds = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("num_frames", self.num_frames, 1)
         check_choice("padding", self.padding, ("zeros", "reference"))
 
@@ -184,7 +184,7 @@ class _AnchorAndMotion(Scheme):
 
     trims: ClassVar[Literal["tail", "head"]] = "head"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("num_latents", self.num_latents, 0)
 
     @property

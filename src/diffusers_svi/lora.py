@@ -1,176 +1,52 @@
-"""SVI LoRAs: the key layouts they come in, the scheme each was trained for, and loading them into a pipeline."""
+"""SVI LoRAs in a pipeline: loading and saving them, and the scheme that those in use were trained for.
 
-import json
+What an adapter was trained for is noted where the adapter is, in the transformer: on its entry in `peft_config`, so
+that it goes when the adapter goes, and in the transformer's own config once the adapter is fused and cannot be taken
+out any more, so that it is saved and loaded with the weights.
+"""
+
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from types import MethodType
+from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, _fetch_state_dict
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import get_adapter_name
-from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from diffusers.utils.torch_utils import unwrap_module
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .conditioning import LatentMotion, PixelMotion, Scheme, scheme_from_dict
-
-
-# The keys under which scheme and expert stand in the metadata of a safetensors file.
-CONDITIONING_KEY = "svi_conditioning"
-EXPERT_KEY = "svi_expert"
-_HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
-
-# Published files, by name: the authors' (vita-video-gen/svi-model) and the half-precision copies made for ComfyUI
-# (Kijai/WanVideo_comfy). None of them carries metadata.
-_PUBLISHED = (
-    (r"svi[-_]film", PixelMotion(num_frames=5, padding="zeros")),
-    (r"svi[-_]shot", PixelMotion(num_frames=1, padding="reference")),
-    (r"svi[-_]tom", PixelMotion(num_frames=1, padding="zeros")),
-    (r"svi.*wan2\.?2.*v2\.0_pro|svi_v2_pro.*wan2\.2", LatentMotion(num_latents=1)),
-    (r"svi_wan2\.1.*v2\.0", PixelMotion(num_frames=5, padding="reference")),
-    (r"svi_wan2\.2.*v2\.0", PixelMotion(num_frames=1, padding="reference")),
-)
-_UNSUPPORTED = {r"svi[-_]talk": "SVI-Talk", r"svi[-_]dance": "SVI-Dance"}
-
-# What the trained layers are called in the original code, by their names in diffusers.
-_ORIGINAL_NAMES = {
-    "attn1": "self_attn",
-    "attn2": "cross_attn",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "o",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
-LAYOUTS = ("diffusers", "original")
-# What the published LoRAs train, in every block.
-TARGET_MODULES = [
-    *(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")),
-    "ffn.net.0.proj",
-    "ffn.net.2",
-]
-
-_MODULE = r"blocks[._](\d+)[._](self_attn|cross_attn)[._](q|k|v|o|k_img|v_img|norm_q|norm_k)\b"
+from .conditioning import Scheme, scheme_from_dict
+from .lora_file import LoraFile, read_lora, write_lora
 
 
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA as read by [`read_lora`].
-
-    Args:
-        state_dict (`dict[str, torch.Tensor]`): Weights under diffusers' names, such as
-            `transformer.blocks.0.attn1.to_q.lora_A.weight`.
-        adapter_metadata (`dict`, *optional*): diffusers' own record of the LoRA configuration.
-        conditioning (`Scheme`, *optional*): The scheme it was trained for, if the file or its name says so.
-        expert (`str`, *optional*): "high" or "low" for LoRAs of one expert of Wan 2.2 A14B.
-        name (`str`): What to call the file in messages.
-    """
-
-    state_dict: dict[str, torch.Tensor]
-    adapter_metadata: dict | None
-    conditioning: Scheme | None
-    expert: str | None
-    name: str
+# A list in a transformer's config. The underscore keeps stock diffusers from warning of a key it does not know.
+FUSED_KEY = "_svi_fused_conditioning"
+# Beside diffusers' own `pytorch_lora_weights.safetensors`.
+WEIGHT_NAME_2 = "pytorch_lora_weights_2.safetensors"
 
 
-def read_lora(
-    source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str | None = None, **hub_options
-) -> LoraFile:
-    """Read a LoRA from the Hub, a folder, a safetensors file or a state dict; never from a pickled file.
+class _ClassOrInstanceMethod(classmethod):
+    """A class method that is handed the instance where it is called on one."""
 
-    Args:
-        source: Hub repository, folder, file, or state dict.
-        weight_name (`str`, *optional*): The file in the repository or folder.
-        hub_options: `subfolder`, `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`, `proxies`.
-
-    Raises:
-        ValueError: if the file cannot be read, is pickled, holds no LoRA, or needs modules that are not supported.
-    """
-    name = _name(source, weight_name)
-    if not isinstance(source, dict):
-        _refuse_pickles(source, weight_name)
-    try:
-        state_dict, adapter_metadata, file_metadata = _fetch_state_dict(
-            source,
-            weight_name=weight_name,
-            use_safetensors=True,
-            allow_pickle=False,
-            return_file_metadata=True,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            **{option: hub_options.get(option) for option in _HUB_OPTIONS},
-        )
-    except (OSError, IndexError, SafetensorError, HFValidationError) as error:
-        raise ValueError(
-            f"No LoRA could be read from {name!r}: {error} Give a safetensors file, or a folder or Hub repository "
-            "with `weight_name`, the file in it."
-        ) from error
-    _refuse_unsupported(name, state_dict)
-    try:
-        # With one prefix on all keys, diffusers knows the layout, folds in alphas and renames the modules.
-        state_dict = WanLoraLoaderMixin.lora_state_dict(
-            {_with_prefix(key): value for key, value in state_dict.items()}
-        )
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"The LoRA {name!r} has keys of a layout that is not known: {error}") from error
-    conditioning, expert = _published(name)
-    metadata = file_metadata or {}
-    if CONDITIONING_KEY in metadata:
-        conditioning = scheme_from_dict(json.loads(metadata[CONDITIONING_KEY]))
-    return LoraFile(state_dict, adapter_metadata, conditioning, metadata.get(EXPERT_KEY, expert), name)
+    def __get__(self, instance: object | None, owner: type | None = None) -> MethodType:
+        return MethodType(self.__func__, owner if instance is None else instance)
 
 
-def lora_metadata(conditioning: Scheme, expert: str | None = None) -> dict[str, str]:
-    """What to write into the metadata of a LoRA file so that [`read_lora`] finds its scheme and its expert."""
-    metadata = {CONDITIONING_KEY: json.dumps(conditioning.to_dict())}
-    return metadata if expert is None else {**metadata, EXPERT_KEY: expert}
-
-
-def save_lora(
-    file: str | os.PathLike,
-    state_dict: dict[str, torch.Tensor],
-    config: PeftConfig,
-    conditioning: Scheme,
-    expert: str | None = None,
-    layout: str = "diffusers",
-) -> None:
-    """Write a LoRA with its scheme to a safetensors file that [`read_lora`] reads.
-
-    Args:
-        file: Where to.
-        state_dict (`dict[str, torch.Tensor]`):
-            Weights as `peft.get_peft_model_state_dict` gives them, such as `blocks.0.attn1.to_q.lora_A.weight`.
-        config (`PeftConfig`): What they were trained with.
-        conditioning (`Scheme`): The scheme it was trained for.
-        expert (`str`, *optional*): "high" or "low", for one expert of Wan 2.2 A14B.
-        layout (`str`, defaults to `"diffusers"`):
-            Or "original": the names of the original code after `diffusion_model.`, as ComfyUI and the authors' loader
-            read them. They apply no alpha, so it is multiplied into the weights.
-    """
-    metadata = {"format": "pt", **lora_metadata(conditioning, expert)}
-    if layout == "diffusers":
-        state_dict = {f"transformer.{key}": value for key, value in state_dict.items()}
-        adapter = {f"transformer.{key}": value for key, value in config.to_dict().items()}
-        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter, default=sorted, sort_keys=True)
-    else:
-        scale = config.lora_alpha / config.r
-        state_dict = {
-            _original_name(key): value * scale if ".lora_B." in key else value for key, value in state_dict.items()
-        }
-    save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, file, metadata=metadata)
-
-
-class SVILoraLoaderMixin:
-    """SVI LoRAs in a Wan pipeline: before diffusers' own loader among the bases of the class."""
-
-    # The scheme of every loaded adapter that has one, by name.
-    _adapter_conditioning: dict[str, Scheme] | None = None
+class SVILoraLoaderMixin(WanLoraLoaderMixin):
+    """diffusers' loader of LoRAs for Wan pipelines, for SVI LoRAs: before the pipeline among the bases of a class."""
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, return_lora_metadata: bool = False, **kwargs):
-        """As in diffusers, for every key layout of an SVI LoRA."""
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        return_lora_metadata: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict | None]:
+        """As in diffusers, for every key layout of an SVI LoRA; arguments and errors are those of [`read_lora`]."""
         lora = read_lora(pretrained_model_name_or_path_or_dict, **kwargs)
         return (lora.state_dict, lora.adapter_metadata) if return_lora_metadata else lora.state_dict
 
@@ -185,7 +61,7 @@ class SVILoraLoaderMixin:
         load_into_transformer_2: bool = False,
         conditioning: Scheme | None = None,
         low_cpu_mem_usage: bool = True,
-        **hub_options,
+        **hub_options: Any,
     ) -> None:
         r"""
         Load an SVI LoRA, or any other of the base model, and take over the scheme it was trained for.
@@ -240,29 +116,149 @@ class SVILoraLoaderMixin:
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 hotswap=hotswap,
             )
-        known = {name: scheme for name, scheme in (self._adapter_conditioning or {}).items() if name != adapter_name}
-        self._adapter_conditioning = known if schemes[0] is None else {**known, adapter_name: schemes[0]}
+            unwrap_module(getattr(self, component)).peft_config[adapter_name].svi_conditioning = schemes[0]
+
+    @_ClassOrInstanceMethod
+    def save_lora_weights(
+        target: Any,
+        save_directory: str | os.PathLike,
+        transformer_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | torch.nn.Module | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        transformer_2_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | torch.nn.Module | None = None,
+        weight_name_2: str | None = None,
+        transformer_2_lora_adapter_metadata: dict[str, Any] | None = None,
+        conditioning: Scheme | None = None,
+    ) -> None:
+        r"""
+        Save LoRAs as diffusers does, one file for each expert, with the scheme they were trained for.
+
+        Called on the class, as in diffusers, or on a pipeline, which knows the scheme of its active LoRAs and whether
+        there are two experts. `load_lora_weights` takes both over from the files.
+
+        Args:
+            save_directory: Folder to save to; made if there is none.
+            transformer_lora_layers, transformer_2_lora_layers (`dict`, *optional*):
+                Weights as `peft.get_peft_model_state_dict` gives them, at least one of the two. With the second, the
+                first is the high-noise expert's.
+            is_main_process (`bool`, defaults to `True`): Whether to write anything.
+            weight_name (`str`, *optional*, defaults to `"pytorch_lora_weights.safetensors"`): The first file.
+            weight_name_2 (`str`, *optional*, defaults to `"pytorch_lora_weights_2.safetensors"`): The second.
+            save_function, safe_serialization: As in diffusers, but nothing beside the defaults keeps the scheme.
+            transformer_lora_adapter_metadata, transformer_2_lora_adapter_metadata (`dict`, *optional*):
+                What `LoraConfig.to_dict` gives. Without it, alpha counts as the rank.
+            conditioning (`Scheme`, *optional*):
+                The scheme they were trained for. On a pipeline, defaults to `lora_conditioning`.
+
+        Raises:
+            ValueError: if there is nothing to save, both files have one name, or a function or format is asked for
+                that cannot hold the scheme.
+        """
+        if save_function is not None or not safe_serialization:
+            raise ValueError(
+                f"`save_function`={save_function} and `safe_serialization`={safe_serialization}: the scheme of a LoRA "
+                "stands in the metadata of a safetensors file, which only the defaults write. Leave both out."
+            )
+        if not transformer_lora_layers and not transformer_2_lora_layers:
+            raise ValueError(
+                "`transformer_lora_layers` and `transformer_2_lora_layers` are both empty: there is nothing to save. "
+                "Pass what `peft.get_peft_model_state_dict` gives for at least one of the transformers."
+            )
+        weight_name, weight_name_2 = weight_name or LORA_WEIGHT_NAME_SAFE, weight_name_2 or WEIGHT_NAME_2
+        if transformer_lora_layers and transformer_2_lora_layers and weight_name == weight_name_2:
+            raise ValueError(f"`weight_name` and `weight_name_2` are both {weight_name!r}: name two files.")
+        two_experts = bool(transformer_2_lora_layers)
+        if not isinstance(target, type):
+            two_experts = target.transformer_2 is not None
+            conditioning = target.lora_conditioning if conditioning is None else conditioning
+        if not is_main_process:
+            return
+        os.makedirs(save_directory, exist_ok=True)
+        for layers, name, adapter_metadata, expert in (
+            (transformer_lora_layers, weight_name, transformer_lora_adapter_metadata, "high"),
+            (transformer_2_lora_layers, weight_name_2, transformer_2_lora_adapter_metadata, "low"),
+        ):
+            if layers:
+                weights = target.pack_weights(layers, "transformer")
+                file = os.path.join(save_directory, name)
+                write_lora(file, weights, conditioning, expert if two_experts else None, adapter_metadata)
+
+    def fuse_lora(
+        self,
+        components: list[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As in diffusers, into every transformer there is unless `components` names one."""
+        components = self._lora_loadable_modules if components is None else components
+        super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
+
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
+        """As in diffusers, out of every transformer there is unless `components` names one."""
+        super().unfuse_lora(self._lora_loadable_modules if components is None else components, **kwargs)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """As in diffusers. What is fused stays in the weights, and its scheme in the transformers' configs."""
+        self._keep_fused([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        super().delete_adapters(adapter_names)
+
+    def unload_lora_weights(self) -> None:
+        """As in diffusers. What is fused stays in the weights, and its scheme in the transformers' configs."""
+        self._keep_fused()
+        super().unload_lora_weights()
 
     @property
     def lora_conditioning(self) -> Scheme | None:
-        """The scheme that the active and the fused SVI LoRAs were trained for; `None` without one.
+        """The scheme that the SVI LoRAs in use, active or fused, in any expert, were trained for; `None` without one.
 
         Raises:
             ValueError: if they were trained for different schemes.
         """
-        if not self._adapter_conditioning:
-            return None
-        in_use = {*self.get_active_adapters(), *self.fused_loras}
-        schemes = {name: scheme for name, scheme in self._adapter_conditioning.items() if name in in_use}
-        if len(set(schemes.values())) > 1:
-            raise ValueError(
-                f"The active LoRAs were trained for different schemes: {schemes}. Choose one with `set_adapters`."
+        schemes: dict[Scheme, str] = {}
+        for transformer in self._transformers:
+            in_use = (
+                name
+                for layer in _lora_layers(transformer)
+                if not layer.disable_adapters
+                # Beside one that is fused, peft applies no other.
+                for name in layer.merged_adapters or layer.active_adapters
             )
-        return next(iter(schemes.values()), None)
+            for name, scheme in _noted(transformer, in_use).items():
+                schemes.setdefault(scheme, name)
+            for values in transformer.config.get(FUSED_KEY, []):
+                schemes.setdefault(scheme_from_dict(values), "fused")
+        if len(schemes) > 1:
+            named = ", ".join(f"{name}: {scheme}" for scheme, name in schemes.items())
+            raise ValueError(
+                f"The LoRAs in use were trained for different schemes ({named}). Choose one with `set_adapters`; "
+                "beside one that is fused, only LoRAs of its scheme can be used."
+            )
+        return next(iter(schemes), None)
+
+    @property
+    def _transformers(self) -> list[WanTransformer3DModel]:
+        """Those the pipeline has, out of the wrapper of `torch.compile`."""
+        transformers = (getattr(self, component, None) for component in self._lora_loadable_modules)
+        return [unwrap_module(transformer) for transformer in transformers if transformer is not None]
+
+    def _keep_fused(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Note the schemes of fused adapters, of all or of those named, where they stay when the adapters go."""
+        for transformer in self._transformers:
+            merged = {name for layer in _lora_layers(transformer) for name in layer.merged_adapters}
+            schemes = _noted(transformer, merged if adapter_names is None else merged.intersection(adapter_names))
+            if schemes:
+                known = transformer.config.get(FUSED_KEY, [])
+                added = [scheme.to_dict() for scheme in schemes.values()]
+                transformer.register_to_config(**{FUSED_KEY: [*known, *added]})
 
     def _fitted(self, component: str, lora: LoraFile) -> dict[str, torch.Tensor]:
         """The weights of `lora` once it is sure that they belong into `component`."""
-        transformer = getattr(self, component, None)
+        transformer = unwrap_module(getattr(self, component, None))
         if transformer is None:
             raise ValueError(
                 f"The LoRA {lora.name!r} is to be loaded into `{component}`, which this pipeline does not have: "
@@ -282,6 +278,17 @@ class SVILoraLoaderMixin:
         state_dict = self._maybe_expand_t2v_lora_for_i2v(transformer=transformer, state_dict=dict(lora.state_dict))
         _check_fits(state_dict, transformer, lora.name)
         return state_dict
+
+
+def _lora_layers(transformer: WanTransformer3DModel) -> Iterator[BaseTunerLayer]:
+    return (layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer))
+
+
+def _noted(transformer: WanTransformer3DModel, adapter_names: Iterable[str]) -> dict[str, Scheme]:
+    """The schemes of those of the adapters that `load_lora_weights` knew one for, by name."""
+    configs = getattr(transformer, "peft_config", {})
+    schemes = {name: getattr(configs.get(name), "svi_conditioning", None) for name in adapter_names}
+    return {name: scheme for name, scheme in schemes.items() if scheme is not None}
 
 
 def _check_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module, name: str) -> None:
@@ -310,64 +317,3 @@ def _check_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Modul
                 f"the layer is {rows} x {columns}. It was made for a model of another size: load the LoRA of this "
                 "base model, or the base model of this LoRA."
             )
-
-
-def _with_prefix(key: str) -> str:
-    """One layout out of many: `diffusion_model.` before the original names, `transformer.` before diffusers' own."""
-    key = key.replace(".default.", ".")
-    for prefix in ("pipe.dit.", "dit.", "diffusion_model.", "base_model.model."):
-        key = key.removeprefix(prefix)
-    if key.startswith("lora_unet_"):
-        # musubi writes underscores for all dots of the module's name.
-        key = re.sub(_MODULE, r"blocks.\1.\2.\3", key.removeprefix("lora_unet_"))
-        key = re.sub(r"blocks_(\d+)_ffn_(\d)", r"blocks.\1.ffn.\2", key)
-    if key.startswith("transformer."):
-        return key
-    if re.match(r"blocks\.\d+\.(attn[12]\.|ffn\.net\.)|condition_embedder\.|proj_out\.", key):
-        return f"transformer.{key}"
-    return f"diffusion_model.{key}"
-
-
-def _original_name(key: str) -> str:
-    for name, original in _ORIGINAL_NAMES.items():
-        key = key.replace(f".{name}.", f".{original}.")
-    return f"diffusion_model.{key}"
-
-
-def _published(name: str) -> tuple[Scheme | None, str | None]:
-    stem = os.path.basename(name).lower()
-    conditioning = next((scheme for pattern, scheme in _PUBLISHED if re.search(pattern, stem)), None)
-    expert = re.search(r"[._-](high|low)[._-]", stem)
-    return conditioning, expert.group(1) if expert and "wan2" in stem else None
-
-
-def _name(source, weight_name: str | None) -> str:
-    if isinstance(source, dict):
-        return "state dict"
-    return os.path.join(os.fspath(source), weight_name) if weight_name else os.fspath(source)
-
-
-def _refuse_pickles(source: str | os.PathLike, weight_name: str | None) -> None:
-    file = weight_name if weight_name is not None else os.fspath(source) if os.path.isfile(source) else None
-    if file is not None and not file.endswith(".safetensors"):
-        raise ValueError(
-            f"The LoRA {_name(source, weight_name)!r} is not a safetensors file. Other formats can run code when they "
-            "are read and are not loaded; convert it with `safetensors.torch.save_file` where you trust it."
-        )
-
-
-def _refuse_unsupported(name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    stem = os.path.basename(name).lower()
-    extra = sorted(key for key in state_dict if re.search(r"audio|dwpose|randomref_embedding", key))
-    member = next((member for pattern, member in _UNSUPPORTED.items() if re.search(pattern, stem)), None)
-    if member or extra:
-        what = f"{member or 'It'} needs modules beside the LoRA (audio or pose)"
-        raise ValueError(
-            f"The LoRA {name!r} is not supported yet: {what}{f', such as {extra[0]!r}' if extra else ''}. Supported "
-            "are SVI-Shot, Film, Tom&Jerry, 2.0 and 2.0 Pro."
-        )
-    if not any(".lora_" in key for key in state_dict):
-        some = f", such as {next(iter(state_dict))!r}" if state_dict else ""
-        raise ValueError(
-            f"{name!r} holds no LoRA: none of its {len(state_dict)} keys has `lora_A` or `lora_down`{some}."
-        )

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, TypeVar, Unpack
@@ -23,6 +24,7 @@ from .inputs import OUTPUT_TYPES, Film, check_clip, check_film, choose_scheme, l
 from .lora import SVILoraLoaderMixin
 from .options import FILM_DEFAULTS, FilmOptions
 from .pixels import to_pil, to_uint8
+from .scheduler import SVIEulerScheduler  # noqa: F401 - diffusers finds it in a saved pipeline once it is imported
 from .wan import decode_video, pipeline_condition
 
 
@@ -136,15 +138,19 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
 
         self._interrupt = False
         state, first = film.state, film.state.num_clips
-        if state.generator is not None:
+        if film.generator is not None and state.generator is not None:
             film.generator.set_state(state.generator)
         # Only where the end of a clip is cut must it be known now whether another one follows.
         prompts = with_last(one_per_clip(film.prompts, film.num_clips), look_ahead=state.conditioning.trims == "tail")
         noise = itertools.islice(film.noise, first, None)
         with tqdm(total=film.num_clips, initial=first, **{"desc": "Clips", **self._bar_config}) as clips_bar:
             for index, (item, is_last) in itertools.islice(enumerate(prompts), first, None):
-                prompt = None if isinstance(item, torch.Tensor) else check_clip(item, index).prompt
-                options = {**film.clip_options, "prompt_embeds": item[None] if prompt is None else encode(prompt)}
+                options, prompt = dict(film.clip_options), None
+                if isinstance(item, torch.Tensor):
+                    options["prompt_embeds"] = item[None]
+                else:
+                    prompt = check_clip(item, index).prompt
+                    options["prompt_embeds"] = encode(prompt)
                 if options["guidance_scale"] > 1:
                     options["negative_prompt_embeds"] = (
                         encode(film.negative) if isinstance(film.negative, str) else film.negative
@@ -189,6 +195,7 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         if film.output_type == "latent":
             frames = latents[0]
         else:
+            assert video is not None
             kept = kept_frames(state.conditioning, state.num_frames, index == 0, is_last)
             frames = self.video_processor.postprocess_video(video[:, :, kept], film.output_type)[0]
         after = state.after(latents, video, None if film.generator is None else film.generator.get_state())
@@ -267,8 +274,14 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         else:
             latents = latents.to(device=device, dtype=dtype)
-        condition = state.conditioning.condition(self.vae, state.carried(device, dtype), num_frames, expand_timesteps)
+        carried = state.carried(latents.device, latents.dtype)
+        condition = state.conditioning.condition(self.vae, carried, num_frames, expand_timesteps)
         return latents, *pipeline_condition(condition, shape[2], expand_timesteps)
+
+    def to_json_string(self) -> str:
+        """The text of `model_index.json`, under the parent's name: diffusers by itself loads the folder too."""
+        index = {**json.loads(super().to_json_string()), "_class_name": WanImageToVideoPipeline.__name__}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @property
     def _bar_config(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def from_uint8(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """From 0 ... 255 to [-1, 1], in `dtype`."""
+    """From 0 ... 255, resized ones of any value between too, to [-1, 1], in `dtype`."""
     return pixels.to(dtype) / 127.5 - 1
 
 

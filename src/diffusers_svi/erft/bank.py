@@ -47,7 +47,7 @@ class BankConfig:
     byte_budget: int | None = None
     path: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_grids", "capacity", "byte_budget"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)
@@ -219,10 +219,10 @@ class ErrorBank:
         if self.config.replacement == "fifo":
             return int(self.taken[grid]) % capacity
         first = self.first_slot[grid]
-        estimates, places = self.sketch.distances(sketch, first, capacity).topk(
+        estimates, nearest = self.sketch.distances(sketch, first, capacity).topk(
             min(CANDIDATES, capacity), largest=False
         )
-        places = places[estimates <= estimates[0] * (1 + DEVIATIONS * self.sketch.deviation)].tolist()
+        places: list[int] = nearest[estimates <= estimates[0] * (1 + DEVIATIONS * self.sketch.deviation)].tolist()
         victim, smallest = places[0], math.inf
         for place in places if len(places) > 1 else []:
             distance = squared_distance(self.storage, first + place, error, limit=smallest)

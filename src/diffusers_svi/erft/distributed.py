@@ -55,12 +55,13 @@ class ShardedErrorBank(ErrorBank):
             [torch.cat([error.residual.flatten(), torch.tensor([error.sigma])]) for error in self._own(asked)]
             for asked in places
         ]
-        owners = [place[0] % self.world_size for place in places[self.rank] if place is not None]
-        rows = iter(self._exchange(answers, owners))
+        owners = {
+            index: place[0] % self.world_size for index, place in enumerate(places[self.rank]) if place is not None
+        }
+        rows = iter(self._exchange(answers, list(owners.values())))
         # Errors come sorted by the process they are from, and within it in the order they were asked for.
         received: dict[int, StoredError] = {}
-        asked = [index for index, place in enumerate(places[self.rank]) if place is not None]
-        for index in sorted(asked, key=lambda index: places[self.rank][index][0] % self.world_size):
+        for index in sorted(owners, key=lambda index: owners[index]):
             row = next(rows)
             received[index] = StoredError(row[:-1].view(self.error_shape), float(row[-1]))
         return [received.get(index) for index in range(len(grids))]

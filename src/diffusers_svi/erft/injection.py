@@ -41,7 +41,7 @@ class InjectionConfig:
     img_sigmas: tuple[float, float] = (0.0, 1.0)
     img_scale: tuple[float, float] = (1.0, 1.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("p_vid", "p_noi", "p_img", "p_clean"):
             check_probability(name, getattr(self, name))
         for name, least in (("n_img", 1), ("first_img", 0), ("first_error", 0)):

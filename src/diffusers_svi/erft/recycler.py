@@ -29,7 +29,7 @@ class RecyclerConfig:
     clean_buffer_update_prob: float = 0.1
     buffer_warmup_iter: int = 50
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_probability("clean_buffer_update_prob", self.clean_buffer_update_prob)
         if not isinstance(self.buffer_warmup_iter, int) or self.buffer_warmup_iter < 0:
             raise ValueError(f"`buffer_warmup_iter` must be a whole number, got {self.buffer_warmup_iter!r}.")

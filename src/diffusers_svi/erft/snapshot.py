@@ -64,9 +64,11 @@ class BankWriter:
 
     def _write(self) -> None:
         tensors = self._bank.tensors()
-        header, end = {"__metadata__": self._metadata}, 0
+        header: dict[str, dict] = {"__metadata__": self._metadata}
+        begins, end = {}, 0
         for name, rows in tensors.items():
             begin, end = end, end + len(self._slots) * rows[0].nbytes
+            begins[name] = begin
             shape = [len(self._slots), *rows.shape[1:]]
             header[name] = {"dtype": _DTYPES[rows.dtype], "shape": shape, "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
@@ -82,7 +84,7 @@ class BankWriter:
                     }
                     self._pending.discard(slot)
                 for name, values in row.items():
-                    file.seek(start + header[name]["data_offsets"][0] + index * values.nbytes)
+                    file.seek(start + begins[name] + index * values.nbytes)
                     file.write(values.reshape(-1).view(torch.uint8).numpy().data)
             file.truncate(start + end)
             file.flush()

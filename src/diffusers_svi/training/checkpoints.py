@@ -52,7 +52,8 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """The finished checkpoints, by step."""
-        return sorted((path for path in self.folder.glob("checkpoint-*") if _step(path) is not None), key=_step)
+        found = {path: _step(path) for path in self.folder.glob("checkpoint-*")}
+        return [path for _, path in sorted((step, path) for path, step in found.items() if step is not None)]
 
     def save(self, step: int) -> None:
         """Write everything but the bank now, and begin to write the bank; training may go on."""
@@ -104,7 +105,8 @@ class Checkpoints:
             path = self.all()[-1]
         else:
             path = Path(name) if Path(name).is_dir() else self.folder / name
-        if not path.is_dir() or _step(path) is None:
+        step = _step(path)
+        if not path.is_dir() or step is None:
             known = [checkpoint.name for checkpoint in self.all()]
             raise ValueError(f"`resume_from_checkpoint`={name!r} is no checkpoint. There are: {known}.")
         rank = self.accelerator.process_index
@@ -119,7 +121,7 @@ class Checkpoints:
         self.recycler.load_state_dict(state)
         load_bank(self.recycler.bank, path / f"bank-{rank}.safetensors")
         logger.info(f"Going on from {path}.")
-        return _step(path)
+        return step
 
 
 def _step(path: Path) -> int | None:

@@ -6,6 +6,7 @@ The latents of clips and conditions are those of the schemes, so training sees w
 import hashlib
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,13 +132,13 @@ def encode_samples(
     state.wait_for_everyone()
     if missing or missing_texts:
         pipe = load_pipeline()
-        bar = {"disable": not state.is_main_process, "leave": False}
+        progress = partial(tqdm, disable=not state.is_main_process, leave=False)
         with state.split_between_processes(missing_texts) as share:
-            for caption in tqdm(share, desc="Encoding captions", **bar):
+            for caption in progress(share, desc="Encoding captions"):
                 cache.save(text_keys[caption], {"prompt_embeds": encode_caption(pipe, caption, max_sequence_length)})
         with state.split_between_processes(missing) as share:
             loader = DataLoader(Subset(samples, share), batch_size=None, num_workers=num_workers)
-            for index, sample in zip(share, tqdm(loader, desc="Encoding clips", **bar), strict=True):
+            for index, sample in zip(share, progress(loader, desc="Encoding clips"), strict=True):
                 cache.save(keys[index], encode_sample(pipe, sample, scheme, layout.num_frames, first_clips))
         del pipe
         free_memory()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -34,7 +34,7 @@ class Video:
 
 def open_video(path: str | os.PathLike, caption: str) -> Video:
     """The video in a file. Raises a `ValueError` if it cannot be read."""
-    return open_source(partial(open, path, "rb"), str(path), caption)
+    return open_source(partial(_open_file, path), str(path), caption)
 
 
 def open_source(source: Callable[[], BinaryIO], name: str, caption: str) -> Video:
@@ -54,6 +54,10 @@ def open_source(source: Callable[[], BinaryIO], name: str, caption: str) -> Vide
     return Video(name, caption, num_frames, digest.hexdigest(), partial(_read_frames, source, name, index))
 
 
+def _open_file(path: str | os.PathLike) -> BinaryIO:
+    return open(path, "rb")
+
+
 class _Index(NamedTuple):
     """Where the frames of a file are: their timestamps, in the order they are shown in, and which are keyframes."""
 
@@ -62,7 +66,7 @@ class _Index(NamedTuple):
 
 
 @contextmanager
-def _open_stream(source: Callable[[], BinaryIO], name: str):
+def _open_stream(source: Callable[[], BinaryIO], name: str) -> Iterator[tuple[Any, Any]]:
     # The file is opened here rather than by FFmpeg, to which a path might be an address on the network.
     try:
         with source() as file, av.open(file) as container:
@@ -127,7 +131,9 @@ def _read_by_index(
     source: Callable[[], BinaryIO], name: str, index: _Index, wanted: list[int]
 ) -> dict[int, np.ndarray]:
     """The frames of `wanted`, in ascending order, as far as they are found where the index has them."""
-    found, decoded, number = {}, iter(()), -1
+    found: dict[int, np.ndarray] = {}
+    decoded: Iterator[tuple[int, av.VideoFrame]] = iter(())
+    number = -1
     with _open_stream(source, name) as (container, stream):
         for target in wanted:
             keys = index.keys[index.keys <= target]
@@ -144,7 +150,7 @@ def _read_by_index(
 
 
 def _decode_near(
-    container, stream, index: _Index, target: int, keys: np.ndarray
+    container: Any, stream: Any, index: _Index, target: int, keys: np.ndarray
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Numbered frames from a keyframe at or before `target` on; none where seeking does not lead there."""
     # Where a container finds packets by the time they are decoded at, the keyframe before leads to the one wanted.

@@ -72,7 +72,7 @@ export_to_video(film, "film.mp4", fps={fps})
 |---|---|
 {rows}
 """
-    if film is not None:
+    if film is not None and figures is not None:
         text += _sample(Path(film), figures)
     data = ModelCardData(base_model=None if is_local else base_model, pipeline_tag="image-to-video")
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

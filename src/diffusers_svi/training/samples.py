@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import check_choice, check_count
+from ..pixels import from_uint8
 from .augmentation import augment
 from .cache import fingerprint
 from .frames import Video
@@ -54,7 +55,7 @@ class SampleLayout:
     condition_frames: int = 1
     center_crop: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("num_frames", self.num_frames, 1)
         if self.num_frames % 4 != 1:
             raise ValueError(f"`num_frames` must be 1, 5, 9, ..., got {self.num_frames}.")
@@ -184,5 +185,6 @@ def _resize(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
     # One by one: all frames of a large video as floats would take gigabytes.
     for frame, picture in zip(frames, pixels, strict=True):
         picture = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
-        frame.copy_(F.interpolate(picture, (height, width), mode="bilinear", antialias=True)[0])
-    return frames.div_(127.5).sub_(1).clamp_(-1, 1).transpose(0, 1)
+        resized = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)[0]
+        frame.copy_(from_uint8(resized).clamp(-1, 1))
+    return frames.transpose(0, 1)

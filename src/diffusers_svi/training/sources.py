@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -84,7 +84,7 @@ def open_folder(
 ) -> list[Candidate]:
     """The videos of a folder, for `usable_videos`. See `read_captions`."""
     return [
-        Candidate(str(path.relative_to(folder)), caption, partial(open_video, path, caption))
+        Candidate(str(path.relative_to(folder)), caption, partial(open_video, path, caption or ""))
         for path, caption in read_captions(folder, video_column, caption_column)
     ]
 
@@ -125,7 +125,7 @@ def open_dataset(
         title = f"{name}, row {index}"
         caption = _caption(caption, f"{title}: {caption_column!r}")
         source = partial(_open_row, rows, index, video_column)
-        candidates.append(Candidate(title, caption, partial(open_source, source, title, caption)))
+        candidates.append(Candidate(title, caption, partial(open_source, source, title, caption or "")))
     return candidates
 
 
@@ -233,13 +233,13 @@ def _find_column(
     raise ValueError(f"{where} has no column named like one of {known}. Set `{argument}` to one of {columns}.")
 
 
-def _caption(value, where: str) -> str | None:
+def _caption(value: object, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{where} must be text, got {value!r}.")
     return (value or "").strip() or None
 
 
-def _open_row(rows, index: int, column: str) -> BinaryIO:
+def _open_row(rows: Any, index: int, column: str) -> BinaryIO:
     value = rows[index][column] or {}
     if value.get("bytes") is not None:
         return io.BytesIO(value["bytes"])

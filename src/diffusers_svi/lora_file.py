@@ -1,0 +1,251 @@
+"""Files of SVI LoRAs: the key layouts they come in, and the scheme each was trained for."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, _fetch_state_dict
+from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .checks import check_choice
+from .conditioning import LatentMotion, PixelMotion, Scheme, scheme_from_dict
+
+
+# The keys under which scheme and expert stand in the metadata of a safetensors file.
+CONDITIONING_KEY = "svi_conditioning"
+EXPERT_KEY = "svi_expert"
+_HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
+
+# Published files, by name: the authors' (vita-video-gen/svi-model) and the half-precision copies made for ComfyUI
+# (Kijai/WanVideo_comfy). None of them carries metadata.
+_PUBLISHED = (
+    (r"svi[-_]film", PixelMotion(num_frames=5, padding="zeros")),
+    (r"svi[-_]shot", PixelMotion(num_frames=1, padding="reference")),
+    (r"svi[-_]tom", PixelMotion(num_frames=1, padding="zeros")),
+    (r"svi.*wan2\.?2.*v2\.0_pro|svi_v2_pro.*wan2\.2", LatentMotion(num_latents=1)),
+    (r"svi_wan2\.1.*v2\.0", PixelMotion(num_frames=5, padding="reference")),
+    (r"svi_wan2\.2.*v2\.0", PixelMotion(num_frames=1, padding="reference")),
+)
+_UNSUPPORTED = {r"svi[-_]talk": "SVI-Talk", r"svi[-_]dance": "SVI-Dance"}
+
+# What the trained layers are called in the original code, by their names in diffusers.
+_ORIGINAL_NAMES = {
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+# What the published LoRAs train, in every block.
+TARGET_MODULES = [
+    *(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+    "ffn.net.0.proj",
+    "ffn.net.2",
+]
+
+_MODULE = r"blocks[._](\d+)[._](self_attn|cross_attn)[._](q|k|v|o|k_img|v_img|norm_q|norm_k)\b"
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as read by [`read_lora`].
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): Weights under diffusers' names, such as
+            `transformer.blocks.0.attn1.to_q.lora_A.weight`.
+        adapter_metadata (`dict`, *optional*): diffusers' own record of the LoRA configuration.
+        conditioning (`Scheme`, *optional*): The scheme it was trained for, if the file or its name says so.
+        expert (`str`, *optional*): "high" or "low" for LoRAs of one expert of Wan 2.2 A14B.
+        name (`str`): What to call the file in messages.
+    """
+
+    state_dict: dict[str, torch.Tensor]
+    adapter_metadata: dict | None
+    conditioning: Scheme | None
+    expert: str | None
+    name: str
+
+
+def read_lora(
+    source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str | None = None, **hub_options: Any
+) -> LoraFile:
+    """Read a LoRA from the Hub, a folder, a safetensors file or a state dict; never from a pickled file.
+
+    Args:
+        source: Hub repository, folder, file, or state dict.
+        weight_name (`str`, *optional*): The file in the repository or folder.
+        hub_options: `subfolder`, `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`, `proxies`.
+
+    Raises:
+        ValueError: if the file cannot be read, is pickled, holds no LoRA, or needs modules that are not supported; for
+            an option that is not one of those above.
+    """
+    for option in hub_options:
+        check_choice("hub_options", option, _HUB_OPTIONS)
+    name = _name(source, weight_name)
+    if not isinstance(source, dict):
+        _refuse_pickles(source, weight_name)
+    try:
+        state_dict, adapter_metadata, file_metadata = _fetch_state_dict(
+            source,
+            weight_name=weight_name,
+            use_safetensors=True,
+            allow_pickle=False,
+            return_file_metadata=True,
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            **{option: hub_options.get(option) for option in _HUB_OPTIONS},
+        )
+    except (OSError, IndexError, SafetensorError, HFValidationError) as error:
+        raise ValueError(
+            f"No LoRA could be read from {name!r}: {error} Give a safetensors file, or a folder or Hub repository "
+            "with `weight_name`, the file in it."
+        ) from error
+    _refuse_unsupported(name, state_dict)
+    try:
+        # With one prefix on all keys, diffusers knows the layout, folds in alphas and renames the modules.
+        state_dict = WanLoraLoaderMixin.lora_state_dict(
+            {_with_prefix(key): value for key, value in state_dict.items()}
+        )
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"The LoRA {name!r} has keys of a layout that is not known: {error}") from error
+    conditioning, expert = _published(name)
+    metadata = file_metadata or {}
+    if CONDITIONING_KEY in metadata:
+        conditioning = scheme_from_dict(json.loads(metadata[CONDITIONING_KEY]))
+    return LoraFile(state_dict, adapter_metadata, conditioning, metadata.get(EXPERT_KEY, expert), name)
+
+
+def lora_metadata(conditioning: Scheme | None, expert: str | None = None) -> dict[str, str]:
+    """What to write into the metadata of a LoRA file so that [`read_lora`] finds its scheme and its expert."""
+    metadata = {} if conditioning is None else {CONDITIONING_KEY: json.dumps(conditioning.to_dict())}
+    return metadata if expert is None else {**metadata, EXPERT_KEY: expert}
+
+
+def save_lora(
+    file: str | os.PathLike,
+    state_dict: dict[str, torch.Tensor],
+    config: PeftConfig,
+    conditioning: Scheme,
+    expert: str | None = None,
+    layout: str = "diffusers",
+) -> None:
+    """Write a LoRA with its scheme to a safetensors file that [`read_lora`] reads.
+
+    Args:
+        file: Where to.
+        state_dict (`dict[str, torch.Tensor]`):
+            Weights as `peft.get_peft_model_state_dict` gives them, such as `blocks.0.attn1.to_q.lora_A.weight`.
+        config (`PeftConfig`): What they were trained with.
+        conditioning (`Scheme`): The scheme it was trained for.
+        expert (`str`, *optional*): "high" or "low", for one expert of Wan 2.2 A14B.
+        layout (`str`, defaults to `"diffusers"`):
+            Or "original": the names of the original code after `diffusion_model.`, as ComfyUI and the authors' loader
+            read them. They apply no alpha, so it is multiplied into the weights.
+
+    Raises:
+        ValueError: for another `layout`.
+    """
+    check_choice("layout", layout, ("diffusers", "original"))
+    if layout == "diffusers":
+        state_dict = {f"transformer.{key}": value for key, value in state_dict.items()}
+        write_lora(file, state_dict, conditioning, expert, config.to_dict())
+    else:
+        scale = config.lora_alpha / config.r
+        state_dict = {
+            _original_name(key): value * scale if ".lora_B." in key else value for key, value in state_dict.items()
+        }
+        write_lora(file, state_dict, conditioning, expert)
+
+
+def write_lora(
+    file: str | os.PathLike,
+    state_dict: dict[str, torch.Tensor],
+    conditioning: Scheme | None,
+    expert: str | None,
+    adapter_metadata: dict[str, Any] | None = None,
+) -> None:
+    """Write weights under the names they have, with what is known of scheme, expert and LoRA configuration.
+
+    Args:
+        file: Where to.
+        state_dict (`dict[str, torch.Tensor]`): Weights, such as `transformer.blocks.0.attn1.to_q.lora_A.weight`.
+        conditioning (`Scheme`, *optional*), expert (`str`, *optional*): As in [`lora_metadata`].
+        adapter_metadata (`dict`, *optional*): What `PeftConfig.to_dict` gives.
+    """
+    metadata = {"format": "pt", **lora_metadata(conditioning, expert)}
+    if adapter_metadata is not None:
+        adapter_metadata = {f"transformer.{key}": value for key, value in adapter_metadata.items()}
+        # The sets of a `PeftConfig` are the one thing in it that JSON does not know.
+        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter_metadata, default=sorted, sort_keys=True)
+    save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, file, metadata=metadata)
+
+
+def _with_prefix(key: str) -> str:
+    """One layout out of many: `diffusion_model.` before the original names, `transformer.` before diffusers' own."""
+    key = key.replace(".default.", ".")
+    for prefix in ("pipe.dit.", "dit.", "diffusion_model.", "base_model.model."):
+        key = key.removeprefix(prefix)
+    if key.startswith("lora_unet_"):
+        # musubi writes underscores for all dots of the module's name.
+        key = re.sub(_MODULE, r"blocks.\1.\2.\3", key.removeprefix("lora_unet_"))
+        key = re.sub(r"blocks_(\d+)_ffn_(\d)", r"blocks.\1.ffn.\2", key)
+    if key.startswith("transformer."):
+        return key
+    if re.match(r"blocks\.\d+\.(attn[12]\.|ffn\.net\.)|condition_embedder\.|proj_out\.", key):
+        return f"transformer.{key}"
+    return f"diffusion_model.{key}"
+
+
+def _original_name(key: str) -> str:
+    for name, original in _ORIGINAL_NAMES.items():
+        key = key.replace(f".{name}.", f".{original}.")
+    return f"diffusion_model.{key}"
+
+
+def _published(name: str) -> tuple[Scheme | None, str | None]:
+    stem = os.path.basename(name).lower()
+    conditioning = next((scheme for pattern, scheme in _PUBLISHED if re.search(pattern, stem)), None)
+    expert = re.search(r"[._-](high|low)[._-]", stem)
+    return conditioning, expert.group(1) if expert and "wan2" in stem else None
+
+
+def _name(source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str | None) -> str:
+    if isinstance(source, dict):
+        return "state dict"
+    return os.path.join(os.fspath(source), weight_name) if weight_name else os.fspath(source)
+
+
+def _refuse_pickles(source: str | os.PathLike, weight_name: str | None) -> None:
+    file = weight_name if weight_name is not None else os.fspath(source) if os.path.isfile(source) else None
+    if file is not None and not file.endswith(".safetensors"):
+        raise ValueError(
+            f"The LoRA {_name(source, weight_name)!r} is not a safetensors file. Other formats can run code when they "
+            "are read and are not loaded; convert it with `safetensors.torch.save_file` where you trust it."
+        )
+
+
+def _refuse_unsupported(name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    stem = os.path.basename(name).lower()
+    extra = sorted(key for key in state_dict if re.search(r"audio|dwpose|randomref_embedding", key))
+    member = next((member for pattern, member in _UNSUPPORTED.items() if re.search(pattern, stem)), None)
+    if member or extra:
+        what = f"{member or 'It'} needs modules beside the LoRA (audio or pose)"
+        raise ValueError(
+            f"The LoRA {name!r} is not supported yet: {what}{f', such as {extra[0]!r}' if extra else ''}. Supported "
+            "are SVI-Shot, Film, Tom&Jerry, 2.0 and 2.0 Pro."
+        )
+    if not any(".lora_" in key for key in state_dict):
+        some = f", such as {next(iter(state_dict))!r}" if state_dict else ""
+        raise ValueError(
+            f"{name!r} holds no LoRA: none of its {len(state_dict)} keys has `lora_A` or `lora_down`{some}."
+        )
