@@ -180,6 +180,12 @@ def test_the_scheme_of_published_files_is_known(tmp_path, name, scheme):
     assert lora.expert == ("high" if "high" in name else "low" if "low" in name.lower() else None)
 
 
+def test_other_files_are_for_no_expert(tmp_path):
+    """Whatever "high" in their name is to mean."""
+    save_file(make_lora(make_transformer()), tmp_path / "colours-high-contrast.safetensors")
+    assert read_lora(tmp_path, "colours-high-contrast.safetensors").expert is None
+
+
 def test_the_scheme_in_the_metadata_comes_first(tmp_path):
     file = tmp_path / "svi-film.safetensors"
     save_file(make_lora(make_transformer()), file, metadata=lora_metadata(LatentMotion(2), expert="low"))
@@ -431,13 +437,21 @@ def test_two_files_of_different_schemes_are_refused(tmp_path):
     assert pipe.get_list_adapters() == {}
 
 
-def test_a_name_that_is_free_in_both_experts():
-    pipe = quiet(SVIPipeline(**make_components("a14b")))
-    for _ in range(10):
-        pipe.load_lora_weights(make_lora(pipe.transformer, rank=1), load_into_transformer_2=True)
-    read = make_lora(pipe.transformer, rank=1)
-    pipe.load_lora_weights(read)
-    assert pipe.get_list_adapters()["transformer"] == ["default_0"]
+def test_a_name_that_is_free_in_both_experts(experts):
+    pipe, folder = experts
+    for transformer, adapters in ((pipe.transformer, 9), (pipe.transformer_2, 10)):
+        for number in range(adapters):
+            transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"]), adapter_name=f"default_{number}")
+    pipe.load_lora_weights(folder, weight_name=HIGH, weight_name_2=LOW)
+    assert "default_10" in pipe.transformer.peft_config and "default_10" in pipe.transformer_2.peft_config
+
+
+def test_a_model_of_one_transformer_takes_the_lora_of_either_expert(i2v, tmp_path):
+    for expert in ("high", "low"):
+        file = tmp_path / f"{expert}.safetensors"
+        save_file(make_lora(i2v.transformer), file, metadata=lora_metadata(LatentMotion(1), expert))
+        i2v.load_lora_weights(file)
+    assert i2v.get_list_adapters() == {"transformer": ["default_0", "default_1"]}
 
 
 def test_a_second_expert_that_is_not_there(i2v):
@@ -656,12 +670,15 @@ def test_a_saved_lora_is_read_back(layout, tmp_path):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_out.0", "ffn.net.0.proj", "ffn.net.2"])
     transformer.add_adapter(config)
     state_dict = get_peft_model_state_dict(transformer)
-    state_dict = {key: torch.randn(value.shape, generator=seeded()) for key, value in state_dict.items()}
+    # As a training may have them: transposed in memory.
+    state_dict = {key: torch.randn(value.T.shape, generator=seeded()).T for key, value in state_dict.items()}
     save_lora(tmp_path / "lora.safetensors", state_dict, config, LatentMotion(1), "high", layout)
 
     lora = read_lora(tmp_path / "lora.safetensors")
     assert lora.conditioning == LatentMotion(1) and lora.expert == "high"
     assert lora.state_dict.keys() == {f"transformer.{key}" for key in state_dict}
+    if layout == "diffusers":
+        assert lora.adapter_metadata["transformer.target_modules"] == sorted(config.target_modules)
     alpha = 4 if lora.adapter_metadata is None else lora.adapter_metadata["transformer.lora_alpha"]
     for key in state_dict:
         if ".lora_A." in key:
@@ -670,4 +687,8 @@ def test_a_saved_lora_is_read_back(layout, tmp_path):
             torch.testing.assert_close(read, 8 / 4 * state_dict[up] @ state_dict[key])
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         name = {"diffusers": "transformer.blocks.0.attn1.to_out.0", "original": "diffusion_model.blocks.0.self_attn.o"}
-        assert f"{name[layout]}.lora_A.weight" in file.keys()
+        assert file.metadata()["format"] == "pt"
+        down, up = (file.get_tensor(f"{name[layout]}.lora_{side}.weight") for side in "AB")
+    # Where alpha has no place of its own it is in the second matrix.
+    assert torch.equal(down, state_dict["blocks.0.attn1.to_out.0.lora_A.weight"])
+    assert torch.equal(up, state_dict["blocks.0.attn1.to_out.0.lora_B.weight"] * (1 if layout == "diffusers" else 2))
