@@ -124,8 +124,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", required=True, help="Wan I2V model for diffusers: Hub name or folder.")
     add("--revision", help="Revision of the model on the Hub.")
     add("--cache_dir", help="Where downloads from the Hub are kept.")
-    text = "Wan 2.2 A14B: which of the two experts to train, on the timesteps on its side of the boundary."
-    add("--expert", choices=("high", "low"), help=text)
+    add("--expert", choices=("high", "low"), help="Wan 2.2 A14B: which expert to train, on its side of the boundary.")
     text = "Load the frozen base quantized by bitsandbytes (QLoRA). For long films use the LoRA on the full base."
     add("--quantize_base", choices=("4bit", "8bit"), help=text)
 
@@ -138,10 +137,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--height", type=int, default=480, help="Of the clips, in pixels.")
     add("--width", type=int, default=832, help="Of the clips, in pixels.")
     add("--num_frames", type=int, default=81, help="Frames of a clip, 1 + 4n.")
-    text = "Take the largest crop that fits, from the middle, instead of a random one."
-    add("--center_crop", action="store_true", help=text)
-    text = "Samples that are cut from every video, each with a start, crop and reference of its own."
-    add("--samples_per_video", type=int, default=1, help=text)
+    add("--center_crop", action="store_true", help="Take the largest crop, from the middle, instead of a random one.")
+    add("--samples_per_video", type=int, default=1, help="Each with a start, crop and reference of its own.")
     text = "Stop if a larger share of the videos is too short, unreadable or without caption."
     add("--max_skipped_share", type=float, default=0.1, help=text)
     add("--latent_cache_dir", help="Where latents and embeddings are kept; <output_dir>/cache if not given.")
@@ -174,10 +171,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--n_img", "--y_error_num", type=int, help="Latent frames of the condition that take an error.")
     text = "With an anchor latent: whether it takes errors too. It has none at inference."
     add("--img_slots", choices=("motion", "all"), default="motion", help=text)
-    ends, text = ("LOW", "HIGH"), "Errors of conditions come from grids in this range of noise levels."
-    add("--img_sigmas", type=float, nargs=2, default=(0.0, 1.0), metavar=ends, help=text)
-    text = "They are scaled by a random factor in this range."
-    add("--img_scale", type=float, nargs=2, default=(1.0, 1.0), metavar=ends, help=text)
+    ends = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+    add("--img_sigmas", default=(0.0, 1.0), help="Noise levels whose errors conditions take.", **ends)
+    add("--img_scale", default=(1.0, 1.0), help="They are scaled by a random factor in this range.", **ends)
     add("--num_grids", type=int, default=50, help="Grids of the error bank.")
     names = ("--bank_capacity", "--error_buffer_k", "--svi_max_errors_per_grid", "--buffer_size_per_bucket")
     add(*names, type=int, default=500, help="Errors a grid holds.")
@@ -193,8 +189,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default="l2",
         help="What a new error replaces in a full grid: the nearest, any, or the oldest.",
     )
-    text = "Share of the clean samples whose errors are banked."
-    add("--clean_buffer_update_prob", type=float, default=0.1, help=text)
+    add("--clean_buffer_update_prob", type=float, default=0.1, help="Share of the clean samples that are banked.")
     text = "First steps in which every process banks the errors of all."
     add("--buffer_warmup_iter", "--svi_warmup_iter", type=int, default=50, help=text)
 
@@ -242,12 +237,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--fps", type=int, default=16, help="Of the validation films.")
     text = "original: beside diffusers' layout, a file for ComfyUI and the authors' loader."
     add("--export_format", choices=("diffusers", "original"), default="diffusers", help=text)
-    text = "Of the finished weights; checkpoints stay float32."
-    add("--export_dtype", choices=("float32", "bfloat16"), default="float32", help=text)
-    text = (
-        "Of the finished weights: a LoRA trained at a high rank, brought to a lower one by singular value "
-        "decomposition; validation films show the trained one."
-    )
+    add("--export_dtype", choices=("float32", "bfloat16"), default="float32", help="Of the finished weights alone.")
+    text = "Lower rank of the finished weights, by singular value decomposition. Films show the trained one."
     add("--export_rank", type=int, help=text)
     add("--push_to_hub", action="store_true", help="Push LoRA, model card and film to the Hub.")
     add("--hub_model_id", help="Repository there; the name of `output_dir` if not given.")

@@ -64,6 +64,11 @@ class _Index(NamedTuple):
     timestamps: np.ndarray
     keys: np.ndarray
 
+    def number(self, frame: av.VideoFrame) -> int:
+        """Of a frame, by its timestamp; -1 if no frame has it."""
+        places = np.flatnonzero(self.timestamps == frame.pts)
+        return int(places[0]) if len(places) else -1
+
 
 @contextmanager
 def _open_stream(source: Callable[[], BinaryIO], name: str) -> Iterator[tuple[Any, Any]]:
@@ -138,37 +143,29 @@ def _read_by_index(
         for target in wanted:
             keys = index.keys[index.keys <= target]
             # Going on is as good as seeking until there is a keyframe on the way.
-            if len(keys) and keys[-1] > number:
-                decoded = _decode_near(container, stream, index, target, keys)
+            if keys.max(initial=-1) > number:
+                decoded = _decode_from(container, stream, index, keys)
             for number, frame in decoded:
                 if number == target:
                     found[target] = _pixels(frame)
+                if number >= target:
                     break
-            else:
+            if target not in found:
                 break
     return found
 
 
-def _decode_near(
-    container: Any, stream: Any, index: _Index, target: int, keys: np.ndarray
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Numbered frames from a keyframe at or before `target` on; none where seeking does not lead there."""
-    # Where a container finds packets by the time they are decoded at, the keyframe before leads to the one wanted.
+def _decode_from(container: Any, stream: Any, index: _Index, keys: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Numbered frames from the last of `keys` on, or the one before; none where seeking does not lead there."""
+    # Where packets are found by the time they are decoded at, seeking the keyframe before leads to the one wanted.
     for key in keys[:-3:-1]:
         if len(keys) > 1:
             container.seek(int(index.timestamps[key]), stream=stream)
-        frames = container.decode(stream)
+        frames = ((index.number(frame), frame) for frame in container.decode(stream))
         first = next(frames, None)
-        if first is None or not first.key_frame or first.pts is None:
-            continue
-        start = int(np.searchsorted(index.timestamps, first.pts))
-        if start <= target and start in keys:
-            for number, frame in enumerate(chain([first], frames), start):
-                # Never a frame under the number of another one.
-                if number >= len(index.timestamps) or index.timestamps[number] != frame.pts:
-                    return
-                yield number, frame
-            return
+        if first is not None and first[0] in keys:
+            return chain([first], frames)
+    return iter(())
 
 
 def _pixels(frame: av.VideoFrame) -> np.ndarray:
