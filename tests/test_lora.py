@@ -579,13 +579,12 @@ def test_talk_and_dance_are_named(i2v, tmp_path, member):
         i2v.load_lora_weights(tmp_path, weight_name="renamed.safetensors")
 
 
-def test_a_lora_of_another_size(i2v):
-    wider = make_transformer(seed=3)
-    lora = make_lora(wider)
-    lora["blocks.1.ffn.0.lora_A.default.weight"] = torch.zeros(4, 99)
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.ffn\.net\.0\.proj\.lora_A` is \(4, 99\), but the layer is 32 x 24"
-    ):
+@pytest.mark.parametrize(("side", "shape"), [("A", (4, 99)), ("B", (99, 4))])
+def test_a_lora_of_another_size(i2v, side, shape):
+    lora = make_lora(make_transformer(seed=3))
+    lora[f"blocks.1.ffn.0.lora_{side}.default.weight"] = torch.zeros(shape)
+    message = rf"blocks\.1\.ffn\.net\.0\.proj\.lora_{side}` is {re.escape(str(shape))}, but the layer is 32 x 24"
+    with pytest.raises(ValueError, match=message):
         i2v.load_lora_weights(lora)
     assert i2v.get_list_adapters() == {}
 
