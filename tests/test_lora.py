@@ -128,13 +128,14 @@ def test_alpha_scales(i2v, image, layout):
     torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=2e-4, rtol=2e-4)
 
 
-def test_fused_and_partly_weighted(i2v, image):
+@pytest.mark.parametrize("weighted_by", ["set_adapters", "fuse_lora"])
+def test_fused_and_partly_weighted(i2v, image, weighted_by):
     lora = make_lora(i2v.transformer)
     reference = quiet(SVIPipeline(**make_components("i2v")))
     reference.transformer.load_state_dict(merged(reference.transformer, lora, scale=0.5))
     i2v.load_lora_weights(lora, adapter_name="svi")
-    i2v.set_adapters("svi", 0.5)
-    i2v.fuse_lora()
+    i2v.set_adapters("svi", 0.5 if weighted_by == "set_adapters" else 1.0)
+    i2v.fuse_lora(lora_scale=0.5 if weighted_by == "fuse_lora" else 1.0)
     i2v.unload_lora_weights()
     torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=2e-4, rtol=2e-4)
 
@@ -263,14 +264,17 @@ def test_a_hotswapped_lora_brings_its_scheme(i2v):
 # Fused LoRAs
 
 
-def test_a_fused_lora_has_a_say_while_it_is_fused(i2v):
+def test_a_fused_lora_has_a_say_while_it_is_fused(i2v, image):
+    """And it alone: beside it, peft applies no other."""
     i2v.load_lora_weights(make_lora(i2v.transformer), adapter_name="svi", conditioning=PixelMotion(5))
-    i2v.load_lora_weights(make_lora(i2v.transformer, seed=1), adapter_name="fast")
+    alone = first_clip(i2v, image)
+    i2v.load_lora_weights(make_lora(i2v.transformer, seed=1), adapter_name="pro", conditioning=LatentMotion(1))
     i2v.fuse_lora(adapter_names=["svi"])
-    i2v.set_adapters("fast")
+    i2v.set_adapters("pro")
+    torch.testing.assert_close(first_clip(i2v, image), alone, atol=2e-4, rtol=2e-4)
     assert i2v.lora_conditioning == PixelMotion(5)
     i2v.unfuse_lora()
-    assert i2v.lora_conditioning is None
+    assert i2v.lora_conditioning == LatentMotion(1)
     i2v.set_adapters("svi")
     i2v.unload_lora_weights()
     assert i2v.lora_conditioning is None
@@ -301,6 +305,11 @@ def test_a_fused_lora_keeps_its_scheme(i2v, image, leave):
         _ = i2v.lora_conditioning
     i2v.disable_lora()
     assert i2v.lora_conditioning == PixelMotion(5)
+    i2v.enable_lora()
+    i2v.fuse_lora()
+    i2v.unload_lora_weights()
+    with pytest.raises(ValueError, match=r"different schemes \(fused: PixelMotion.*, fused: LatentMotion"):
+        _ = i2v.lora_conditioning
 
 
 def test_only_what_is_fused_stays_on_record(i2v):
@@ -570,13 +579,12 @@ def test_talk_and_dance_are_named(i2v, tmp_path, member):
         i2v.load_lora_weights(tmp_path, weight_name="renamed.safetensors")
 
 
-def test_a_lora_of_another_size(i2v):
-    wider = make_transformer(seed=3)
-    lora = make_lora(wider)
-    lora["blocks.1.ffn.0.lora_A.default.weight"] = torch.zeros(4, 99)
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.ffn\.net\.0\.proj\.lora_A` is \(4, 99\), but the layer is 32 x 24"
-    ):
+@pytest.mark.parametrize(("side", "shape"), [("A", (4, 99)), ("B", (99, 4))])
+def test_a_lora_of_another_size(i2v, side, shape):
+    lora = make_lora(make_transformer(seed=3))
+    lora[f"blocks.1.ffn.0.lora_{side}.default.weight"] = torch.zeros(shape)
+    message = rf"blocks\.1\.ffn\.net\.0\.proj\.lora_{side}` is {re.escape(str(shape))}, but the layer is 32 x 24"
+    with pytest.raises(ValueError, match=message):
         i2v.load_lora_weights(lora)
     assert i2v.get_list_adapters() == {}
 
