@@ -1,4 +1,5 @@
 import itertools
+import weakref
 
 import numpy as np
 import PIL.Image
@@ -174,6 +175,33 @@ def test_prompt_embeds_replace_prompts(pipe, image):
     assert np.array_equal(by_embeds, film(pipe, image, negative_prompt="bad"))
 
 
+def test_what_encode_prompt_gives_can_be_passed_on(i2v, image):
+    with torch.no_grad():
+        positive, negative = i2v.encode_prompt(PROMPTS, ["bad"] * 3, True, max_sequence_length=512)
+    by_embeds = film(i2v, image, prompts=None, prompt_embeds=positive, negative_prompt_embeds=negative)
+    np.testing.assert_allclose(by_embeds, film(i2v, image, negative_prompt="bad"), atol=1e-5)
+
+
+def test_numpy_numbers_are_numbers(i2v, image):
+    options = {"height": np.int64(32), "width": np.int32(32), "num_frames": np.int64(9), "num_clips": np.int8(3)}
+    options |= {"num_inference_steps": np.int64(2), "guidance_scale": np.float32(5.0)}
+    by_numpy = film(i2v, image, generator=None, seeds=np.array([0, 42, 84]), **options)
+    assert np.array_equal(by_numpy, film(i2v, image, generator=None, seeds=[0, 42, 84]))
+
+
+def test_the_second_expert_is_guided_where_the_first_is_not(image):
+    """At noise levels of the low-noise expert, which is all that differs."""
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    pipe.scheduler = SVIEulerScheduler(shift=1.0)
+    one = {"prompts": "a cat sits", "output_type": "latent", "num_inference_steps": 4, "negative_prompt": "bad"}
+    both = film(pipe, image, guidance_scale=6.0, guidance_scale_2=6.0, **one)
+    second = film(pipe, image, guidance_scale=1.0, guidance_scale_2=6.0, **one)
+    by_parent = film(pipe, image, guidance_scale=1 + 1e-6, guidance_scale_2=6.0, **one)
+    torch.testing.assert_close(second, by_parent, atol=1e-4, rtol=1e-4)
+    neither = film(pipe, image, guidance_scale=1.0, guidance_scale_2=1.0, **one)
+    assert (second - neither).abs().max() > 1e-3 and (second - both).abs().max() > 1e-3
+
+
 def test_each_prompt_is_encoded_once(i2v, image):
     calls = []
     forward = i2v.text_encoder.forward
@@ -294,6 +322,24 @@ def test_a_finished_film_can_be_made_longer(i2v, image, output_type):
     assert np.array_equal(np.concatenate([shorter[: more.start], more.frames]), longer)
 
 
+@pytest.mark.parametrize("output_type", ["np", "pt"])
+def test_a_film_takes_the_memory_of_its_frames(i2v, image, output_type):
+    """Its clips are not kept beside it."""
+    parts, clips = [], SVIPipeline._stream
+
+    def watched(self, film):
+        for clip in clips(self, film):
+            parts.append(weakref.ref(clip.frames))
+            yield clip
+            del clip
+
+    i2v._stream = watched.__get__(i2v)
+    seen = []
+    i2v.transformer.register_forward_hook(lambda *_: seen.append(sum(part() is not None for part in parts)))
+    whole = film(i2v, image, output_type=output_type)
+    assert len(whole) == 25 and max(seen) <= 1
+
+
 def test_state_is_small(i2v, image):
     clips = i2v.stream(image=image, prompts=PROMPTS, conditioning=PixelMotion(5), generator=seeded(), **CLIP)
     sizes = [sum(t.nbytes for t in clip.state._tensors().values() if t is not None) for clip in clips]
@@ -357,7 +403,9 @@ def test_an_interrupt_before_anything_is_finished(i2v, image):
         pipe._interrupt = True
         return {}
 
-    assert len(film(i2v, image, callback_on_step_end=stop)) == 0
+    for output_type, shape in (("np", (0, 32, 32, 3)), ("pt", (0, 3, 32, 32)), ("pil", (0,))):
+        stopped = film(i2v, image, callback_on_step_end=stop, output_type=output_type)
+        assert (stopped.shape if output_type != "pil" else (len(stopped),)) == shape
 
 
 def test_a_failing_clip_leaves_the_pipeline_usable(i2v, image):
@@ -487,8 +535,52 @@ def bad(message, **options):
         bad("`generator` must be one `torch.Generator`", generator=[seeded(), seeded()]),
         bad("`latents` must hold the noise of every clip", generator=None, latents=torch.zeros(1, 16, 3, 4, 4)),
         bad("`guidance_scale_2` is only supported when", guidance_scale_2=3.0),
+        bad("`guidance_scale` must be a finite number, got nan", guidance_scale=float("nan")),
+        bad("`guidance_scale` must be a finite number, got inf", guidance_scale=float("inf")),
+        bad("`guidance_scale` must be a finite number, got '5'", guidance_scale="5"),
+        bad("`guidance_scale_2` must be a finite number, got True", guidance_scale_2=True),
+        bad("`num_inference_steps` must be a whole number of at least 1, got 2.0", num_inference_steps=2.0),
+        bad("`max_sequence_length` must be a whole number of 1 to 512, got 0", max_sequence_length=0),
+        bad("`max_sequence_length` must be a whole number of 1 to 512, got 1000000", max_sequence_length=10**6),
+        bad(r"`negative_prompt` must be one string for the whole film, got \['bad'\]", negative_prompt=["bad"]),
+        bad(
+            "`prompts` must be a string, a list of strings or an iterator of strings, got {'a cat'}", prompts={"a cat"}
+        ),
+        bad("`prompts` must be a string, .* got {'a cat': 1}", prompts={"a cat": 1}),
+        bad("`width` must be a multiple of 16 for this model, got nan. The nearest is 16", width=float("nan")),
+        bad(r"`num_frames` must be 4n \+ 1.*got 9.0", num_frames=9.0),
+        bad(
+            r"`seeds\[1\]` must be a whole number of 0 to 18446744073709551615, got -1",
+            generator=None,
+            seeds=[1, -1, 2],
+        ),
+        bad(r"`seeds\[0\]` must be .* got 1180591620717411303424", generator=None, seeds=[2**70, 1, 2]),
+        bad(r"`seeds\[2\]` must be .* got 0.5", generator=None, seeds=[1, 2, 0.5]),
+        bad(
+            "`seeds` must hold one seed a clip, as a list or an iterator, got {1, 2, 3}",
+            generator=None,
+            seeds={1, 2, 3},
+        ),
+        bad(
+            "`latents` holds values that are not finite",
+            generator=None,
+            latents=torch.full((3, 16, 3, 4, 4), float("nan")),
+        ),
+        bad(
+            "`prompt_embeds` holds values that are not", prompts=None, prompt_embeds=torch.full((1, 4, 16), torch.inf)
+        ),
+        bad(r"`prompt_embeds` must be a tensor .* got \(4, 16\)", prompts=None, prompt_embeds=torch.zeros(4, 16)),
+        bad(r"`negative_prompt_embeds` must be a tensor .* got list", negative_prompt_embeds=[torch.zeros(1, 4, 16)]),
+        bad(
+            r"`negative_prompt_embeds` must be one row .* got \(2, 4, 16\)",
+            negative_prompt_embeds=torch.ones(2, 4, 16),
+        ),
+        bad(
+            r"`negative_prompt_embeds` must be one row .* got \(3, 4, 16\)",
+            negative_prompt_embeds=torch.arange(3).view(3, 1, 1).expand(3, 4, 16).float(),
+        ),
         bad("`callback_on_step_end_tensor_inputs` has to be in", callback_on_step_end_tensor_inputs=["noise"]),
-        bad("`prompt_embeds` must be a tensor", prompts=None, prompt_embeds=[torch.zeros(4, 16)]),
+        bad("`prompt_embeds` must be a tensor .* got list", prompts=None, prompt_embeds=[torch.zeros(4, 16)]),
     ],
 )
 def test_bad_input(i2v, image, options, message):

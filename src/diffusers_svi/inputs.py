@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Sized
+import numbers
+from collections.abc import Iterable, Mapping, Set, Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
 
 from .chain import ChainState
-from .checks import check_choice, check_count
+from .checks import check_choice, check_count, check_number
 from .clips import ClipSpec
 from .conditioning import PixelMotion, Scheme
 from .options import FILM_DEFAULTS, FilmOptions
@@ -24,6 +25,10 @@ from .wan import num_latent_frames
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+# What Wan was trained with.
+MAX_TOKENS = 512
+# What a generator takes.
+MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,14 @@ class Film:
     generator: torch.Generator | None
     clip_options: dict[str, Any]
 
+    @property
+    def shape(self) -> tuple[int | None, int, int]:
+        """Frames, if the number of clips is known, height and width of what is still to be made."""
+        whole = None
+        if self.num_clips is not None:
+            whole = self.state.conditioning.film_length(self.num_clips, self.state.num_frames) - self.state.start
+        return whole, *self.state.image.shape[-2:]
+
 
 def check_film(
     pipe: WanImageToVideoPipeline,
@@ -81,13 +94,16 @@ def check_film(
         if prompts is not None:
             raise ValueError("`prompt` and `prompts` are the same; pass one of them, got both.")
         prompts = given["prompt"]
-    height, width, num_frames = given["height"], given["width"], given["num_frames"]
+    height, width, num_frames = check_sizes(pipe, given["height"], given["width"], given["num_frames"])
     state: ChainState | None = given["state"]
     scheme = choose_scheme(
         given["conditioning"], given["condition_frames"], state, trained, given["ignore_lora_conditioning"]
     )
-    check_sizes(pipe, height, width, num_frames)
-    check_count("num_inference_steps", given["num_inference_steps"], 1)
+    num_steps = check_count("num_inference_steps", given["num_inference_steps"], 1)
+    max_sequence_length = check_count("max_sequence_length", given["max_sequence_length"], 1, MAX_TOKENS)
+    guidance_scale, guidance_scale_2 = check_guidance(given["guidance_scale"], given["guidance_scale_2"])
+    if given["negative_prompt"] is not None and not isinstance(given["negative_prompt"], str):
+        raise ValueError(f"`negative_prompt` must be one string for the whole film, got {given['negative_prompt']!r}.")
     scheme.check(num_frames, pipe.config.expand_timesteps)
     check_choice("output_type", given["output_type"], OUTPUT_TYPES)
     items, num_clips = check_prompts(prompts, given["prompt_embeds"], given["num_clips"])
@@ -108,15 +124,14 @@ def check_film(
         prompt_embeds=given["prompt_embeds"],
         negative_prompt_embeds=given["negative_prompt_embeds"],
         callback_on_step_end_tensor_inputs=tensor_inputs,
-        guidance_scale_2=given["guidance_scale_2"],
+        guidance_scale_2=guidance_scale_2,
     )
     if pipe.vae.dtype != torch.float32 and scheme.carried_frames > 0 and num_clips != 1:
         logger.warning(
             f"The VAE is in {pipe.vae.dtype}: over many clips its rounding errors add up. Load it with "
             "`torch_dtype=torch.float32`."
         )
-    negative_embeds = given["negative_prompt_embeds"]
-    same = ("num_inference_steps", "guidance_scale", "guidance_scale_2", "attention_kwargs", "callback_on_step_end")
+    negative_embeds = check_negative(given["negative_prompt_embeds"], num_clips)
     return Film(
         image=image,
         prompts=items,
@@ -125,14 +140,18 @@ def check_film(
         state=state,
         output_type=given["output_type"],
         negative=given["negative_prompt"] or "" if negative_embeds is None else negative_embeds,
-        max_sequence_length=given["max_sequence_length"],
+        max_sequence_length=max_sequence_length,
         generator=given["generator"],
         clip_options={
             "height": height,
             "width": width,
             "num_frames": num_frames,
+            "num_inference_steps": num_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_scale_2": guidance_scale_2,
+            "attention_kwargs": given["attention_kwargs"],
+            "callback_on_step_end": given["callback_on_step_end"],
             "callback_on_step_end_tensor_inputs": tensor_inputs,
-            **{name: given[name] for name in same},
         },
     )
 
@@ -167,22 +186,34 @@ def choose_scheme(
     return scheme
 
 
-def check_sizes(pipe: WanImageToVideoPipeline, height: int, width: int, num_frames: int) -> None:
-    """Raise a `ValueError` unless the model can make clips of this size."""
+def check_guidance(guidance_scale: Any, guidance_scale_2: Any) -> tuple[float, float | None]:
+    """Both weights as numbers that the parent follows in both experts."""
+    first = check_number("guidance_scale", guidance_scale)
+    if guidance_scale_2 is None:
+        return first, None
+    second = check_number("guidance_scale_2", guidance_scale_2)
+    # The parent guides neither expert where the first weight is 1: the least above it has the same effect.
+    return (math.nextafter(1, 2) if first <= 1 < second else first), second
+
+
+def check_sizes(pipe: WanImageToVideoPipeline, height: Any, width: Any, num_frames: Any) -> tuple[int, int, int]:
+    """Height, width and frames of a clip, if the model can make such clips."""
     transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
     patch_size = transformer.config.patch_size
     for name, value, patch in (("height", height, patch_size[1]), ("width", width, patch_size[2])):
         multiple = math.lcm(16, pipe.vae_scale_factor_spatial * patch)
-        if not isinstance(value, int) or value < multiple or value % multiple:
-            nearest = max(round(value / multiple), 1) * multiple if isinstance(value, (int, float)) else multiple
+        if not isinstance(value, numbers.Integral) or value < multiple or value % multiple:
+            is_size = isinstance(value, numbers.Real) and math.isfinite(value)
+            nearest = max(round(float(value) / multiple), 1) * multiple if is_size else multiple
             raise ValueError(
                 f"`{name}` must be a multiple of {multiple} for this model, got {value!r}. The nearest is {nearest}."
             )
     factor = pipe.vae_scale_factor_temporal
-    if not isinstance(num_frames, int) or num_frames < 1 or num_frames % factor != 1:
+    if not isinstance(num_frames, numbers.Integral) or num_frames < 1 or num_frames % factor != 1:
         raise ValueError(
             f"`num_frames` must be {factor}n + 1, such as {5 * factor + 1} or {20 * factor + 1}, got {num_frames!r}."
         )
+    return int(height), int(width), int(num_frames)
 
 
 def latent_shape(pipe: WanImageToVideoPipeline, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -255,23 +286,19 @@ def check_prompts(
         )
     items: Iterable[str | ClipSpec | torch.Tensor]
     if prompt_embeds is not None:
-        if not isinstance(prompt_embeds, torch.Tensor) or prompt_embeds.ndim != 3 or len(prompt_embeds) == 0:
-            raise ValueError(
-                "`prompt_embeds` must be a tensor (clips, sequence_length, dim) with a row for every clip."
-            )
-        items = prompt_embeds
+        items = check_embeddings("prompt_embeds", prompt_embeds)
     elif isinstance(prompts, (str, ClipSpec, list, tuple)):
         items = [prompts] if isinstance(prompts, (str, ClipSpec)) else list(prompts)
         if not items:
             raise ValueError(f"`prompts` must be a string or a list of at least one string, got {prompts!r}.")
         for index, item in enumerate(items):
             check_clip(item, index)
-    elif isinstance(prompts, Iterable):
+    elif isinstance(prompts, Iterable) and not isinstance(prompts, (Mapping, Set, bytes)):
         items = prompts
     else:
         raise ValueError(f"`prompts` must be a string, a list of strings or an iterator of strings, got {prompts!r}.")
     if num_clips is not None:
-        check_count("num_clips", num_clips, 1)
+        num_clips = check_count("num_clips", num_clips, 1)
     if isinstance(items, Sized):
         if num_clips is not None and num_clips < len(items):
             raise ValueError(
@@ -280,6 +307,32 @@ def check_prompts(
             )
         num_clips = num_clips or len(items)
     return items, num_clips
+
+
+def check_embeddings(name: str, embeds: object) -> torch.Tensor:
+    """`embeds`, if it is a tensor `(clips, sequence_length, dim)` of finite numbers."""
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or len(embeds) == 0:
+        shape = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise ValueError(f"`{name}` must be a tensor (clips, sequence_length, dim), a row a clip, got {shape}.")
+    if not embeds.isfinite().all():
+        raise ValueError(f"`{name}` holds values that are not finite. Encode the prompts again.")
+    return embeds
+
+
+def check_negative(negative_embeds: torch.Tensor | None, num_clips: int | None) -> torch.Tensor | None:
+    """`negative_prompt_embeds` as one row, `(1, sequence_length, dim)`.
+
+    `encode_prompt` repeats the row for every prompt: rows that are all alike are one.
+    """
+    if negative_embeds is None:
+        return None
+    rows = check_embeddings("negative_prompt_embeds", negative_embeds)
+    if len(rows) not in (1, num_clips) or not torch.equal(rows, rows[:1].expand_as(rows)):
+        raise ValueError(
+            f"`negative_prompt_embeds` must be one row for the whole film, or the same row for each of its clips, got "
+            f"{tuple(rows.shape)}."
+        )
+    return rows[:1]
 
 
 def check_clip(item: Any, index: int) -> ClipSpec:
@@ -319,19 +372,24 @@ def clip_noise(
         wanted = (num_clips, *shape)
         if tuple(latents.shape) != wanted:
             raise ValueError(f"`latents` must hold the noise of every clip, {wanted}, got {tuple(latents.shape)}.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` holds values that are not finite. Draw them with `torch.randn`.")
         return ({"latents": clip[None]} for clip in latents)
     if seeds is not None:
         _check_seeds(seeds, num_clips)
-        return ({"generator": torch.Generator("cpu").manual_seed(seed)} for seed in seeds)
+        checked = (check_count(f"seeds[{index}]", seed, 0, MAX_SEED) for index, seed in enumerate(seeds))
+        return ({"generator": torch.Generator("cpu").manual_seed(seed)} for seed in checked)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"`generator` must be one `torch.Generator` for the whole film, got {generator!r}.")
     return itertools.repeat({"generator": generator})
 
 
 def _check_seeds(seeds: Iterable[int], num_clips: int | None) -> None:
-    if isinstance(seeds, (int, str)) or not isinstance(seeds, Iterable):
+    if isinstance(seeds, (str, bytes, Mapping, Set)) or not isinstance(seeds, Iterable):
         raise ValueError(f"`seeds` must hold one seed a clip, as a list or an iterator, got {seeds!r}.")
-    if isinstance(seeds, (list, tuple, range)):
+    if isinstance(seeds, Sized):
+        for index, seed in enumerate(seeds):
+            check_count(f"seeds[{index}]", seed, 0, MAX_SEED)
         if num_clips is not None and len(seeds) < num_clips:
             raise ValueError(f"`seeds` must hold one seed for each of the {num_clips} clips, got {len(seeds)}.")
         if len(set(seeds)) < len(seeds):

@@ -25,7 +25,7 @@ from .lora import SVILoraLoaderMixin
 from .options import FILM_DEFAULTS, FilmOptions
 from .pixels import to_pil, to_uint8
 from .scheduler import SVIEulerScheduler  # noqa: F401 - diffusers finds it in a saved pipeline once it is imported
-from .wan import decode_video, pipeline_condition
+from .wan import TEMPORAL_FACTOR, decode_video, pipeline_condition
 
 
 # Prompts whose embeddings are kept while a chain runs: few enough for an endless one.
@@ -95,7 +95,7 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
             ValueError: for every argument that cannot be right, before anything is generated.
         """
         film = self._check_film(image, prompts, options)
-        frames = _join([clip.frames for clip in self._stream(film)], film.output_type)
+        frames = _join((clip.frames for clip in self._stream(film)), film.output_type, film.shape)
         video = [frames] if isinstance(frames, list) else frames[None]
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
@@ -228,13 +228,18 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
             )
         check_choice("output_type", output_type, OUTPUT_TYPES[:-1])
         scheme = choose_scheme(conditioning, None, None, self.lora_conditioning, ignore_lora_conditioning=True)
-        film = []
-        for index, clip in enumerate(latents):
-            video = decode_video(self.vae, clip[None])
-            kept = kept_frames(scheme, video.shape[2], index == 0, index == len(latents) - 1)
-            film.append(self.video_processor.postprocess_video(video[:, :, kept], output_type)[0])
+
+        def clips() -> Iterator[np.ndarray | torch.Tensor | list[PIL.Image.Image]]:
+            for index, clip in enumerate(latents):
+                video = decode_video(self.vae, clip[None])
+                kept = kept_frames(scheme, video.shape[2], index == 0, index == len(latents) - 1)
+                yield self.video_processor.postprocess_video(video[:, :, kept], output_type)[0]
+
+        num_frames = 1 + TEMPORAL_FACTOR * (latents.shape[2] - 1)
+        size = [length * self.vae_scale_factor_spatial for length in latents.shape[3:]]
+        film = _join(clips(), output_type, (scheme.film_length(len(latents), num_frames), *size))
         self.maybe_free_model_hooks()
-        return _join(film, output_type)
+        return film
 
     def prepare_latents(
         self,
@@ -288,10 +293,32 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         return getattr(self, "_progress_bar_config", {})
 
 
-def _join(parts: list, output_type: str) -> np.ndarray | torch.Tensor | list[PIL.Image.Image]:
-    """The film out of what its clips add to it."""
-    if output_type == "pil" or not parts:
+def _join(
+    parts: Iterable, output_type: str, shape: tuple[int | None, int, int]
+) -> np.ndarray | torch.Tensor | list[PIL.Image.Image]:
+    """The film of `shape` (frames, height, width) out of what its clips add to it, in the memory of the film alone.
+
+    Where nobody knows how many frames there will be, the parts are joined at the end.
+    """
+    if output_type == "pil":
         return list(itertools.chain.from_iterable(parts))
     if output_type == "latent":
-        return torch.stack(parts)
-    return np.concatenate(parts) if output_type == "np" else torch.cat(parts)
+        latents = list(parts)
+        return torch.stack(latents) if latents else torch.empty(0)
+    length, *size = shape
+    if length is None:
+        arrays = list(parts)
+        length, parts = sum(map(len, arrays)), arrays
+    film, filled = None, 0
+    for part in parts:
+        if film is None:
+            film = (
+                part.new_empty(length, *part.shape[1:])
+                if output_type == "pt"
+                else np.empty((length, *part.shape[1:]), part.dtype)
+            )
+        film[filled : filled + len(part)] = part
+        filled += len(part)
+    if film is None:  # interrupted in the first clip
+        return torch.empty(0, 3, *size) if output_type == "pt" else np.empty((0, *size, 3), np.float32)
+    return film[:filled]
