@@ -58,10 +58,10 @@ def parse_args():
     )
     parser.add_argument("--num_inference_steps", type=int, default=10, help="Default: %(default)s.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/correction"), help="Default: %(default)s.")
-    parser.add_argument("--quick", action="store_true", help="2 films and 2 steps, for a test.")
+    parser.add_argument("--quick", action="store_true", help="1 film and 2 steps, for a test.")
     args = parser.parse_args()
     if args.quick:
-        args.num_samples, args.num_inference_steps = 2, 2
+        args.num_samples, args.num_inference_steps = 1, 2
     return args
 
 

@@ -162,10 +162,10 @@ class Mutator(ast.NodeTransformer):
         return node
 
 
-def mutate(room: str, target: int | None) -> tuple[str, Mutator]:
+def mutate(room: str, target: int | None, checkout: Path = ROOT) -> tuple[str, Mutator]:
     """The source of a room with place `target` broken, and what did it; only within the class that the room names."""
     file, _, name = room.partition(":")
-    tree, mutator = ast.parse((ROOT / file).read_text()), Mutator(target)
+    tree, mutator = ast.parse((checkout / file).read_text()), Mutator(target)
     for node in [tree] if not name else [n for n in tree.body if getattr(n, "name", None) == name]:
         mutator.visit(node)
     return ast.unparse(ast.fix_missing_locations(tree)), mutator
@@ -175,9 +175,7 @@ def try_mutant(place: tuple[str, int]) -> tuple[str, int, int, str]:
     """Room and number of a place, its line, and what became of it: "noticed", "timeout" or "alive"."""
     room, target = place
     checkout = CHECKOUTS / str(current_process()._identity[0])
-    if not checkout.exists():
-        shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", "build", "*cache*"))
-    source, mutator = mutate(room, target)
+    source, mutator = mutate(room, target, checkout)
     file = checkout / room.partition(":")[0]
     original = file.read_text()
     file.write_text(source)
@@ -216,6 +214,9 @@ def main() -> None:
     outcomes: dict[str, list[str]] = {room: [] for room in rooms}
     alive = []
     try:
+        for worker in range(1, args.num_workers + 1):
+            ignored = shutil.ignore_patterns(".*", "outputs", "build", "*cache__")
+            shutil.copytree(ROOT, CHECKOUTS / str(worker), ignore=ignored)
         with get_context("fork").Pool(args.num_workers) as pool:
             for room, target, line, outcome in tqdm(pool.imap_unordered(try_mutant, chosen), total=len(chosen)):
                 outcomes[room].append(outcome)

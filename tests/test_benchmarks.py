@@ -1,26 +1,32 @@
 """The benchmarks run, and report what they promise. No time is asserted."""
 
 import json
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 from diffusers_svi import PixelMotion
 
 
-ROOT = Path(__file__).parents[1]
+SVI_TINY = Path(__file__).parents[1] / "examples" / "svi_tiny"
 COMMON = {"command", "versions", "machine", "median_seconds", "peak_resident_bytes"}
 
 
-def run(name: str, *arguments) -> dict:
-    """The last line printed by a benchmark."""
-    command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--json", *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return json.loads(finished.stdout.splitlines()[-1])
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """From the name of a benchmark and options to the last line that it prints."""
+
+    def main(name: str, *options) -> dict:
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", "--quick", "--json", *map(str, options)])
+        import_module(name).main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return main
 
 
-def test_error_bank(tmp_path):
+def test_error_bank(run, tmp_path):
     """Of so few errors all are compared in full, so every victim is the exact one."""
     file = tmp_path / "new" / "figures.json"
     results = run("error_bank", "--dtype", "int8", "--num_replacements", 9, "--output_file", file)
@@ -36,14 +42,14 @@ def test_error_bank(tmp_path):
     assert errors["float32"] == 0 and 0 < errors["bfloat16"] < errors["int8"] < 0.02
 
 
-def test_error_bank_with_residuals_of_a_model():
+def test_error_bank_with_residuals_of_a_model(run):
     options = ("--capacity", 5, "--num_replacements", 2, "--num_published", 1)
-    results = run("error_bank", "--model_dir", ROOT / "examples" / "svi_tiny" / "model", *options)
+    results = run("error_bank", "--model_dir", SVI_TINY / "model", *options)
     assert results["errors"].startswith("residuals of") and results["victim_agreement"] == 1
     assert results["median_nearest_distance"]["relative"] < results["median_nearest_distance"]["new_video"]
 
 
-def test_erft_step():
+def test_erft_step(run):
     results = run("erft_step")
     assert COMMON | {"step_ratio", "recycling_share", "plain_seconds", "erft_seconds"} <= set(results)
     assert results["step_ratio"] > 0 and 0 < results["recycling_share"] < 1
@@ -52,7 +58,7 @@ def test_erft_step():
     assert results["trained_parameters"] > 0 and results["preset"] == "quick"
 
 
-def test_fused_lora():
-    results = run("fused_lora", "--lora", ROOT / "examples" / "svi_tiny" / "loras" / "shot.safetensors")
+def test_fused_lora(run):
+    results = run("fused_lora", "--lora", SVI_TINY / "loras" / "shot.safetensors")
     assert COMMON | {"clip_ratio", "scheme", "num_clips"} <= set(results)
     assert results["clip_ratio"] > 0 and results["scheme"] == str(PixelMotion(1, padding="reference"))

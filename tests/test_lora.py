@@ -128,13 +128,14 @@ def test_alpha_scales(i2v, image, layout):
     torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=2e-4, rtol=2e-4)
 
 
-def test_fused_and_partly_weighted(i2v, image):
+@pytest.mark.parametrize("weighted_by", ["set_adapters", "fuse_lora"])
+def test_fused_and_partly_weighted(i2v, image, weighted_by):
     lora = make_lora(i2v.transformer)
     reference = quiet(SVIPipeline(**make_components("i2v")))
     reference.transformer.load_state_dict(merged(reference.transformer, lora, scale=0.5))
     i2v.load_lora_weights(lora, adapter_name="svi")
-    i2v.set_adapters("svi", 0.5)
-    i2v.fuse_lora()
+    i2v.set_adapters("svi", 0.5 if weighted_by == "set_adapters" else 1.0)
+    i2v.fuse_lora(lora_scale=0.5 if weighted_by == "fuse_lora" else 1.0)
     i2v.unload_lora_weights()
     torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=2e-4, rtol=2e-4)
 
@@ -178,6 +179,12 @@ def test_the_scheme_of_published_files_is_known(tmp_path, name, scheme):
     lora = read_lora(tmp_path, name)
     assert lora.conditioning == scheme
     assert lora.expert == ("high" if "high" in name else "low" if "low" in name.lower() else None)
+
+
+def test_other_files_are_for_no_expert(tmp_path):
+    """Whatever "high" in their name is to mean."""
+    save_file(make_lora(make_transformer()), tmp_path / "colours-high-contrast.safetensors")
+    assert read_lora(tmp_path, "colours-high-contrast.safetensors").expert is None
 
 
 def test_the_scheme_in_the_metadata_comes_first(tmp_path):
@@ -257,14 +264,17 @@ def test_a_hotswapped_lora_brings_its_scheme(i2v):
 # Fused LoRAs
 
 
-def test_a_fused_lora_has_a_say_while_it_is_fused(i2v):
+def test_a_fused_lora_has_a_say_while_it_is_fused(i2v, image):
+    """And it alone: beside it, peft applies no other."""
     i2v.load_lora_weights(make_lora(i2v.transformer), adapter_name="svi", conditioning=PixelMotion(5))
-    i2v.load_lora_weights(make_lora(i2v.transformer, seed=1), adapter_name="fast")
+    alone = first_clip(i2v, image)
+    i2v.load_lora_weights(make_lora(i2v.transformer, seed=1), adapter_name="pro", conditioning=LatentMotion(1))
     i2v.fuse_lora(adapter_names=["svi"])
-    i2v.set_adapters("fast")
+    i2v.set_adapters("pro")
+    torch.testing.assert_close(first_clip(i2v, image), alone, atol=2e-4, rtol=2e-4)
     assert i2v.lora_conditioning == PixelMotion(5)
     i2v.unfuse_lora()
-    assert i2v.lora_conditioning is None
+    assert i2v.lora_conditioning == LatentMotion(1)
     i2v.set_adapters("svi")
     i2v.unload_lora_weights()
     assert i2v.lora_conditioning is None
@@ -295,6 +305,11 @@ def test_a_fused_lora_keeps_its_scheme(i2v, image, leave):
         _ = i2v.lora_conditioning
     i2v.disable_lora()
     assert i2v.lora_conditioning == PixelMotion(5)
+    i2v.enable_lora()
+    i2v.fuse_lora()
+    i2v.unload_lora_weights()
+    with pytest.raises(ValueError, match=r"different schemes \(fused: PixelMotion.*, fused: LatentMotion"):
+        _ = i2v.lora_conditioning
 
 
 def test_only_what_is_fused_stays_on_record(i2v):
@@ -431,13 +446,21 @@ def test_two_files_of_different_schemes_are_refused(tmp_path):
     assert pipe.get_list_adapters() == {}
 
 
-def test_a_name_that_is_free_in_both_experts():
-    pipe = quiet(SVIPipeline(**make_components("a14b")))
-    for _ in range(10):
-        pipe.load_lora_weights(make_lora(pipe.transformer, rank=1), load_into_transformer_2=True)
-    read = make_lora(pipe.transformer, rank=1)
-    pipe.load_lora_weights(read)
-    assert pipe.get_list_adapters()["transformer"] == ["default_0"]
+def test_a_name_that_is_free_in_both_experts(experts):
+    pipe, folder = experts
+    for transformer, adapters in ((pipe.transformer, 9), (pipe.transformer_2, 10)):
+        for number in range(adapters):
+            transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"]), adapter_name=f"default_{number}")
+    pipe.load_lora_weights(folder, weight_name=HIGH, weight_name_2=LOW)
+    assert "default_10" in pipe.transformer.peft_config and "default_10" in pipe.transformer_2.peft_config
+
+
+def test_a_model_of_one_transformer_takes_the_lora_of_either_expert(i2v, tmp_path):
+    for expert in ("high", "low"):
+        file = tmp_path / f"{expert}.safetensors"
+        save_file(make_lora(i2v.transformer), file, metadata=lora_metadata(LatentMotion(1), expert))
+        i2v.load_lora_weights(file)
+    assert i2v.get_list_adapters() == {"transformer": ["default_0", "default_1"]}
 
 
 def test_a_second_expert_that_is_not_there(i2v):
@@ -556,13 +579,12 @@ def test_talk_and_dance_are_named(i2v, tmp_path, member):
         i2v.load_lora_weights(tmp_path, weight_name="renamed.safetensors")
 
 
-def test_a_lora_of_another_size(i2v):
-    wider = make_transformer(seed=3)
-    lora = make_lora(wider)
-    lora["blocks.1.ffn.0.lora_A.default.weight"] = torch.zeros(4, 99)
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.ffn\.net\.0\.proj\.lora_A` is \(4, 99\), but the layer is 32 x 24"
-    ):
+@pytest.mark.parametrize(("side", "shape"), [("A", (4, 99)), ("B", (99, 4))])
+def test_a_lora_of_another_size(i2v, side, shape):
+    lora = make_lora(make_transformer(seed=3))
+    lora[f"blocks.1.ffn.0.lora_{side}.default.weight"] = torch.zeros(shape)
+    message = rf"blocks\.1\.ffn\.net\.0\.proj\.lora_{side}` is {re.escape(str(shape))}, but the layer is 32 x 24"
+    with pytest.raises(ValueError, match=message):
         i2v.load_lora_weights(lora)
     assert i2v.get_list_adapters() == {}
 
@@ -656,12 +678,15 @@ def test_a_saved_lora_is_read_back(layout, tmp_path):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_out.0", "ffn.net.0.proj", "ffn.net.2"])
     transformer.add_adapter(config)
     state_dict = get_peft_model_state_dict(transformer)
-    state_dict = {key: torch.randn(value.shape, generator=seeded()) for key, value in state_dict.items()}
+    # As a training may have them: transposed in memory.
+    state_dict = {key: torch.randn(value.T.shape, generator=seeded()).T for key, value in state_dict.items()}
     save_lora(tmp_path / "lora.safetensors", state_dict, config, LatentMotion(1), "high", layout)
 
     lora = read_lora(tmp_path / "lora.safetensors")
     assert lora.conditioning == LatentMotion(1) and lora.expert == "high"
     assert lora.state_dict.keys() == {f"transformer.{key}" for key in state_dict}
+    if layout == "diffusers":
+        assert lora.adapter_metadata["transformer.target_modules"] == sorted(config.target_modules)
     alpha = 4 if lora.adapter_metadata is None else lora.adapter_metadata["transformer.lora_alpha"]
     for key in state_dict:
         if ".lora_A." in key:
@@ -670,4 +695,8 @@ def test_a_saved_lora_is_read_back(layout, tmp_path):
             torch.testing.assert_close(read, 8 / 4 * state_dict[up] @ state_dict[key])
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         name = {"diffusers": "transformer.blocks.0.attn1.to_out.0", "original": "diffusion_model.blocks.0.self_attn.o"}
-        assert f"{name[layout]}.lora_A.weight" in file.keys()
+        assert file.metadata()["format"] == "pt"
+        down, up = (file.get_tensor(f"{name[layout]}.lora_{side}.weight") for side in "AB")
+    # Where alpha has no place of its own it is in the second matrix.
+    assert torch.equal(down, state_dict["blocks.0.attn1.to_out.0.lora_A.weight"])
+    assert torch.equal(up, state_dict["blocks.0.attn1.to_out.0.lora_B.weight"] * (1 if layout == "diffusers" else 2))

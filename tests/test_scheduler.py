@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -78,10 +80,22 @@ def test_save_and_load(tmp_path):
     assert torch.equal(loaded.sigmas, scheduler.sigmas) and torch.equal(loaded.timesteps, scheduler.timesteps)
 
 
-def test_the_schedule_of_the_caller_is_kept():
-    """What `set_timesteps` is given comes before the grid: sigmas before the shift, timesteps as they are."""
-    scheduler = SVIEulerScheduler(shift=5.0)
-    scheduler.set_timesteps(sigmas=[1.0, 0.5])
-    torch.testing.assert_close(scheduler.sigmas, torch.tensor([1.0, 5 / 6, 0.0]))
-    scheduler.set_timesteps(2, timesteps=[1000.0, 400.0])
-    torch.testing.assert_close(scheduler.timesteps, torch.tensor([1000.0, 400.0]))
+@pytest.mark.parametrize(
+    "schedule", [{"sigmas": [1.0, 0.5]}, {"num_inference_steps": 2, "timesteps": [1000.0, 400.0]}]
+)
+def test_a_schedule_of_ones_own_is_the_parents(schedule):
+    ours, parent = SVIEulerScheduler(shift=5.0), FlowMatchEulerDiscreteScheduler(shift=5.0)
+    for scheduler in (ours, parent):
+        scheduler.set_timesteps(**schedule)
+    assert torch.equal(ours.sigmas, parent.sigmas) and torch.equal(ours.timesteps, parent.timesteps)
+
+
+def test_a_shift_that_depends_on_the_size():
+    """`mu` is passed on: exp(mu) is the shift then."""
+    scheduler = SVIEulerScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(4, device="meta", mu=math.log(5))
+    assert scheduler.timesteps.device.type == "meta"
+    scheduler.set_timesteps(4, mu=math.log(5))
+    expected = SVIEulerScheduler(shift=5.0)
+    expected.set_timesteps(4)
+    torch.testing.assert_close(scheduler.sigmas, expected.sigmas)

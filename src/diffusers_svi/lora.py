@@ -116,7 +116,7 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 hotswap=hotswap,
             )
-            unwrap_module(getattr(self, component)).peft_config[adapter_name].svi_conditioning = schemes[0]
+            getattr(self, component).peft_config[adapter_name].svi_conditioning = schemes[0]
 
     @_ClassOrInstanceMethod
     def save_lora_weights(
@@ -242,9 +242,9 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
 
     @property
     def _transformers(self) -> list[WanTransformer3DModel]:
-        """Those the pipeline has, out of the wrapper of `torch.compile`."""
+        """Those the pipeline has; one that `torch.compile` wrapped shows what it wraps."""
         transformers = (getattr(self, component, None) for component in self._lora_loadable_modules)
-        return [unwrap_module(transformer) for transformer in transformers if transformer is not None]
+        return [transformer for transformer in transformers if transformer is not None]
 
     def _keep_fused(self, adapter_names: Iterable[str] | None = None) -> None:
         """Note the schemes of fused adapters, of all or of those named, where they stay when the adapters go."""
@@ -258,6 +258,7 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
 
     def _fitted(self, component: str, lora: LoraFile) -> dict[str, torch.Tensor]:
         """The weights of `lora` once it is sure that they belong into `component`."""
+        # A transformer that was compiled has names of its own for its layers.
         transformer = unwrap_module(getattr(self, component, None))
         if transformer is None:
             raise ValueError(
