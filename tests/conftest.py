@@ -27,10 +27,10 @@ from transformers import (
 from diffusers_svi import SVIPipeline
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores, and so do the processes they start: one thread each, or they wait for one another.
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+# Workers share the cores, and so do the processes they start: with one thread each they do not wait for one another.
+# What is computed here is small, and a process that has one thread can be forked.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 WORDS = ["a", "the", "cat", "dog", "sits", "jumps", "sleeps", "on", "mat", "red", "blue", "bad", "blurry"]
 TEXT_DIM = 16

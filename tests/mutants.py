@@ -85,7 +85,9 @@ HEAVY = (
     "transformers.models.clip.modeling_clip",
 )
 TIMEOUT = 300
-CHECKOUTS = Path(tempfile.mkdtemp(prefix="mutants-"))
+CHECKOUTS = Path(tempfile.gettempdir()) / f"mutants-{os.getpid()}"
+# What these do is not seen where nothing is on a GPU.
+UNSEEN = ("cpu", "contiguous", "detach")
 
 
 def parse_args() -> argparse.Namespace:
@@ -135,7 +137,8 @@ class Mutator(ast.NodeTransformer):
         return node
 
     def visit_Call(self, node):
-        if isinstance(node.func, ast.Attribute) and not node.args and not node.keywords and self._hit(node):
+        bare = isinstance(node.func, ast.Attribute) and not node.args and not node.keywords
+        if bare and node.func.attr not in UNSEEN and self._hit(node):
             return node.func.value
         return self.generic_visit(node)
 
@@ -186,6 +189,9 @@ def try_mutant(place: tuple[str, int]) -> tuple[str, int, int, str]:
         paths = [str(checkout / folder) for folder in ("src", "examples", "benchmarks", "tests")]
         sys.path[:0] = paths
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        # `report` has imported the package from elsewhere.
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("diffusers_svi", "report")]:
+            del sys.modules[name]
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)

@@ -5,6 +5,7 @@ import torch
 
 from conftest import seeded
 from diffusers_svi.erft import BankConfig, ErrorBank
+from diffusers_svi.erft.storage import PART, make_storage, squared_distance
 from diffusers_svi.flow import shifted_sigmas
 
 
@@ -99,6 +100,18 @@ def test_l2_replaces_the_nearest(size):
         agreed += place == exact
         stored[place] = residual
     assert agreed == 30
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_distances_are_sums_of_squares_given_up_beyond_a_limit(dtype):
+    size = 2 * PART + 128
+    error, other = torch.full((size,), 3.0), torch.full((size,), 1.0)
+    storage = make_storage(2, size, dtype)
+    storage.write(1, error)
+    assert squared_distance(storage, 1, other) == pytest.approx(4.0 * size, rel=1e-5)
+    # The first part alone is beyond it; a limit that is just reached is not.
+    assert squared_distance(storage, 1, other, limit=4.0 * PART - 100) == pytest.approx(4.0 * PART, rel=1e-5)
+    assert squared_distance(storage, 1, other, limit=9.0 * size) == pytest.approx(4.0 * size, rel=1e-5)
 
 
 def test_sketches_keep_the_distances_of_errors_with_structure():

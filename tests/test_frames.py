@@ -66,11 +66,11 @@ OPEN_GROUPS = {"x264-params": "open-gop=1:keyint=40:min-keyint=40:bframes=3:scen
 NO_GROUPS = {"x264-params": "intra-refresh=1:keyint=40"}
 
 
-def write_moving(path: Path, codec: str = "libx264", options: dict[str, str] | None = None) -> Path:
+def write_moving(path: Path, codec: str = "libx264", options: dict[str, str] | None = None, rate: int = 8) -> Path:
     """100 frames, no two of them alike."""
     picture = np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=8)
+        stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.thread_count = 1
         stream.options = options or GROUPS
@@ -151,7 +151,7 @@ def test_only_frames_from_the_keyframe_before_are_decoded(tmp_path, decoded, nam
         ("refreshed.ts", "libx264", NO_GROUPS),
         ("raw.h264", "libx264", GROUPS),
         ("a.avi", "mpeg4", {"g": "20", "bf": "2"}),
-        ("a.mpg", "mpeg2video", {"g": "20", "bf": "2"}),
+        ("a.mpg", "mpeg2video", {"g": "5", "bf": "2"}),
     ],
 )
 def test_where_seeking_misleads_frames_are_the_right_ones_all_the_same(tmp_path, name, codec, options):
@@ -176,7 +176,7 @@ def test_frames_are_found_again_in_a_file_that_was_cut_off(tmp_path):
 def test_frames_that_nothing_can_be_made_of_are_not_counted_as_the_first(tmp_path):
     """A film cut at a keyframe in an open group: frames shown before it need what is gone."""
     source, path = write_moving(tmp_path / "whole.mp4", options=OPEN_GROUPS), tmp_path / "cut.mp4"
-    with av.open(str(source)) as whole, av.open(str(path), "w") as cut:
+    with av.open(str(source)) as whole, av.open(str(path), "w", options={"use_editlist": "0"}) as cut:
         (stream,) = whole.streams.video
         copied, begun = cut.add_stream_from_template(stream), False
         for packet in whole.demux(stream):
@@ -189,3 +189,12 @@ def test_frames_that_nothing_can_be_made_of_are_not_counted_as_the_first(tmp_pat
         assert container.streams.video[0].frames > len(expected) == 60
     for number in (0, 5, 45, 59):
         assert np.array_equal(video.read([number]), expected[[number]]), number
+
+
+@pytest.mark.parametrize(("name", "rate"), [("raw.h264", 8), ("fast.mkv", 4000)])
+def test_without_timestamps_that_differ_all_frames_before_are_decoded(tmp_path, decoded, name, rate):
+    """Once: there are none in a raw stream, and those of Matroska are in milliseconds."""
+    path = write_moving(tmp_path / name, rate=rate)
+    video = open_video(path, "moving")
+    decoded.all = 0
+    assert np.array_equal(video.read([70, 71]), decode_all(path)[[70, 71]]) and decoded.all == 72

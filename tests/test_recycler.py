@@ -276,6 +276,9 @@ def test_a_bank_of_another_run_is_refused(tmp_path):
         ({"first_img": -1}, "`first_img` must be"),
         ({"first_error": -1}, "`first_error` must be"),
         ({"img_sigmas": (0.9, 0.1)}, r"`img_sigmas` must be a range within \[0, 1\]"),
+        ({"img_sigmas": (0.5, 1.01)}, "`img_sigmas` must be a range"),
+        ({"img_sigmas": (-0.01, 0.5)}, "`img_sigmas` must be a range"),
+        ({"img_sigmas": (0.5, 0.5)}, "`img_sigmas` must be a range"),
         ({"img_scale": (1, 0)}, "`img_scale` must be a range of factors"),
     ],
 )

@@ -56,8 +56,8 @@ def test_it_is_real_and_small(svi_tiny):
 
 
 def test_the_vae_keeps_the_world(svi_tiny):
-    """The committed measurement, made again."""
-    psnr = measure_vae(svi_tiny, argparse.Namespace(num_videos=64))["psnr_per_frame"]
+    """The first 24 of the 64 films that are measured in `docs/results/svi_tiny`."""
+    psnr = measure_vae(svi_tiny, argparse.Namespace(num_videos=24))["psnr_per_frame"]
     assert len(psnr) == 17 and min(psnr) >= 33
 
 
@@ -133,10 +133,6 @@ def test_training_scripts_run_and_resume(tmp_path):
         assert [point["step"] for point in train(part, *options, steps=2)] == [2]
         assert [point["step"] for point in train(part, *options, steps=4)] == [2, 4]
     assert SVIPipeline.from_pretrained(model).transformer.config.num_layers == 6
-    # What is trained already is the start of another run.
-    train(
-        "transformer", f"--init_from={MODEL}", f"--cache_dir={cache}", f"--checkpoint_dir={tmp_path / 'on'}", steps=2
-    )
 
 
 def test_the_vae_decodes_with_a_gradient(svi_tiny):

@@ -1,18 +1,23 @@
 """`examples/train_erft.py`, run as a script on tiny real models: what it writes, that it goes on, what it refuses."""
 
 import json
+import logging
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import av
 import PIL.Image
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -70,20 +75,47 @@ def command(model: Path, output_dir: Path, launcher: tuple[str, ...] = (), **opt
     return [sys.executable, *launcher, str(SCRIPT), *arguments]
 
 
-def train(model: Path, output_dir: Path, use_cpu: bool = True, **options) -> str:
+def train(model: Path, output_dir: Path, launcher: tuple[str, ...] = (), use_cpu: bool = True, **options) -> str:
+    """Run the script and return what it told."""
+    if not launcher:
+        status, told = run_forked(command(model, output_dir, **options)[1:])
+        assert status == 0, told[-4000:]
+        return told
     # accelerate gives DeepSpeed up where it is told to use the CPU; without a GPU it has no other choice anyway.
     environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if use_cpu else {"DS_ACCELERATOR": "cpu"})}
-    finished = subprocess.run(
-        command(model, output_dir, **options), capture_output=True, text=True, check=False, env=environment
-    )
+    arguments = command(model, output_dir, launcher, **options)
+    finished = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return finished.stderr
 
 
 def failed(model: Path, output_dir: Path, **options) -> str:
-    finished = subprocess.run(command(model, output_dir, **options), capture_output=True, text=True, check=False)
-    assert finished.returncode == 1, finished.stderr[-4000:]
-    return finished.stderr
+    status, told = run_forked(command(model, output_dir, **options)[1:])
+    assert status == 1, told[-4000:]
+    return told
+
+
+def run_forked(arguments: list[str]) -> tuple[int, str]:
+    """Exit status and output of the script in a process of its own, which need not import everything once more."""
+    with tempfile.TemporaryFile("w+") as output:
+        script = get_context("fork").Process(target=run_script, args=(arguments, output.fileno()))
+        script.start()
+        script.join()
+        output.seek(0)
+        return script.exitcode, output.read()
+
+
+def run_script(arguments: list[str], output: int) -> None:
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - closed by the end of the process
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    # As in a process that has just begun.
+    logging.getLogger().handlers.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def assert_same(first: Path, second: Path) -> None:

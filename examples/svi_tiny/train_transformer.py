@@ -52,9 +52,6 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, required=True, help="Model folder, with the trained `vae` in it.")
     parser.add_argument("--cache_dir", type=Path, default=Path("outputs/svi-tiny-latents"), help="Encoded clips.")
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("outputs/svi-tiny"), help="For interrupted runs.")
-    parser.add_argument(
-        "--init_from", type=Path, help="Model folder whose transformer and text encoder to go on from, not scratch."
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_clips", type=int, default=16384, help="Clips to train on.")
     parser.add_argument("--max_train_steps", type=int, default=7500)
@@ -201,14 +198,8 @@ def main():
     tokenizer = build_tokenizer()
     arrays = encode_clips(args, vae, tokenizer, device)
 
-    if args.init_from is None:
-        text_encoder = build_text_encoder(len(tokenizer))
-        transformer = build_transformer(vae.config.z_dim)
-    else:
-        text_encoder = UMT5EncoderModel.from_pretrained(args.init_from / "text_encoder", dtype=torch.float32)
-        transformer = WanTransformer3DModel.from_pretrained(
-            args.init_from, subfolder="transformer", dtype=torch.float32
-        )
+    text_encoder = build_text_encoder(len(tokenizer))
+    transformer = build_transformer(vae.config.z_dim)
     text_encoder, transformer = text_encoder.to(device), transformer.to(device).train()
     accelerator.print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters")
     scheduler = UniPCMultistepScheduler(
