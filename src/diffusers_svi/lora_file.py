@@ -1,22 +1,27 @@
-"""Files of SVI LoRAs: the key layouts they come in, and the scheme each was trained for."""
+"""Files of SVI LoRAs, and the scheme each was trained for."""
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, _fetch_state_dict
+from diffusers.utils import logging
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .checks import check_choice
 from .conditioning import LatentMotion, PixelMotion, Scheme, scheme_from_dict
+from .lora_keys import original_name, some_of, to_diffusers
 
+
+logger = logging.get_logger(__name__)
 
 # The keys under which scheme and expert stand in the metadata of a safetensors file.
 CONDITIONING_KEY = "svi_conditioning"
@@ -35,25 +40,12 @@ _PUBLISHED = (
 )
 _UNSUPPORTED = {r"svi[-_]talk": "SVI-Talk", r"svi[-_]dance": "SVI-Dance"}
 
-# What the trained layers are called in the original code, by their names in diffusers.
-_ORIGINAL_NAMES = {
-    "attn1": "self_attn",
-    "attn2": "cross_attn",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "o",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
 # What the published LoRAs train, in every block.
 TARGET_MODULES = [
     *(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")),
     "ffn.net.0.proj",
     "ffn.net.2",
 ]
-
-_MODULE = r"blocks[._](\d+)[._](self_attn|cross_attn)[._](q|k|v|o|k_img|v_img|norm_q|norm_k)\b"
 
 
 @dataclass(frozen=True)
@@ -105,24 +97,33 @@ def read_lora(
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             **{option: hub_options.get(option) for option in _HUB_OPTIONS},
         )
-    except (OSError, IndexError, SafetensorError, HFValidationError) as error:
+    except (OSError, IndexError, SafetensorError, HFValidationError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"No LoRA could be read from {name!r}: {error} Give a safetensors file, or a folder or Hub repository "
             "with `weight_name`, the file in it."
         ) from error
     _refuse_unsupported(name, state_dict)
-    try:
-        # With one prefix on all keys, diffusers knows the layout, folds in alphas and renames the modules.
-        state_dict = WanLoraLoaderMixin.lora_state_dict(
-            {_with_prefix(key): value for key, value in state_dict.items()}
+    if adapter_metadata and any(key.endswith(".alpha") for key in state_dict):
+        raise ValueError(
+            f"The LoRA {name!r} gives its alpha twice, among the weights and as `{LORA_ADAPTER_METADATA_KEY}` in the "
+            "metadata: take out the one that is wrong."
         )
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"The LoRA {name!r} has keys of a layout that is not known: {error}") from error
+    state_dict, left_out = to_diffusers(name, state_dict)
+    if isinstance(source, dict):
+        # Layers take tensors over as they are, and later change them: the caller's must be others.
+        state_dict = {key: value.detach().clone() for key, value in state_dict.items()}
+    if left_out:
+        logger.warning(f"Of the LoRA {name!r}, this is left out, as no adapter can change it: {some_of(left_out)}.")
+    if adapter_metadata:
+        _check_config(name, adapter_metadata, state_dict)
     conditioning, expert = _published(name)
     metadata = file_metadata or {}
     if CONDITIONING_KEY in metadata:
-        conditioning = scheme_from_dict(json.loads(metadata[CONDITIONING_KEY]))
-    return LoraFile(state_dict, adapter_metadata, conditioning, metadata.get(EXPERT_KEY, expert), name)
+        conditioning = _scheme(name, metadata[CONDITIONING_KEY])
+    if EXPERT_KEY in metadata:
+        expert = metadata[EXPERT_KEY]
+        check_choice(EXPERT_KEY, expert, ("high", "low"))
+    return LoraFile(state_dict, adapter_metadata or None, conditioning, expert, name)
 
 
 def lora_metadata(conditioning: Scheme | None, expert: str | None = None) -> dict[str, str]:
@@ -162,7 +163,8 @@ def save_lora(
     else:
         scale = config.lora_alpha / config.r
         state_dict = {
-            _original_name(key): value * scale if ".lora_B." in key else value for key, value in state_dict.items()
+            f"diffusion_model.{original_name(key)}": value * scale if ".lora_B." in key else value
+            for key, value in state_dict.items()
         }
         write_lora(file, state_dict, conditioning, expert)
 
@@ -190,33 +192,44 @@ def write_lora(
     save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, file, metadata=metadata)
 
 
-def _with_prefix(key: str) -> str:
-    """One layout out of many: `diffusion_model.` before the original names, `transformer.` before diffusers' own."""
-    key = key.replace(".default.", ".")
-    for prefix in ("pipe.dit.", "dit.", "diffusion_model.", "base_model.model."):
-        key = key.removeprefix(prefix)
-    if key.startswith("lora_unet_"):
-        # musubi writes underscores for all dots of the module's name.
-        key = re.sub(_MODULE, r"blocks.\1.\2.\3", key.removeprefix("lora_unet_"))
-        key = re.sub(r"blocks_(\d+)_ffn_(\d)", r"blocks.\1.ffn.\2", key)
-    if key.startswith("transformer."):
-        return key
-    if re.match(r"blocks\.\d+\.(attn[12]\.|ffn\.net\.)|condition_embedder\.|proj_out\.", key):
-        return f"transformer.{key}"
-    return f"diffusion_model.{key}"
-
-
-def _original_name(key: str) -> str:
-    for name, original in _ORIGINAL_NAMES.items():
-        key = key.replace(f".{name}.", f".{original}.")
-    return f"diffusion_model.{key}"
-
-
 def _published(name: str) -> tuple[Scheme | None, str | None]:
     stem = os.path.basename(name).lower()
     conditioning = next((scheme for pattern, scheme in _PUBLISHED if re.search(pattern, stem)), None)
     expert = re.search(r"[._-](high|low)[._-]", stem)
     return conditioning, expert.group(1) if expert and "wan2" in stem else None
+
+
+def _scheme(name: str, text: str) -> Scheme:
+    try:
+        return scheme_from_dict(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"The metadata of the LoRA {name!r} has a `{CONDITIONING_KEY}` that describes no scheme: {error} Write it "
+            "with `save_lora_weights`."
+        ) from error
+
+
+def _check_config(name: str, adapter_metadata: Any, state_dict: dict[str, torch.Tensor]) -> None:
+    """Raise a `ValueError` unless the LoRA configuration in the metadata is that of the weights."""
+    try:
+        of_transformer = (item for item in adapter_metadata.items() if item[0].startswith("transformer."))
+        config = LoraConfig(**{key.removeprefix("transformer."): value for key, value in of_transformer})
+        scales = [config.lora_alpha, *config.alpha_pattern.values()]
+        fits = all(0 < scale < math.inf for scale in scales) and not config.use_dora
+        for key, value in state_dict.items():
+            layer, side = key.removeprefix("transformer.").split(".lora_")
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
+            fits = fits and (side != "A.weight" or value.shape[0] == rank)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise ValueError(
+            f"The metadata of the LoRA {name!r} has a `{LORA_ADAPTER_METADATA_KEY}` that is no LoRA configuration of "
+            f"`transformer`: {error} Save it again with `save_lora_weights`."
+        ) from error
+    if not fits:
+        raise ValueError(
+            f"The metadata of the LoRA {name!r} has a `{LORA_ADAPTER_METADATA_KEY}` that is not that of the weights: "
+            "another rank, an alpha that is not above 0, or DoRA. Save it again with `save_lora_weights`."
+        )
 
 
 def _name(source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str | None) -> str:
@@ -243,9 +256,4 @@ def _refuse_unsupported(name: str, state_dict: dict[str, torch.Tensor]) -> None:
         raise ValueError(
             f"The LoRA {name!r} is not supported yet: {what}{f', such as {extra[0]!r}' if extra else ''}. Supported "
             "are SVI-Shot, Film, Tom&Jerry, 2.0 and 2.0 Pro."
-        )
-    if not any(".lora_" in key for key in state_dict):
-        some = f", such as {next(iter(state_dict))!r}" if state_dict else ""
-        raise ValueError(
-            f"{name!r} holds no LoRA: none of its {len(state_dict)} keys has `lora_A` or `lora_down`{some}."
         )
