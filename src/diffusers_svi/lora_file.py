@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .checks import check_choice
-from .conditioning import LatentMotion, PixelMotion, Scheme, scheme_from_dict
+from .conditioning import HeldLatents, LatentMotion, PixelMotion, Scheme, scheme_from_dict
 from .lora_keys import original_name, some_of, to_diffusers
 
 
@@ -26,17 +26,26 @@ logger = logging.get_logger(__name__)
 # The keys under which scheme and expert stand in the metadata of a safetensors file.
 CONDITIONING_KEY = "svi_conditioning"
 EXPERT_KEY = "svi_expert"
+EXPERTS = ("high", "low")
 _HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
 
+# A published repository that is for one scheme: Pro for TI2V-5B (Impulse2000/svi-model-pro-5b).
+_REPOSITORIES = ((r"svi[-_]model[-_]pro[-_]5b", HeldLatents(num_latents=1)),)
 # Published files, by name: the authors' (vita-video-gen/svi-model) and the half-precision copies made for ComfyUI
 # (Kijai/WanVideo_comfy). None of them carries metadata.
 _PUBLISHED = (
+    (r"svi.*(pro.*5b|5b.*pro)", HeldLatents(num_latents=1)),
     (r"svi[-_]film", PixelMotion(num_frames=5, padding="zeros")),
     (r"svi[-_]shot", PixelMotion(num_frames=1, padding="reference")),
     (r"svi[-_]tom", PixelMotion(num_frames=1, padding="zeros")),
     (r"svi.*wan2\.?2.*v2\.0_pro|svi_v2_pro.*wan2\.2", LatentMotion(num_latents=1)),
     (r"svi_wan2\.1.*v2\.0", PixelMotion(num_frames=5, padding="reference")),
     (r"svi_wan2\.2.*v2\.0", PixelMotion(num_frames=1, padding="reference")),
+)
+# Experts, as the authors, the few-step LoRAs and the copies made for ComfyUI name them.
+_EXPERT = re.compile(
+    r"(?<![a-z])(?P<expert>high|low)_noise(?![a-z])"
+    r"|a14b(?:-4steps-lora)?_(?:[ti]2v_)?(?P<copy>high|low)_(?:lora|lightning|lightx2v|fp16|bf16)"
 )
 _UNSUPPORTED = {r"svi[-_]talk": "SVI-Talk", r"svi[-_]dance": "SVI-Dance"}
 
@@ -103,7 +112,7 @@ def read_lora(
             "with `weight_name`, the file in it."
         ) from error
     _refuse_unsupported(name, state_dict)
-    if adapter_metadata and any(key.endswith(".alpha") for key in state_dict):
+    if adapter_metadata is not None and any(key.endswith(".alpha") for key in state_dict):
         raise ValueError(
             f"The LoRA {name!r} gives its alpha twice, among the weights and as `{LORA_ADAPTER_METADATA_KEY}` in the "
             "metadata: take out the one that is wrong."
@@ -114,7 +123,7 @@ def read_lora(
         state_dict = {key: value.detach().clone() for key, value in state_dict.items()}
     if left_out:
         logger.warning(f"Of the LoRA {name!r}, this is left out, as no adapter can change it: {some_of(left_out)}.")
-    if adapter_metadata:
+    if adapter_metadata is not None:
         _check_config(name, adapter_metadata, state_dict)
     conditioning, expert = _published(name)
     metadata = file_metadata or {}
@@ -122,14 +131,31 @@ def read_lora(
         conditioning = _scheme(name, metadata[CONDITIONING_KEY])
     if EXPERT_KEY in metadata:
         expert = metadata[EXPERT_KEY]
-        check_choice(EXPERT_KEY, expert, ("high", "low"))
-    return LoraFile(state_dict, adapter_metadata or None, conditioning, expert, name)
+        check_choice(EXPERT_KEY, expert, EXPERTS)
+    return LoraFile(state_dict, adapter_metadata, conditioning, expert, name)
+
+
+def check_scheme(conditioning: Scheme | None) -> None:
+    """Raise a `ValueError` unless `conditioning` is a scheme or `None`."""
+    if conditioning is not None and not isinstance(conditioning, Scheme):
+        raise ValueError(
+            "`conditioning` must be the scheme a LoRA was trained for, `PixelMotion(...)`, `LatentMotion(...)` or "
+            f"`HeldLatents(...)`, got {conditioning!r}."
+        )
 
 
 def lora_metadata(conditioning: Scheme | None, expert: str | None = None) -> dict[str, str]:
-    """What to write into the metadata of a LoRA file so that [`read_lora`] finds its scheme and its expert."""
+    """What to write into the metadata of a LoRA file so that [`read_lora`] finds its scheme and its expert.
+
+    Raises:
+        ValueError: if `conditioning` is no scheme, or `expert` neither "high" nor "low".
+    """
+    check_scheme(conditioning)
     metadata = {} if conditioning is None else {CONDITIONING_KEY: json.dumps(conditioning.to_dict())}
-    return metadata if expert is None else {**metadata, EXPERT_KEY: expert}
+    if expert is not None:
+        check_choice("expert", expert, EXPERTS)
+        metadata[EXPERT_KEY] = expert
+    return metadata
 
 
 def save_lora(
@@ -193,10 +219,12 @@ def write_lora(
 
 
 def _published(name: str) -> tuple[Scheme | None, str | None]:
-    stem = os.path.basename(name).lower()
-    conditioning = next((scheme for pattern, scheme in _PUBLISHED if re.search(pattern, stem)), None)
-    expert = re.search(r"[._-](high|low)[._-]", stem)
-    return conditioning, expert.group(1) if expert and "wan2" in stem else None
+    name = name.lower()
+    stem = os.path.basename(name)
+    schemes: list[Scheme] = [scheme for pattern, scheme in _REPOSITORIES if re.search(pattern, name)]
+    schemes += [scheme for pattern, scheme in _PUBLISHED if re.search(pattern, stem)]
+    expert = _EXPERT.search(stem)
+    return next(iter(schemes), None), (expert["expert"] or expert["copy"]) if expert else None
 
 
 def _scheme(name: str, text: str) -> Scheme:

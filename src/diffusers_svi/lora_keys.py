@@ -38,7 +38,7 @@ _PREFIX = re.compile(
     r"(?:(?:pipe|dit|base_model|model|diffusion_model|transformer|module|_orig_mod)\.)*"
     r"(?:lora_+(?:(?:unet|transformer|dit)_+)?|lycoris_+)?"
 )
-_MATRIX = re.compile(r"(.+?)\.lora(?:_|\.|_linear_layer\.)(A|B|down|up)(?:\..+)?\.(weight|bias)")
+_MATRIX = re.compile(r"(.+?)\.lora(?:_|\.|_linear_layer\.)(A|B|down|up)(?:(?:\..+)?\.(weight|bias))?")
 
 # The parts that make up the update of a layer, by kind; a "diff" is the update itself.
 _KINDS = {
@@ -151,7 +151,7 @@ def _split(key: str) -> tuple[str, str]:
         return module, part
     module, side, what = matrix.groups()
     side = {"down": "A", "up": "B"}.get(side, side)
-    return module, side if what == "weight" else f"{side}.bias"
+    return module, f"{side}.bias" if what == "bias" else side
 
 
 def _layer(module: str) -> str | None:
