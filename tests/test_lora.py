@@ -170,6 +170,17 @@ def test_a_transformer_that_is_compiled_first(i2v, image):
     torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=2e-4, rtol=2e-4)
 
 
+def test_blocks_that_are_compiled(i2v):
+    i2v.transformer.compile_repeated_blocks(backend="eager")
+    i2v.load_lora_weights(make_lora(make_transformer()), adapter_name="svi")
+    assert len(get_peft_model_state_dict(i2v.transformer, adapter_name="svi")) == 40
+    i2v.transformer.blocks[0] = torch.compile(i2v.transformer.blocks[0])
+    with pytest.raises(
+        ValueError, match=r"`transformer` are wrapped by `torch.compile`.*`transformer.compile_repeated"
+    ):
+        i2v.load_lora_weights(make_lora(make_transformer()))
+
+
 def gguf_base(transformer):
     gguf = pytest.importorskip("gguf")
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
@@ -721,6 +732,21 @@ def test_a_name_in_use(experts):
     with pytest.raises(ValueError, match=r"`adapter_name`='svi' is not in use in `transformer`, with `hotswap`=True"):
         pipe.load_lora_weights(folder, weight_name=HIGH, weight_name_2=LOW, adapter_name="svi", hotswap=True)
     assert pipe.get_list_adapters() == {"transformer_2": ["svi"]}
+
+
+def test_a_hotswapped_lora_must_have_its_places(i2v):
+    """The adapter stays as it was."""
+    few = {key: value for key, value in make_lora(i2v.transformer, layout="bare").items() if "self_attn.q" in key}
+    i2v.load_lora_weights(few, adapter_name="svi")
+    bias = {"blocks.0.self_attn.q.diff_b": torch.ones(24)}
+    for more, name in ((make_lora(make_transformer()), "attn1.to_k.lora_A.weight"), ({**few, **bias}, "lora_B.bias")):
+        with pytest.raises(
+            ValueError, match=rf"has more: 'transformer.blocks.0.*{name}' and .*under a name of its own"
+        ):
+            i2v.load_lora_weights(more, adapter_name="svi", hotswap=True)
+    weights = get_peft_model_state_dict(i2v.transformer, adapter_name="svi")
+    assert len(weights) == len(few)
+    assert torch.equal(weights["blocks.1.attn1.to_q.lora_A.weight"], few["blocks.1.self_attn.q.lora_A.weight"])
 
 
 @pytest.mark.parametrize("member", ["talk", "dance"])

@@ -72,8 +72,13 @@ PREFIXES = [
 
 @pytest.mark.parametrize(
     "sides",
-    ["lora_A.weight lora_B.weight", "lora_A.default.weight lora_B.default.weight", "lora_A lora_B"]
-    + ["lora_down.weight lora_up.weight", "lora.down.weight lora.up.weight"],
+    [
+        "lora_A.weight lora_B.weight",
+        "lora_A.default.weight lora_B.default.weight",
+        "lora_A lora_B",
+        "lora_down.weight lora_up.weight",
+        "lora.down.weight lora.up.weight",
+    ],
 )
 @pytest.mark.parametrize("names", ["original", "diffusers"])
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -405,6 +410,21 @@ def test_two_alphas(tmp_path):
     save_file({**pair(), f"{Q}.alpha": torch.tensor(1.0)}, tmp_path / "lora.safetensors", metadata=config)
     with pytest.raises(ValueError, match="gives its alpha twice"):
         read_lora(tmp_path / "lora.safetensors")
+
+
+# Where from
+
+
+def test_a_file_in_a_file(tmp_path):
+    """The one would be taken for both experts."""
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    save_file(pair(), tmp_path / "high.safetensors")
+    for source, what in ((pair(), "a state dict"), (tmp_path / "high.safetensors", "the file '.*high.safetensors'")):
+        with pytest.raises(
+            ValueError, match=rf"`weight_name`='low.safetensors' is a file in a folder.* is {what}: leave"
+        ):
+            pipe.load_lora_weights(source, weight_name_2="low.safetensors")
+    assert pipe.get_list_adapters() == {}
 
 
 # The caller's tensors

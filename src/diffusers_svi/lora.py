@@ -17,6 +17,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import get_adapter_name, logging
 from diffusers.utils.torch_utils import unwrap_module
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .checks import check_choice
@@ -124,11 +125,19 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
             adapter_name = max(
                 (get_adapter_name(getattr(self, component)) for component in files), key=lambda name: (len(name), name)
             )
-        for component in files:
-            if (adapter_name in getattr(getattr(self, component), "peft_config", {})) != hotswap:
+        for component, state_dict in state_dicts.items():
+            transformer = unwrap_module(getattr(self, component))
+            if (adapter_name in getattr(transformer, "peft_config", {})) != hotswap:
                 raise ValueError(
                     f"`adapter_name`={adapter_name!r} is {'not ' if hotswap else ''}in use in `{component}`, with "
                     f"`hotswap`={hotswap}: choose another name, or the other value of `hotswap`."
+                )
+            places = get_peft_model_state_dict(transformer, adapter_name=adapter_name) if hotswap else {}
+            more = [key for key in state_dict if key.removeprefix("transformer.") not in places]
+            if hotswap and more:
+                raise ValueError(
+                    f"`hotswap=True` can only replace weights of layers that the adapter {adapter_name!r} has, but "
+                    f"{files[component].name!r} has more: {some_of(more)}. Load it under a name of its own."
                 )
         for component, lora in files.items():
             self.load_lora_into_transformer(
@@ -304,6 +313,11 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                 f"{remedy}. Where the name misleads, say what it is for with `expert=`."
             )
         layers = dict(transformer.named_modules())
+        if any("._orig_mod." in name for name in layers):
+            raise ValueError(
+                f"Parts of `{component}` are wrapped by `torch.compile`, where no LoRA finds its layers. Compile the "
+                f"whole of it, or call `{component}.compile_repeated_blocks()`."
+            )
         state_dict = self._maybe_expand_t2v_lora_for_i2v(transformer=transformer, state_dict=dict(lora.state_dict))
         # Layers of image embeddings, which not every model has; the rest of the LoRA works without them.
         absent = [key for key in state_dict if _layer_of(key) not in layers and _OF_IMAGES.search(key)]

@@ -88,11 +88,17 @@ def read_lora(
         hub_options: `subfolder`, `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`, `proxies`.
 
     Raises:
-        ValueError: if the file cannot be read, is pickled, holds no LoRA, or needs modules that are not supported; for
-            an option that is not one of those above.
+        ValueError: if the file cannot be read, is pickled, holds no LoRA or a damaged one, or needs modules that are
+            not supported; for an option that is not one of those above, and `weight_name` where `source` is no folder.
     """
     for option in hub_options:
         check_choice("hub_options", option, _HUB_OPTIONS)
+    if weight_name is not None and (isinstance(source, dict) or os.path.isfile(source)):
+        raise ValueError(
+            f"`weight_name`={weight_name!r} is a file in a folder or repository, but what it is to be in is "
+            f"{'a state dict' if isinstance(source, dict) else f'the file {os.fspath(source)!r}'}: leave it out, or "
+            "give the folder."
+        )
     name = _name(source, weight_name)
     if not isinstance(source, dict):
         _refuse_pickles(source, weight_name)
