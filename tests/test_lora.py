@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from conftest import CLIP, make_components, make_transformer, quiet, seeded
+from conftest import CLIP, TEXT_DIM, make_components, make_transformer, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.lora_file import lora_metadata, read_lora, save_lora
 
@@ -87,6 +87,10 @@ LAYOUTS = [
 ]
 
 
+# The second matrix of a LoRA whose first has another size.
+ZERO_UP = {"blocks.0.ffn.0.lora_B.weight": torch.zeros(32, 4)}
+
+
 def merged(transformer, lora: dict, scale: float = 1.0) -> dict[str, torch.Tensor]:
     """W + scale * B A for an official LoRA, by hand."""
     weights = {key: value.clone() for key, value in transformer.state_dict().items()}
@@ -152,6 +156,103 @@ def test_the_alpha_of_diffusers_metadata_counts(i2v, image, tmp_path):
     torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=1e-5, rtol=1e-5)
 
 
+# Bases as people have them
+
+
+def test_a_transformer_that_is_compiled_first(i2v, image):
+    reference = quiet(SVIPipeline(**make_components("i2v")))
+    reference.transformer.load_state_dict(merged(reference.transformer, make_lora(reference.transformer, seed=1)))
+    i2v.transformer = torch.compile(i2v.transformer, backend="eager")
+    i2v.load_lora_weights(make_lora(make_transformer()), adapter_name="svi")
+    i2v.load_lora_weights(make_lora(make_transformer(), seed=1), adapter_name="svi", hotswap=True)
+    with pytest.raises(ValueError, match="made for a model of another size"):
+        i2v.load_lora_weights({"blocks.0.ffn.0.lora_A.weight": torch.zeros(4, 9), **ZERO_UP})
+    torch.testing.assert_close(first_clip(i2v, image), first_clip(reference, image), atol=2e-4, rtol=2e-4)
+
+
+def test_blocks_that_are_compiled(i2v):
+    i2v.transformer.compile_repeated_blocks(backend="eager")
+    i2v.load_lora_weights(make_lora(make_transformer()), adapter_name="svi")
+    assert len(get_peft_model_state_dict(i2v.transformer, adapter_name="svi")) == 40
+    i2v.transformer.blocks[0] = torch.compile(i2v.transformer.blocks[0])
+    with pytest.raises(
+        ValueError, match=r"`transformer` are wrapped by `torch.compile`.*`transformer.compile_repeated"
+    ):
+        i2v.load_lora_weights(make_lora(make_transformer()))
+
+
+def gguf_base(transformer):
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    kind = gguf.GGMLQuantizationType.Q8_0
+
+    def packed(layer):
+        weight = torch.from_numpy(gguf.quants.quantize(layer.weight.detach().numpy(), kind))
+        new = GGUFLinear(layer.in_features, layer.out_features, bias=True, compute_dtype=torch.float32)
+        new.weight, new.bias = GGUFParameter(weight, requires_grad=False, quant_type=kind), layer.bias
+        return new
+
+    return packed_base(transformer, packed)
+
+
+def bitsandbytes_base(transformer):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def packed(layer):
+        new = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32)
+        new.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=new)
+        new.bias = layer.bias
+        return new.to("cpu")
+
+    return packed_base(transformer, packed)
+
+
+def quanto_base(transformer):
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(transformer, weights=quanto.qint8)
+    quanto.freeze(transformer)
+    return transformer
+
+
+def packed_base(transformer, packed):
+    for name, layer in list(transformer.named_modules()):
+        if name.startswith("blocks.") and isinstance(layer, torch.nn.Linear):
+            transformer.set_submodule(name, packed(layer))
+    return transformer
+
+
+@pytest.mark.parametrize("make", [gguf_base, bitsandbytes_base, quanto_base])
+def test_a_quantized_base(make):
+    """Its weights are packed; the update is that of the file."""
+    config = {"num_attention_heads": 2, "attention_head_dim": 32, "text_dim": TEXT_DIM, "freq_dim": 32, "ffn_dim": 128}
+    transformer = WanTransformer3DModel(in_channels=36, num_layers=1, **config)
+    lora = make_lora(transformer)
+    pipe = SVIPipeline(**{**make_components("i2v"), "transformer": make(transformer)})
+    pipe.load_lora_weights(lora, adapter_name="svi")
+    x = torch.randn(1, 3, 64, generator=seeded())
+    layer = pipe.transformer.blocks[0].ffn.net[0].proj
+    down, up = (lora[f"blocks.0.ffn.0.lora_{side}.default.weight"] for side in "AB")
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ down.T @ up.T, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="but the layer is 128 x 64. It was made for a model of another size"):
+        pipe.load_lora_weights({"blocks.0.ffn.0.lora_A.weight": torch.zeros(4, 9), **ZERO_UP})
+
+
+def test_a_lora_of_the_patch_embedding(i2v):
+    lora = {
+        "patch_embedding.lora_A.weight": torch.randn(4, 36, 1, 2, 2, generator=seeded()),
+        "patch_embedding.lora_B.weight": torch.randn(24, 4, 1, 1, 1, generator=seeded(1)),
+    }
+    i2v.load_lora_weights(lora, adapter_name="svi")
+    update = i2v.transformer.patch_embedding.get_delta_weight("svi").flatten(1)
+    down, up = (value.flatten(1) for value in lora.values())
+    torch.testing.assert_close(update, up @ down)
+    lora["patch_embedding.lora_A.weight"] = torch.zeros(4, 16, 1, 2, 2)
+    with pytest.raises(ValueError, match="but the layer is 24 x 36 x 1 x 2 x 2"):
+        i2v.load_lora_weights(lora)
+
+
 # The scheme
 
 
@@ -169,7 +270,14 @@ def test_the_alpha_of_diffusers_metadata_counts(i2v, image, tmp_path):
         ("version-2.0/SVI_Wan2.2-I2V-A14B_high_noise_lora_v2.0_pro.safetensors", LatentMotion(1)),
         ("SVI_v2_PRO_Wan2.2-I2V-A14B_LOW_lora_rank_128_fp16.safetensors", LatentMotion(1)),
         ("svi-shot_lora_rank_128_fp16.safetensors", PixelMotion(1, "reference")),
+        ("svi-model-pro-5b/lora.safetensors", HeldLatents(1)),
+        ("svi-model-pro-5b.safetensors", HeldLatents(1)),
+        ("SVI_Wan2.2-TI2V-5B_lora_v2.0_pro.safetensors", HeldLatents(1)),
         ("wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors", None),
+        ("Seko-V1/low_noise_model.safetensors", None),
+        ("Wan22_A14B_T2V_HIGH_Lightning_4steps_lora_250928_rank128_fp16.safetensors", None),
+        ("Wan_2_2_I2V_A14B_LOW_lightx2v_4step_lora_v1030_rank_64_bf16.safetensors", None),
+        ("Wan2.2-Lightning_T2V-A14B-4steps-lora_HIGH_fp16.safetensors", None),
         ("my-style.safetensors", None),
     ],
 )
@@ -178,13 +286,34 @@ def test_the_scheme_of_published_files_is_known(tmp_path, name, scheme):
     save_file(make_lora(make_transformer()), tmp_path / name)
     lora = read_lora(tmp_path, name)
     assert lora.conditioning == scheme
-    assert lora.expert == ("high" if "high" in name else "low" if "low" in name.lower() else None)
+    assert lora.expert == ("high" if "high" in name.lower() else "low" if "low" in name.lower() else None)
 
 
-def test_other_files_are_for_no_expert(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    ["colours-high-contrast", "wan2.1-low-angle-shot", "wan2.2_a14b_low_angle", "wan2.2-high-detail", "yellow_noise"],
+)
+def test_other_files_are_for_no_expert(tmp_path, name):
     """Whatever "high" in their name is to mean."""
-    save_file(make_lora(make_transformer()), tmp_path / "colours-high-contrast.safetensors")
-    assert read_lora(tmp_path, "colours-high-contrast.safetensors").expert is None
+    save_file(make_lora(make_transformer()), tmp_path / f"{name}.safetensors")
+    assert read_lora(tmp_path, f"{name}.safetensors").expert is None
+
+
+def test_what_a_file_is_for_is_said_by_hand(tmp_path):
+    """Where its name misleads: a LoRA for both experts, and one of an expert by another name."""
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    save_file(make_lora(pipe.transformer), tmp_path / "for_low_noise_levels.safetensors")
+    with pytest.raises(ValueError, match=r"for the low-noise expert.*Where the name misleads, .* with `expert=`"):
+        pipe.load_lora_weights(tmp_path / "for_low_noise_levels.safetensors")
+    pipe.load_lora_weights(tmp_path / "for_low_noise_levels.safetensors", expert="high")
+    pipe.load_lora_weights(tmp_path / "for_low_noise_levels.safetensors", load_into_transformer_2=True)
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"], "transformer_2": ["default_0"]}
+    with pytest.raises(ValueError, match=r"for the low-noise expert"):
+        pipe.load_lora_weights(make_lora(pipe.transformer), expert="low")
+    with pytest.raises(ValueError, match=r"`expert` must be one of \('high', 'low'\), got 'both'"):
+        pipe.load_lora_weights(make_lora(pipe.transformer), expert="both")
+    with pytest.raises(ValueError, match="is for one file: leave it out with `weight_name_2`"):
+        pipe.load_lora_weights(tmp_path, weight_name=HIGH, weight_name_2=LOW, expert="high")
 
 
 def test_the_scheme_in_the_metadata_comes_first(tmp_path):
@@ -565,6 +694,59 @@ def test_an_option_with_a_typing_error(i2v, tmp_path):
     (tmp_path / "folder").mkdir()
     save_file(make_lora(i2v.transformer), tmp_path / "folder" / "svi-film.safetensors")
     assert read_lora(tmp_path, "svi-film.safetensors", subfolder="folder").conditioning == PixelMotion(5)
+
+
+def test_unknown_options_of_fusing_are_not_ignored(i2v):
+    i2v.load_lora_weights(make_lora(i2v.transformer))
+    with pytest.raises(TypeError, match=r"no options \['lora_scal'\]"):
+        i2v.fuse_lora(lora_scal=0.5)
+    with pytest.raises(TypeError, match=r"no options \['component'\]"):
+        i2v.unfuse_lora(component=["transformer"])
+    assert not any(layer.merged for layer in i2v.transformer.modules() if isinstance(layer, BaseTunerLayer))
+
+
+@pytest.mark.parametrize("conditioning", ["shot", 5, {"scheme": "PixelMotion"}, PixelMotion])
+def test_a_conditioning_that_is_no_scheme(i2v, tmp_path, conditioning):
+    lora = make_lora(i2v.transformer)
+    for refused in (
+        lambda: i2v.load_lora_weights(lora, conditioning=conditioning),
+        lambda: i2v.load_lora_weights(tmp_path / "missing", conditioning=conditioning),
+        lambda: SVIPipeline.save_lora_weights(
+            tmp_path / "new", trained(make_transformer())[0], conditioning=conditioning
+        ),
+        lambda: lora_metadata(conditioning),
+    ):
+        with pytest.raises(
+            ValueError, match=r"`conditioning` must be the scheme a LoRA was trained for, `PixelMotion"
+        ):
+            refused()
+    assert i2v.get_list_adapters() == {} and not (tmp_path / "new").exists()
+
+
+def test_a_name_in_use(experts):
+    """In one of the experts is enough, and nothing is loaded into the other."""
+    pipe, folder = experts
+    pipe.load_lora_weights(folder, weight_name=LOW, load_into_transformer_2=True, adapter_name="svi")
+    with pytest.raises(ValueError, match=r"`adapter_name`='svi' is in use in `transformer_2`, with `hotswap`=False"):
+        pipe.load_lora_weights(folder, weight_name=HIGH, weight_name_2=LOW, adapter_name="svi")
+    with pytest.raises(ValueError, match=r"`adapter_name`='svi' is not in use in `transformer`, with `hotswap`=True"):
+        pipe.load_lora_weights(folder, weight_name=HIGH, weight_name_2=LOW, adapter_name="svi", hotswap=True)
+    assert pipe.get_list_adapters() == {"transformer_2": ["svi"]}
+
+
+def test_a_hotswapped_lora_must_have_its_places(i2v):
+    """The adapter stays as it was."""
+    few = {key: value for key, value in make_lora(i2v.transformer, layout="bare").items() if "self_attn.q" in key}
+    i2v.load_lora_weights(few, adapter_name="svi")
+    bias = {"blocks.0.self_attn.q.diff_b": torch.ones(24)}
+    for more, name in ((make_lora(make_transformer()), "attn1.to_k.lora_A.weight"), ({**few, **bias}, "lora_B.bias")):
+        with pytest.raises(
+            ValueError, match=rf"has more: 'transformer.blocks.0.*{name}' and .*under a name of its own"
+        ):
+            i2v.load_lora_weights(more, adapter_name="svi", hotswap=True)
+    weights = get_peft_model_state_dict(i2v.transformer, adapter_name="svi")
+    assert len(weights) == len(few)
+    assert torch.equal(weights["blocks.1.attn1.to_q.lora_A.weight"], few["blocks.1.self_attn.q.lora_A.weight"])
 
 
 @pytest.mark.parametrize("member", ["talk", "dance"])

@@ -15,18 +15,24 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from diffusers.utils import get_adapter_name
+from diffusers.utils import get_adapter_name, logging
 from diffusers.utils.torch_utils import unwrap_module
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from .checks import check_choice
 from .conditioning import Scheme, scheme_from_dict
-from .lora_file import LoraFile, read_lora, write_lora
+from .lora_file import EXPERTS, LoraFile, check_scheme, read_lora, write_lora
+from .lora_keys import some_of
 
+
+logger = logging.get_logger(__name__)
 
 # A list in a transformer's config. The underscore keeps stock diffusers from warning of a key it does not know.
 FUSED_KEY = "_svi_fused_conditioning"
 # Beside diffusers' own `pytorch_lora_weights.safetensors`.
 WEIGHT_NAME_2 = "pytorch_lora_weights_2.safetensors"
+_OF_IMAGES = re.compile(r"\.add_[kv]_proj\.|\.image_embedder\.")
 
 
 class _ClassOrInstanceMethod(classmethod):
@@ -60,6 +66,7 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
         weight_name_2: str | None = None,
         load_into_transformer_2: bool = False,
         conditioning: Scheme | None = None,
+        expert: str | None = None,
         low_cpu_mem_usage: bool = True,
         **hub_options: Any,
     ) -> None:
@@ -80,13 +87,25 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
             conditioning (`Scheme`, *optional*):
                 The scheme it was trained for. By default read from the file's metadata or known from the name of the
                 published file.
+            expert (`str`, *optional*):
+                "high" or "low", the expert of Wan 2.2 A14B that the one file was trained for. By default read from the
+                file's metadata or known from `high_noise` or `low_noise` in its name.
             low_cpu_mem_usage (`bool`, defaults to `True`): Do not initialize weights that are overwritten anyway.
             hub_options: As in [`read_lora`].
 
+        What a file holds beyond what the model can take, such as changes of norms, or of image projections that the
+        model does not have, is left out and named in a warning.
+
         Raises:
-            ValueError: if a file cannot be read or is pickled, was made for another model, another expert, or needs
-                modules that are not supported. Nothing has been loaded then.
+            ValueError: if a file cannot be read or is pickled, is damaged, was made for another model, another expert,
+                or needs modules that are not supported; if `conditioning` is no scheme, `expert` none of the two, or
+                `adapter_name` in use, or with `hotswap` not in use. Nothing has been loaded then.
         """
+        check_scheme(conditioning)
+        if expert is not None:
+            check_choice("expert", expert, EXPERTS)
+            if weight_name_2 is not None:
+                raise ValueError(f"`expert`={expert!r} is for one file: leave it out with `weight_name_2`.")
         target = "transformer_2" if load_into_transformer_2 else "transformer"
         files = {target: read_lora(pretrained_model_name_or_path_or_dict, weight_name, **hub_options)}
         if weight_name_2 is not None:
@@ -97,7 +116,7 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                 )
             files["transformer_2"] = read_lora(pretrained_model_name_or_path_or_dict, weight_name_2, **hub_options)
 
-        state_dicts = {component: self._fitted(component, lora) for component, lora in files.items()}
+        state_dicts = {component: self._fitted(component, lora, expert) for component, lora in files.items()}
         schemes = [conditioning] if conditioning is not None else [lora.conditioning for lora in files.values()]
         if len(set(schemes)) > 1:
             raise ValueError(f"The LoRAs of the two experts were trained for different schemes: {schemes}.")
@@ -106,6 +125,20 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
             adapter_name = max(
                 (get_adapter_name(getattr(self, component)) for component in files), key=lambda name: (len(name), name)
             )
+        for component, state_dict in state_dicts.items():
+            transformer = unwrap_module(getattr(self, component))
+            if (adapter_name in getattr(transformer, "peft_config", {})) != hotswap:
+                raise ValueError(
+                    f"`adapter_name`={adapter_name!r} is {'not ' if hotswap else ''}in use in `{component}`, with "
+                    f"`hotswap`={hotswap}: choose another name, or the other value of `hotswap`."
+                )
+            places = get_peft_model_state_dict(transformer, adapter_name=adapter_name) if hotswap else {}
+            more = [key for key in state_dict if key.removeprefix("transformer.") not in places]
+            if hotswap and more:
+                raise ValueError(
+                    f"`hotswap=True` can only replace weights of layers that the adapter {adapter_name!r} has, but "
+                    f"{files[component].name!r} has more: {some_of(more)}. Load it under a name of its own."
+                )
         for component, lora in files.items():
             self.load_lora_into_transformer(
                 state_dicts[component],
@@ -154,9 +187,10 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                 The scheme they were trained for. On a pipeline, defaults to `lora_conditioning`.
 
         Raises:
-            ValueError: if there is nothing to save, both files have one name, or a function or format is asked for
-                that cannot hold the scheme.
+            ValueError: if there is nothing to save, `conditioning` is no scheme, both files have one name, or a
+                function or format is asked for that cannot hold the scheme.
         """
+        check_scheme(conditioning)
         if save_function is not None or not safe_serialization:
             raise ValueError(
                 f"`save_function`={save_function} and `safe_serialization`={safe_serialization}: the scheme of a LoRA "
@@ -195,12 +229,14 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
         **kwargs: Any,
     ) -> None:
         """As in diffusers, into every transformer there is unless `components` names one."""
+        _refuse_unknown(kwargs)
         components = self._lora_loadable_modules if components is None else components
-        super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
+        super().fuse_lora(components, lora_scale, safe_fusing, adapter_names)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """As in diffusers, out of every transformer there is unless `components` names one."""
-        super().unfuse_lora(self._lora_loadable_modules if components is None else components, **kwargs)
+        _refuse_unknown(kwargs)
+        super().unfuse_lora(self._lora_loadable_modules if components is None else components)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """As in diffusers. What is fused stays in the weights, and its scheme in the transformers' configs."""
@@ -256,7 +292,7 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                 added = [scheme.to_dict() for scheme in schemes.values()]
                 transformer.register_to_config(**{FUSED_KEY: [*known, *added]})
 
-    def _fitted(self, component: str, lora: LoraFile) -> dict[str, torch.Tensor]:
+    def _fitted(self, component: str, lora: LoraFile, expert: str | None) -> dict[str, torch.Tensor]:
         """The weights of `lora` once it is sure that they belong into `component`."""
         # A transformer that was compiled has names of its own for its layers.
         transformer = unwrap_module(getattr(self, component, None))
@@ -266,7 +302,7 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                 "only Wan 2.2 A14B has two experts."
             )
         other = {"transformer": "low", "transformer_2": "high"}[component]
-        if lora.expert == other and self.transformer_2 is not None:
+        if (expert or lora.expert) == other and self.transformer_2 is not None:
             remedy = (
                 "pass it as `weight_name_2` or with `load_into_transformer_2=True`"
                 if other == "low"
@@ -274,10 +310,26 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
             )
             raise ValueError(
                 f"The LoRA {lora.name!r} is for the {other}-noise expert, but was to be loaded into `{component}`: "
-                f"{remedy}."
+                f"{remedy}. Where the name misleads, say what it is for with `expert=`."
+            )
+        layers = dict(transformer.named_modules())
+        if any("._orig_mod." in name for name in layers):
+            raise ValueError(
+                f"Parts of `{component}` are wrapped by `torch.compile`, where no LoRA finds its layers. Compile the "
+                f"whole of it, or call `{component}.compile_repeated_blocks()`."
             )
         state_dict = self._maybe_expand_t2v_lora_for_i2v(transformer=transformer, state_dict=dict(lora.state_dict))
-        _check_fits(state_dict, transformer, lora.name)
+        # Layers of image embeddings, which not every model has; the rest of the LoRA works without them.
+        absent = [key for key in state_dict if _layer_of(key) not in layers and _OF_IMAGES.search(key)]
+        left_out = [key for key in absent if key in lora.state_dict]
+        if len(absent) < len(state_dict):
+            state_dict = {key: value for key, value in state_dict.items() if key not in absent}
+            if left_out:
+                logger.warning(
+                    f"Of the LoRA {lora.name!r}, this is left out, as `{component}` has no such layers: "
+                    f"{some_of(left_out)}."
+                )
+        _check_fits(state_dict, layers, lora.name)
         return state_dict
 
 
@@ -292,29 +344,39 @@ def _noted(transformer: WanTransformer3DModel, adapter_names: Iterable[str]) -> 
     return {name: scheme for name, scheme in schemes.items() if scheme is not None}
 
 
-def _check_fits(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module, name: str) -> None:
-    """Raise a `ValueError` unless every LoRA matrix of `state_dict` has its layer in `transformer`."""
-    # Adapters loaded before wrap their layers: "to_q.base_layer.weight" is still the weight of "to_q".
-    shapes = {
-        key.replace(".base_layer", "").removesuffix(".weight"): tuple(value.shape)
-        for key, value in transformer.state_dict().items()
-        if key.endswith(".weight") and ".lora_" not in key
-    }
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    if options:
+        raise TypeError(f"There are no options {sorted(options)}: diffusers takes them, and does nothing with them.")
+
+
+def _layer_of(key: str) -> str:
+    return key.removeprefix("transformer.").partition(".lora_")[0]
+
+
+def _check_fits(state_dict: dict[str, torch.Tensor], layers: dict[str, torch.nn.Module], name: str) -> None:
+    """Raise a `ValueError` unless every LoRA matrix of `state_dict` has its layer in `layers`."""
     for key, value in state_dict.items():
-        match = re.fullmatch(r"transformer\.(.+)\.lora_(A|B)\.weight", key)
-        if match is None:
-            continue
-        layer, side = match.groups()
-        if layer not in shapes:
+        layer = _layer_of(key)
+        if layer not in layers:
             raise ValueError(
                 f"The LoRA {name!r} has weights for `{layer}`, which this transformer does not have. It was made for "
                 "another model: load the LoRA of this base model, or the base model of this LoRA."
             )
-        rows, columns = shapes[layer][0], shapes[layer][1]
-        fits = value.shape[1] == columns if side == "A" else value.shape[0] == rows
+        rows, *columns = _shape(layers[layer])
+        side = key.split(".lora_")[1]
+        fits = value.shape[0] == rows if side.startswith("B") else list(value.shape[1:]) == columns
         if not fits:
             raise ValueError(
-                f"The LoRA {name!r} does not fit this transformer: `{layer}.lora_{side}` is {tuple(value.shape)}, but "
-                f"the layer is {rows} x {columns}. It was made for a model of another size: load the LoRA of this "
-                "base model, or the base model of this LoRA."
+                f"The LoRA {name!r} does not fit this transformer: `{layer}.lora_{side[0]}` is {tuple(value.shape)}, "
+                f"but the layer is {' x '.join(map(str, (rows, *columns)))}. It was made for a model of another size: "
+                "load the LoRA of this base model, or the base model of this LoRA."
             )
+
+
+def _shape(layer: torch.nn.Module) -> tuple[int, ...]:
+    """What a weight of this layer has in full precision. Quantized ones are packed, so the layer itself is asked."""
+    # Adapters loaded before wrap their layers.
+    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if isinstance(base, torch.nn.Conv3d):
+        return base.out_channels, base.in_channels, *base.kernel_size
+    return base.out_features, base.in_features

@@ -1,31 +1,40 @@
-"""Files of SVI LoRAs: the key layouts they come in, and the scheme each was trained for."""
+"""Files of SVI LoRAs, and the scheme each was trained for."""
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, _fetch_state_dict
+from diffusers.utils import logging
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .checks import check_choice
-from .conditioning import LatentMotion, PixelMotion, Scheme, scheme_from_dict
+from .conditioning import HeldLatents, LatentMotion, PixelMotion, Scheme, scheme_from_dict
+from .lora_keys import original_name, some_of, to_diffusers
 
+
+logger = logging.get_logger(__name__)
 
 # The keys under which scheme and expert stand in the metadata of a safetensors file.
 CONDITIONING_KEY = "svi_conditioning"
 EXPERT_KEY = "svi_expert"
+EXPERTS = ("high", "low")
 _HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
 
+# A published repository that is for one scheme: Pro for TI2V-5B (Impulse2000/svi-model-pro-5b).
+_REPOSITORIES = ((r"svi[-_]model[-_]pro[-_]5b", HeldLatents(num_latents=1)),)
 # Published files, by name: the authors' (vita-video-gen/svi-model) and the half-precision copies made for ComfyUI
 # (Kijai/WanVideo_comfy). None of them carries metadata.
 _PUBLISHED = (
+    (r"svi.*(pro.*5b|5b.*pro)", HeldLatents(num_latents=1)),
     (r"svi[-_]film", PixelMotion(num_frames=5, padding="zeros")),
     (r"svi[-_]shot", PixelMotion(num_frames=1, padding="reference")),
     (r"svi[-_]tom", PixelMotion(num_frames=1, padding="zeros")),
@@ -33,27 +42,19 @@ _PUBLISHED = (
     (r"svi_wan2\.1.*v2\.0", PixelMotion(num_frames=5, padding="reference")),
     (r"svi_wan2\.2.*v2\.0", PixelMotion(num_frames=1, padding="reference")),
 )
+# Experts, as the authors, the few-step LoRAs and the copies made for ComfyUI name them.
+_EXPERT = re.compile(
+    r"(?<![a-z])(?P<expert>high|low)_noise(?![a-z])"
+    r"|a14b(?:-4steps-lora)?_(?:[ti]2v_)?(?P<copy>high|low)_(?:lora|lightning|lightx2v|fp16|bf16)"
+)
 _UNSUPPORTED = {r"svi[-_]talk": "SVI-Talk", r"svi[-_]dance": "SVI-Dance"}
 
-# What the trained layers are called in the original code, by their names in diffusers.
-_ORIGINAL_NAMES = {
-    "attn1": "self_attn",
-    "attn2": "cross_attn",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "o",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
 # What the published LoRAs train, in every block.
 TARGET_MODULES = [
     *(f"{attention}.{layer}" for attention in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")),
     "ffn.net.0.proj",
     "ffn.net.2",
 ]
-
-_MODULE = r"blocks[._](\d+)[._](self_attn|cross_attn)[._](q|k|v|o|k_img|v_img|norm_q|norm_k)\b"
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,17 @@ def read_lora(
         hub_options: `subfolder`, `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`, `proxies`.
 
     Raises:
-        ValueError: if the file cannot be read, is pickled, holds no LoRA, or needs modules that are not supported; for
-            an option that is not one of those above.
+        ValueError: if the file cannot be read, is pickled, holds no LoRA or a damaged one, or needs modules that are
+            not supported; for an option that is not one of those above, and `weight_name` where `source` is no folder.
     """
     for option in hub_options:
         check_choice("hub_options", option, _HUB_OPTIONS)
+    if weight_name is not None and (isinstance(source, dict) or os.path.isfile(source)):
+        raise ValueError(
+            f"`weight_name`={weight_name!r} is a file in a folder or repository, but what it is to be in is "
+            f"{'a state dict' if isinstance(source, dict) else f'the file {os.fspath(source)!r}'}: leave it out, or "
+            "give the folder."
+        )
     name = _name(source, weight_name)
     if not isinstance(source, dict):
         _refuse_pickles(source, weight_name)
@@ -105,30 +112,56 @@ def read_lora(
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             **{option: hub_options.get(option) for option in _HUB_OPTIONS},
         )
-    except (OSError, IndexError, SafetensorError, HFValidationError) as error:
+    except (OSError, IndexError, SafetensorError, HFValidationError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"No LoRA could be read from {name!r}: {error} Give a safetensors file, or a folder or Hub repository "
             "with `weight_name`, the file in it."
         ) from error
     _refuse_unsupported(name, state_dict)
-    try:
-        # With one prefix on all keys, diffusers knows the layout, folds in alphas and renames the modules.
-        state_dict = WanLoraLoaderMixin.lora_state_dict(
-            {_with_prefix(key): value for key, value in state_dict.items()}
+    if adapter_metadata is not None and any(key.endswith(".alpha") for key in state_dict):
+        raise ValueError(
+            f"The LoRA {name!r} gives its alpha twice, among the weights and as `{LORA_ADAPTER_METADATA_KEY}` in the "
+            "metadata: take out the one that is wrong."
         )
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"The LoRA {name!r} has keys of a layout that is not known: {error}") from error
+    state_dict, left_out = to_diffusers(name, state_dict)
+    if isinstance(source, dict):
+        # Layers take tensors over as they are, and later change them: the caller's must be others.
+        state_dict = {key: value.detach().clone() for key, value in state_dict.items()}
+    if left_out:
+        logger.warning(f"Of the LoRA {name!r}, this is left out, as no adapter can change it: {some_of(left_out)}.")
+    if adapter_metadata is not None:
+        _check_config(name, adapter_metadata, state_dict)
     conditioning, expert = _published(name)
     metadata = file_metadata or {}
     if CONDITIONING_KEY in metadata:
-        conditioning = scheme_from_dict(json.loads(metadata[CONDITIONING_KEY]))
-    return LoraFile(state_dict, adapter_metadata, conditioning, metadata.get(EXPERT_KEY, expert), name)
+        conditioning = _scheme(name, metadata[CONDITIONING_KEY])
+    if EXPERT_KEY in metadata:
+        expert = metadata[EXPERT_KEY]
+        check_choice(EXPERT_KEY, expert, EXPERTS)
+    return LoraFile(state_dict, adapter_metadata, conditioning, expert, name)
+
+
+def check_scheme(conditioning: Scheme | None) -> None:
+    """Raise a `ValueError` unless `conditioning` is a scheme or `None`."""
+    if conditioning is not None and not isinstance(conditioning, Scheme):
+        raise ValueError(
+            "`conditioning` must be the scheme a LoRA was trained for, `PixelMotion(...)`, `LatentMotion(...)` or "
+            f"`HeldLatents(...)`, got {conditioning!r}."
+        )
 
 
 def lora_metadata(conditioning: Scheme | None, expert: str | None = None) -> dict[str, str]:
-    """What to write into the metadata of a LoRA file so that [`read_lora`] finds its scheme and its expert."""
+    """What to write into the metadata of a LoRA file so that [`read_lora`] finds its scheme and its expert.
+
+    Raises:
+        ValueError: if `conditioning` is no scheme, or `expert` neither "high" nor "low".
+    """
+    check_scheme(conditioning)
     metadata = {} if conditioning is None else {CONDITIONING_KEY: json.dumps(conditioning.to_dict())}
-    return metadata if expert is None else {**metadata, EXPERT_KEY: expert}
+    if expert is not None:
+        check_choice("expert", expert, EXPERTS)
+        metadata[EXPERT_KEY] = expert
+    return metadata
 
 
 def save_lora(
@@ -162,7 +195,8 @@ def save_lora(
     else:
         scale = config.lora_alpha / config.r
         state_dict = {
-            _original_name(key): value * scale if ".lora_B." in key else value for key, value in state_dict.items()
+            f"diffusion_model.{original_name(key)}": value * scale if ".lora_B." in key else value
+            for key, value in state_dict.items()
         }
         write_lora(file, state_dict, conditioning, expert)
 
@@ -190,33 +224,46 @@ def write_lora(
     save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, file, metadata=metadata)
 
 
-def _with_prefix(key: str) -> str:
-    """One layout out of many: `diffusion_model.` before the original names, `transformer.` before diffusers' own."""
-    key = key.replace(".default.", ".")
-    for prefix in ("pipe.dit.", "dit.", "diffusion_model.", "base_model.model."):
-        key = key.removeprefix(prefix)
-    if key.startswith("lora_unet_"):
-        # musubi writes underscores for all dots of the module's name.
-        key = re.sub(_MODULE, r"blocks.\1.\2.\3", key.removeprefix("lora_unet_"))
-        key = re.sub(r"blocks_(\d+)_ffn_(\d)", r"blocks.\1.ffn.\2", key)
-    if key.startswith("transformer."):
-        return key
-    if re.match(r"blocks\.\d+\.(attn[12]\.|ffn\.net\.)|condition_embedder\.|proj_out\.", key):
-        return f"transformer.{key}"
-    return f"diffusion_model.{key}"
-
-
-def _original_name(key: str) -> str:
-    for name, original in _ORIGINAL_NAMES.items():
-        key = key.replace(f".{name}.", f".{original}.")
-    return f"diffusion_model.{key}"
-
-
 def _published(name: str) -> tuple[Scheme | None, str | None]:
-    stem = os.path.basename(name).lower()
-    conditioning = next((scheme for pattern, scheme in _PUBLISHED if re.search(pattern, stem)), None)
-    expert = re.search(r"[._-](high|low)[._-]", stem)
-    return conditioning, expert.group(1) if expert and "wan2" in stem else None
+    name = name.lower()
+    stem = os.path.basename(name)
+    schemes: list[Scheme] = [scheme for pattern, scheme in _REPOSITORIES if re.search(pattern, name)]
+    schemes += [scheme for pattern, scheme in _PUBLISHED if re.search(pattern, stem)]
+    expert = _EXPERT.search(stem)
+    return next(iter(schemes), None), (expert["expert"] or expert["copy"]) if expert else None
+
+
+def _scheme(name: str, text: str) -> Scheme:
+    try:
+        return scheme_from_dict(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"The metadata of the LoRA {name!r} has a `{CONDITIONING_KEY}` that describes no scheme: {error} Write it "
+            "with `save_lora_weights`."
+        ) from error
+
+
+def _check_config(name: str, adapter_metadata: Any, state_dict: dict[str, torch.Tensor]) -> None:
+    """Raise a `ValueError` unless the LoRA configuration in the metadata is that of the weights."""
+    try:
+        of_transformer = (item for item in adapter_metadata.items() if item[0].startswith("transformer."))
+        config = LoraConfig(**{key.removeprefix("transformer."): value for key, value in of_transformer})
+        scales = [config.lora_alpha, *config.alpha_pattern.values()]
+        fits = all(0 < scale < math.inf for scale in scales) and not config.use_dora
+        for key, value in state_dict.items():
+            layer, side = key.removeprefix("transformer.").split(".lora_")
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
+            fits = fits and (side != "A.weight" or value.shape[0] == rank)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise ValueError(
+            f"The metadata of the LoRA {name!r} has a `{LORA_ADAPTER_METADATA_KEY}` that is no LoRA configuration of "
+            f"`transformer`: {error} Save it again with `save_lora_weights`."
+        ) from error
+    if not fits:
+        raise ValueError(
+            f"The metadata of the LoRA {name!r} has a `{LORA_ADAPTER_METADATA_KEY}` that is not that of the weights: "
+            "another rank, an alpha that is not above 0, or DoRA. Save it again with `save_lora_weights`."
+        )
 
 
 def _name(source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str | None) -> str:
@@ -243,9 +290,4 @@ def _refuse_unsupported(name: str, state_dict: dict[str, torch.Tensor]) -> None:
         raise ValueError(
             f"The LoRA {name!r} is not supported yet: {what}{f', such as {extra[0]!r}' if extra else ''}. Supported "
             "are SVI-Shot, Film, Tom&Jerry, 2.0 and 2.0 Pro."
-        )
-    if not any(".lora_" in key for key in state_dict):
-        some = f", such as {next(iter(state_dict))!r}" if state_dict else ""
-        raise ValueError(
-            f"{name!r} holds no LoRA: none of its {len(state_dict)} keys has `lora_A` or `lora_down`{some}."
         )
