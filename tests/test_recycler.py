@@ -287,6 +287,15 @@ def test_wrong_values(values, message):
         InjectionConfig(**values)
 
 
+def test_defaults_are_as_published_for_shot():
+    injection, recycler, bank = InjectionConfig(), RecyclerConfig(), BankConfig()
+    assert (injection.p_vid, injection.p_noi, injection.p_img, injection.p_clean) == (0.9, 0.01, 0.9, 0.2)
+    assert (injection.n_img, injection.first_img, injection.first_error) == (3, 0, 0)
+    assert (injection.img_sigmas, injection.img_scale) == ((0.0, 1.0), (1.0, 1.0))
+    assert (recycler.clean_buffer_update_prob, recycler.buffer_warmup_iter) == (0.1, 50)
+    assert (bank.num_grids, bank.capacity, bank.replacement, bank.dtype) == (50, 500, "l2", "bfloat16")
+
+
 def test_wrong_values_of_the_recycler():
     with pytest.raises(ValueError, match="`clean_buffer_update_prob` is a probability"):
         RecyclerConfig(clean_buffer_update_prob=2)
