@@ -114,7 +114,7 @@ def test_embeddings_stand_for_a_prompt(image):
 
 
 def test_diffusers_does_not_load_the_official_layout_by_itself():
-    """The reason for `_with_prefix`; when this fails, it can go."""
+    """A reason for `lora_keys`."""
     key = "blocks.0.self_attn.q.lora_A.default.weight"
     assert list(WanLoraLoaderMixin.lora_state_dict({key: torch.zeros(1, 1)})) == [key]
 
