@@ -22,7 +22,14 @@ extras = {
     "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
     "train": ["datasets>=4.0", "av>=14.1", "tensorboard>=2.15", "imageio>=2.34", "imageio-ffmpeg>=0.5"],
     "deepspeed": ["deepspeed>=0.17"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "scipy>=1.15"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "scipy>=1.15",
+        "bitsandbytes>=0.45",
+        "gguf>=0.10",
+        "optimum-quanto>=0.2.6",
+    ],
     "quality": ["ruff>=0.11", "mypy>=1.15", "import-linter>=2.10", "types-psutil", "types-tqdm"],
 }
 extras["test"] += extras["demo"] + extras["train"] + extras["deepspeed"] + extras["quality"]

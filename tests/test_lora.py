@@ -182,7 +182,7 @@ def test_blocks_that_are_compiled(i2v):
 
 
 def gguf_base(transformer):
-    gguf = pytest.importorskip("gguf")
+    import gguf
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
     kind = gguf.GGMLQuantizationType.Q8_0
@@ -197,7 +197,7 @@ def gguf_base(transformer):
 
 
 def bitsandbytes_base(transformer):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    import bitsandbytes
 
     def packed(layer):
         new = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32)
@@ -209,7 +209,8 @@ def bitsandbytes_base(transformer):
 
 
 def quanto_base(transformer):
-    quanto = pytest.importorskip("optimum.quanto")
+    from optimum import quanto
+
     quanto.quantize(transformer, weights=quanto.qint8)
     quanto.freeze(transformer)
     return transformer
