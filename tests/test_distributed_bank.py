@@ -52,12 +52,13 @@ if kind == "gather":
 else:
     bank = ShardedErrorBank(SHAPE, sigmas, config)
     generator = torch.Generator().manual_seed(rank)
+    assert not bank.filled().any()
     assert sorted(everyones(list(bank.first_slot))) == [[0, 2, 4], [1, 3, 5]]
     # Each rank makes errors on all grids, some of which are not kept, and not as many as the other.
     for step in range(6):
         keep = torch.tensor([step != rank])
         bank.synchronize()
-        bank.add(error(rank, step), sigmas[step : step + 1], keep, generator)
+        bank.add(error(rank, step).double(), sigmas[step : step + 1], keep, generator)
     bank.synchronize()
     assert bank.all_counts.tolist() == [1, 1, 2, 2, 2, 2], bank.all_counts
     assert bank.filled().all() and int(bank.counts.sum()) == 5

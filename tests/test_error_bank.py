@@ -111,6 +111,11 @@ def test_distances_are_sums_of_squares_given_up_beyond_a_limit(dtype):
     assert squared_distance(storage, 1, other) == pytest.approx(4.0 * size, rel=1e-5)
     # The first part alone is beyond it; a limit that is just reached is not.
     assert squared_distance(storage, 1, other, limit=4.0 * PART - 100) == pytest.approx(4.0 * PART, rel=1e-5)
+    storage.write(0, torch.cat([torch.full((4,), 2.0), torch.zeros(size - 8), torch.full((4,), 2.0)]))
+    zeros = torch.zeros(size)
+    assert (
+        squared_distance(storage, 0, zeros, limit=16.0) == 32.0 and squared_distance(storage, 0, zeros, 15.9) == 16.0
+    )
     assert squared_distance(storage, 1, other, limit=9.0 * size) == pytest.approx(4.0 * size, rel=1e-5)
 
 
@@ -153,6 +158,13 @@ def test_it_says_what_it_takes_and_takes_no_more():
     assert bank.config.capacity == 7
     assert "5 grids of 7 errors (4, 3, 8, 8) in bfloat16" in bank.describe()
     assert sum(tensor.nbytes for name, tensor in bank.tensors().items() if name != "sigmas") == 5 * 7 * (1536 + 1024)
+
+
+def test_a_bank_of_some_grids_has_more_room_in_each():
+    row = 2 * 768 + 4 * 256
+    config = BankConfig(num_grids=5, capacity=100, byte_budget=5 * 7 * row)
+    assert (config.fitted(SHAPE).capacity, config.fitted(SHAPE, 1).capacity) == (7, 35)
+    assert (config.num_bytes(SHAPE), config.num_bytes(SHAPE, 1)) == (500 * row, 100 * row)
 
 
 def test_a_bank_the_machine_has_no_room_for_is_refused():

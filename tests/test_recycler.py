@@ -255,6 +255,17 @@ def test_the_file_has_its_name_only_when_all_is_in_it(tmp_path):
     assert [loaded.get(0, place).residual.tolist() for place in range(3)] == [[1.0] * 5, [2.0] * 5, [3.0] * 5]
 
 
+def test_a_bank_of_one_place(tmp_path):
+    def make_bank():
+        return ErrorBank((3,), torch.tensor([0.5]), BankConfig(num_grids=1, capacity=1, dtype="float32"))
+
+    bank, loaded = make_bank(), make_bank()
+    bank.put(0, torch.tensor([1.0, 2.0, 3.0]), 0.4, seeded())
+    save_bank(bank, tmp_path / "bank.safetensors").wait()
+    load_bank(loaded, tmp_path / "bank.safetensors")
+    assert loaded.get(0, 0).residual.tolist() == [1.0, 2.0, 3.0]
+
+
 def test_a_bank_of_another_run_is_refused(tmp_path):
     recycler = make_recycler(capacity=3)
     recycler.bank.add(torch.zeros(3, *SHAPE), torch.ones(3), torch.ones(3, dtype=torch.bool), seeded())

@@ -192,8 +192,13 @@ def test_a_batch_of_held_latents_begins_in_one_way(train_erft):
     batch["first_condition"] = batch["first_condition"][:, :, :1]
     lengths = []
     for _ in range(600):
+        draws = seeded()
+        draws.set_state(step.generator.get_state())
         condition, image_embeds = step.choose_condition(batch)
+        # The first sample decides for all.
+        first, text = torch.rand(2, BATCH, generator=draws, dtype=torch.float64)[:, 0].tolist()
         lengths.append(condition.shape[2])
+        assert lengths[-1] == (0 if text < 0.25 else 2 if first < 0.6 else 1)
         assert image_embeds is None
         assert lengths[-1] == 0 or torch.equal(
             condition, batch["condition" if lengths[-1] == 2 else "first_condition"]
