@@ -1,8 +1,11 @@
 """What a film is made of, clip by clip: one prompt each, and which of them is the last."""
 
 import itertools
+from dataclasses import FrozenInstanceError
 
-from diffusers_svi.clips import one_per_clip, with_last
+import pytest
+
+from diffusers_svi.clips import ClipSpec, one_per_clip, with_last
 
 
 def test_the_last_prompt_holds():
@@ -32,6 +35,11 @@ def test_nothing_is_asked_for_before_its_turn():
         assert next(items) == (0, False) and len(asked) == 1 + look_ahead
         assert list(items) == [(1, False), (2, look_ahead)]
     assert list(with_last([7], True)) == [(7, True)] and list(with_last([], True)) == []
+
+
+def test_what_a_clip_is_to_show_does_not_change():
+    with pytest.raises(FrozenInstanceError):
+        ClipSpec("a cat").prompt = "a dog"
 
 
 def test_a_missing_prompt_is_no_end():
