@@ -134,6 +134,12 @@ def make_components(kind: str) -> dict:
     return components
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker is left alone with them at the end."""
+    longest = ("test_train_erft", "test_docs", "test_svi_tiny", "test_crash", "test_drift", "test_distributed_bank")
+    items.sort(key=lambda item: item.path.stem not in longest)
+
+
 @pytest.fixture(params=KINDS)
 def kind(request) -> str:
     return request.param
