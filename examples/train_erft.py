@@ -33,14 +33,13 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
 from diffusers.utils import load_image
 from diffusers.utils.torch_utils import is_compiled_module
-from huggingface_hub import create_repo, snapshot_download, upload_folder
 from peft import LoraConfig, convert_to_lora, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
-from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
+from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
 from diffusers_svi.conditioning import Scheme
 from diffusers_svi.erft import (
     BankConfig,
@@ -61,7 +60,8 @@ from diffusers_svi.training.checkpoints import Checkpoints
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
 from diffusers_svi.training.films import save_film
 from diffusers_svi.training.frames import Video
-from diffusers_svi.training.model_card import make_model_card
+from diffusers_svi.training.model_card import TrainedLora, weight_name, write_model_card
+from diffusers_svi.training.push import PushError, download_model, open_repo, push
 from diffusers_svi.training.samples import SampleLayout, Samples
 from diffusers_svi.training.sources import open_dataset, open_folder, usable_videos
 from diffusers_svi.wan import transformer_inputs
@@ -71,7 +71,6 @@ logger = get_logger(__name__)
 
 TRAIN_TIMESTEPS = 1000
 LORA_NAME = "pytorch_lora_weights.safetensors"
-ORIGINAL_LORA_NAME = "pytorch_lora_weights_original.safetensors"
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # What a preset sets; an option given on the command line wins.
@@ -102,8 +101,9 @@ PRESETS = {
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
 CARD_SETTINGS = (
     *("preset", "expert", "init_lora", "rank", "lora_alpha", "export_rank", "p_vid", "p_img", "p_noi", "p_clean"),
-    *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate"),
-    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_frames", "height", "width", "seed"),
+    *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
+    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_frames", "height", "width", "fps"),
+    "seed",
 )
 
 
@@ -560,6 +560,7 @@ def log_validation(
 ) -> tuple[Path, dict[str, list[float]]]:
     """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts. Main process only."""
     pipe.set_progress_bar_config(desc=f"Film at step {step}", leave=False)
+    pipe.scheduler = SVIEulerScheduler.from_config(pipe.scheduler.config, shift=args.flow_shift)
     with accelerator.autocast():
         clips = [
             clip.frames
@@ -577,7 +578,9 @@ def log_validation(
                 generator=torch.Generator().manual_seed(args.seed),
             )
         ]
-    path = Path(args.output_dir) / "validation" / f"step-{step}.mp4"
+    # The two experts may be trained into one folder, or repository.
+    of_expert = f"{args.expert}_noise" if args.expert else ""
+    path = Path(args.output_dir) / "validation" / of_expert / f"step-{step}.mp4"
     figures = save_film(path, clips, args.fps)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -595,22 +598,19 @@ def save_model_card(
 ) -> None:
     recycled = args.p_clean < 1 and (args.p_vid or args.p_img or args.p_noi)
     film, figures = validation or (None, None)
-    card = make_model_card(
-        repo_id,
-        args.pretrained_model_name_or_path,
-        LORA_NAME,
-        scheme,
-        "by error recycling" if recycled else "by plain tuning on clean conditions, the control of error recycling",
-        {name: getattr(args, name) for name in CARD_SETTINGS},
-        height=args.height,
-        width=args.width,
-        num_frames=args.num_frames,
-        fps=args.fps,
+    lora = TrainedLora(
+        base_model=args.pretrained_model_name_or_path,
+        scheme=scheme,
+        method="by error recycling"
+        if recycled
+        else "by plain tuning on clean conditions, the control of error recycling",
+        settings={name: getattr(args, name) for name in CARD_SETTINGS},
         expert=args.expert,
-        film=film,
+        film=film and film.as_posix(),
         figures=figures,
     )
-    card.save(os.path.join(args.output_dir, "README.md"))
+    lora.save(args.output_dir)
+    write_model_card(args.output_dir, repo_id, args.expert)
 
 
 # 5. The run
@@ -644,9 +644,7 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.pretrained_model_name_or_path)
     if not folder.is_dir():
         with accelerator.main_process_first():
-            folder = Path(
-                snapshot_download(args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir)
-            )
+            folder = download_model(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"`--pretrained_model_name_or_path`={folder} has no model_index.json: is it in diffusers' layout?"
@@ -668,7 +666,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         if args.push_to_hub:
-            repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
+            repo_id = open_repo(repo_id, output_dir, scheme, args.expert, args.hub_token)
     accelerator.wait_for_everyone()
 
     # Data: what the encoders make of the samples
@@ -842,23 +840,21 @@ def main(args: argparse.Namespace) -> None:
         config = replace(config, r=args.export_rank, lora_alpha=args.export_rank)
     state_dict = {name: value.to(getattr(torch, args.export_dtype)) for name, value in state_dict.items()}
     if accelerator.is_main_process:
-        write_lora(output_dir / LORA_NAME, state_dict)
+        file = output_dir / weight_name(args.expert)
+        write_lora(file, state_dict)
         if args.export_format == "original":
-            write_lora(output_dir / ORIGINAL_LORA_NAME, state_dict, "original")
+            write_lora(file.with_stem(f"{file.stem}_original"), state_dict, "original")
     if args.validation_prompt and film_step != global_step:
         validation = validate()
     if accelerator.is_main_process:
         save_model_card(args, scheme, repo_id, validation)
+        logger.info(f"Saved {file}.")
         if args.push_to_hub:
-            upload_folder(
-                repo_id=repo_id,
-                folder_path=output_dir,
-                commit_message="SVI LoRA",
-                token=args.hub_token,
-                allow_patterns=["README.md", "*.safetensors", "validation/*"],
-                ignore_patterns=["checkpoint-*/*", "cache/*"],
-            )
-        logger.info(f"Saved {output_dir / LORA_NAME}.")
+            try:
+                push(output_dir, repo_id, args.expert, args.hub_token)
+            except PushError as error:
+                accelerator.end_training()
+                raise SystemExit(str(error)) from None
     accelerator.end_training()
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from conftest import load_script, make_components, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.lora_file import read_lora
+from diffusers_svi.training.model_card import weight_name
 from small_videos import write_numbered, write_rows
 from svi_tiny import world
 from svi_tiny.videos import write_videos
@@ -143,14 +144,15 @@ def test_presets_train_what_the_pipeline_loads(models, tmp_path, kind, preset, o
     """Four steps, so that errors are banked and injected; the LoRA has learnt and brings its scheme along."""
     printed = train(models / kind, tmp_path, preset=preset, max_train_steps=4, learning_rate=1e-3, **options)
     assert str(scheme) in printed and "Error bank" in printed
-    lora = read_lora(tmp_path, LORA)
+    file = weight_name(options.get("expert"))
+    lora = read_lora(tmp_path, file)
     assert lora.conditioning == scheme and lora.expert == options.get("expert")
     assert len(lora.state_dict) == 2 * 2 * 10  # two matrices for each of ten layers of two blocks
     assert {value.dtype for value in lora.state_dict.values()} == {torch.float32}
     assert all(value.abs().max() > 0 for value in lora.state_dict.values())
 
     pipe = quiet(SVIPipeline.from_pretrained(models / kind))
-    pipe.load_lora_weights(str(tmp_path), weight_name=LORA, load_into_transformer_2=options.get("expert") == "low")
+    pipe.load_lora_weights(str(tmp_path), weight_name=file, load_into_transformer_2=options.get("expert") == "low")
     assert pipe.lora_conditioning == scheme
     image = PIL.Image.new("RGB", (64, 64), "teal")
     size = {"height": 64, "width": 64, "num_frames": 17}

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, _fetch_state_dict
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, _fetch_state_dict
 from diffusers.utils import logging
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 
 from .checks import check_choice
 from .conditioning import HeldLatents, LatentMotion, PixelMotion, Scheme, scheme_from_dict
+from .hub import hub_trouble
 from .lora_keys import original_name, some_of, to_diffusers
 
 
@@ -103,6 +106,8 @@ def read_lora(
     if not isinstance(source, dict):
         _refuse_pickles(source, weight_name)
     try:
+        if weight_name is None and not isinstance(source, dict) and not os.path.exists(source):
+            weight_name = _file_of_repository(os.fspath(source), hub_options)
         state_dict, adapter_metadata, file_metadata = _fetch_state_dict(
             source,
             weight_name=weight_name,
@@ -112,7 +117,10 @@ def read_lora(
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             **{option: hub_options.get(option) for option in _HUB_OPTIONS},
         )
-    except (OSError, IndexError, SafetensorError, HFValidationError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, HTTPError, IndexError, SafetensorError, ValueError, TypeError, RecursionError) as error:
+        trouble = hub_trouble(error, str(source))
+        if trouble is not None:
+            raise ValueError(f"No LoRA could be read from {name!r}. {trouble}") from None
         raise ValueError(
             f"No LoRA could be read from {name!r}: {error} Give a safetensors file, or a folder or Hub repository "
             "with `weight_name`, the file in it."
@@ -270,6 +278,20 @@ def _name(source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str 
     if isinstance(source, dict):
         return "state dict"
     return os.path.join(os.fspath(source), weight_name) if weight_name else os.fspath(source)
+
+
+def _file_of_repository(repo_id: str, hub_options: dict[str, Any]) -> str | None:
+    """The one LoRA of a repository. diffusers would look for it without token and revision."""
+    if hub_options.get("local_files_only") or HF_HUB_OFFLINE:
+        return None
+    folder = f"{hub_options['subfolder']}/" if hub_options.get("subfolder") else ""
+    files = HfApi(token=hub_options.get("token")).list_repo_files(repo_id, revision=hub_options.get("revision"))
+    names = [file.removeprefix(folder) for file in files if file.startswith(folder) and file.endswith(".safetensors")]
+    if LORA_WEIGHT_NAME_SAFE in names:
+        return LORA_WEIGHT_NAME_SAFE
+    if len(names) > 1:
+        raise ValueError(f"It has several files, {', '.join(map(repr, sorted(names)))}.")
+    return names[0] if names else None
 
 
 def _refuse_pickles(source: str | os.PathLike, weight_name: str | None) -> None:

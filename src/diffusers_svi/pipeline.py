@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, TypeVar, Unpack
@@ -14,12 +15,14 @@ from diffusers import WanImageToVideoPipeline
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import HTTPError
 from tqdm.auto import tqdm
 
 from .chain import ChainState, kept_frames
 from .checks import check_choice
 from .clips import Clip, ClipSpec, one_per_clip, with_last
 from .conditioning import Scheme
+from .hub import hub_trouble
 from .inputs import OUTPUT_TYPES, Film, check_clip, check_film, choose_scheme, latent_shape
 from .lora import SVILoraLoaderMixin
 from .options import FILM_DEFAULTS, FilmOptions
@@ -60,6 +63,17 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
 
     # What `prepare_latents` is to condition the clip on; set while the parent generates one.
     _state: ChainState | None = None
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike:
+        """As in diffusers; an error says what is wrong with the repository."""
+        try:
+            return super().download(pretrained_model_name, **kwargs)
+        except (OSError, HTTPError) as error:
+            trouble = hub_trouble(error, pretrained_model_name)
+            if trouble is None:
+                raise
+            raise OSError(f"Cannot load the model {pretrained_model_name!r}. {trouble}") from None
 
     @_with_film_options
     @torch.no_grad()
