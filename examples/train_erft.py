@@ -155,6 +155,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--conditioning", choices=("pixel", "latent", "held"), help="PixelMotion, LatentMotion or HeldLatents.")
     add("--padding", choices=("zeros", "reference"), help="PixelMotion: what fills the rest of the condition.")
     add("--num_motion_frames", type=int, help="PixelMotion: frames carried from clip to clip.")
+    text = "PixelMotion: frames of the padding that repeat the reference; 0: none, -1: all. Comes before --padding."
+    add("--ref_pad_num", type=int, help=text)
+    text = "PixelMotion: repeat the frame that a film begins with in place of the frames carried."
+    add("--repeat_first_frame", action="store_true", help=text)
+    text = "PixelMotion: what the mask marks, the first frame, as published, or all condition frames."
+    add("--mask_frames", choices=("first", "all"), default="first", help=text)
+    add("--ref_pad_cfg", dest="mask_frames", action="store_const", const="all", help="As --mask_frames all.")
     add("--num_motion_latents", "--num_motion_latent", type=int, default=1, help="Latents carried.")
     text = "Share of samples that go on from another clip; the others have the condition of a first clip."
     add("--p_motion", "--p_motion_threshold", type=float, help=text)
@@ -174,6 +181,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     ends = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
     add("--img_sigmas", default=(0.0, 1.0), help="Noise levels whose errors conditions take.", **ends)
     add("--img_scale", default=(1.0, 1.0), help="They are scaled by a random factor in this range.", **ends)
+    text = "Every error is scaled by a random factor between 1 less this and 1 more."
+    add("--error_modulate_factor", type=float, default=0.0, help=text)
     add("--num_grids", type=int, default=50, help="Grids of the error bank.")
     names = ("--bank_capacity", "--error_buffer_k", "--svi_max_errors_per_grid", "--buffer_size_per_bucket")
     add(*names, type=int, default=500, help="Errors a grid holds.")
@@ -189,6 +198,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default="l2",
         help="What a new error replaces in a full grid: the nearest, any, or the oldest.",
     )
+    text = "What the nearest is nearest by: the residual r, or the error on the clean side, sigma * r."
+    add("--bank_metric", choices=("residual", "clean"), default="residual", help=text)
     add("--clean_buffer_update_prob", type=float, default=0.1, help="Share of the clean samples that are banked.")
     text = "First steps in which every process banks the errors of all."
     add("--buffer_warmup_iter", "--svi_warmup_iter", type=int, default=50, help=text)
@@ -295,7 +306,25 @@ def check_args(args: argparse.Namespace) -> None:
 
 def make_scheme(args: argparse.Namespace) -> Scheme:
     if args.conditioning == "pixel":
-        return PixelMotion(num_frames=args.num_motion_frames, padding=args.padding)
+        padding, count = args.padding, args.ref_pad_num
+        if count is not None:
+            if count < -1:
+                raise ValueError(
+                    f"`--ref_pad_num` must be -1 for all, 0 for none, or a number of frames, got {count}."
+                )
+            padding, count = ("reference" if count else "zeros"), (count if count not in (0, -1) else None)
+        return PixelMotion(
+            num_frames=args.num_motion_frames,
+            padding=padding,
+            num_references=count,
+            repeat_first=args.repeat_first_frame,
+            mask_frames=args.mask_frames,
+        )
+    if args.ref_pad_num is not None or args.repeat_first_frame or args.mask_frames != "first":
+        raise ValueError(
+            "`--ref_pad_num`, `--repeat_first_frame` and `--mask_frames` are for `--conditioning pixel`, got "
+            f"{args.conditioning}."
+        )
     return {"latent": LatentMotion, "held": HeldLatents}[args.conditioning](num_latents=args.num_motion_latents)
 
 
@@ -312,6 +341,7 @@ def make_injection(args: argparse.Namespace) -> InjectionConfig:
         first_error=1 + args.num_motion_latents if args.conditioning == "held" else 0,
         img_sigmas=tuple(args.img_sigmas),
         img_scale=tuple(args.img_scale),
+        modulation=args.error_modulate_factor,
     )
 
 
@@ -459,6 +489,7 @@ def make_recycler(
         num_grids=args.num_grids,
         capacity=args.bank_capacity,
         replacement=args.bank_replacement,
+        metric=args.bank_metric,
         dtype=args.bank_dtype,
         byte_budget=None if args.bank_max_gb is None else int(args.bank_max_gb * 1e9),
         path=args.bank_path and f"{args.bank_path}.{rank}",
@@ -493,11 +524,13 @@ class TrainingStep:
     def __post_init__(self):
         self.sigmas = shifted_sigmas(TRAIN_TIMESTEPS, self.args.flow_shift)
         self.weights = loss_weights(TRAIN_TIMESTEPS, self.args.flow_shift)
+        scheme = make_scheme(self.args)
+        self.known_frames = torch.tensor([scheme.known_frames(is_first) for is_first in (True, False)])
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of a batch, `(batch,)`, and which of its samples were left clean."""
         latents, generator = batch["latents"], self.generator
-        condition, image_embeds = self.choose_condition(batch)
+        condition, image_embeds, known_frames = self.choose_condition(batch)
         prompt_embeds = self.choose_prompt(batch)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         picks = self.timesteps[torch.randint(len(self.timesteps), (len(latents),), generator=generator)]
@@ -506,7 +539,7 @@ class TrainingStep:
         injected = self.recycler.inject(latents, noise, condition, sigmas)
         noisy = interpolate(injected.latents, injected.noise, sigmas)
         hidden_states, timesteps = transformer_inputs(
-            noisy, injected.condition, sigmas, self.patch_size, self.expand_timesteps
+            noisy, injected.condition, sigmas, self.patch_size, self.expand_timesteps, known_frames
         )
         prediction = self.transformer(
             hidden_states=hidden_states.to(self.weight_dtype),
@@ -525,22 +558,29 @@ class TrainingStep:
         self.recycler.recycle(residual, sigmas, injected.switches)
         return erft_loss(prediction, target, weights, mask), injected.switches.clean
 
-    def choose_condition(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Condition latents and image embeddings of a batch, in part of its samples those of a first clip."""
+    def choose_condition(
+        self, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Condition latents, image embeddings, and the frames that the mask marks, `(batch,)`, of a batch.
+
+        In part of its samples they are those of a first clip.
+        """
         args, condition, image_embeds = self.args, batch["condition"], batch.get("image_embeds")
         first, text = torch.rand(2, len(condition), generator=self.generator, dtype=torch.float64)
+        goes_on = first < args.p_motion
+        known_frames = self.known_frames[goes_on.long()]
         if args.conditioning == "held":
             # Held latents stand in for the first of a clip: a batch has as many of them throughout.
             if text[0] < args.p_text_start:
-                return condition[:, :, :0], image_embeds
-            return batch["condition" if first[0] < args.p_motion else "first_condition"], image_embeds
+                return condition[:, :, :0], image_embeds, known_frames
+            return batch["condition" if goes_on[0] else "first_condition"], image_embeds, known_frames
         if args.p_motion == 1:
-            return condition, image_embeds
-        goes_on = (first < args.p_motion).to(condition.device)
+            return condition, image_embeds, known_frames
+        goes_on = goes_on.to(condition.device)
         condition = torch.where(goes_on.view(-1, 1, 1, 1, 1), condition, batch["first_condition"])
         if image_embeds is not None:
             image_embeds = torch.where(goes_on.view(-1, 1, 1), image_embeds, batch["first_image_embeds"])
-        return condition, image_embeds
+        return condition, image_embeds, known_frames
 
     def choose_prompt(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Prompt embeddings of a batch, some of them empty."""

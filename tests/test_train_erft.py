@@ -134,6 +134,15 @@ def assert_same(first: Path, second: Path) -> None:
         ("wan2.1", "shot", {}, PixelMotion(1, "reference")),
         ("wan2.1", "film", {"p_motion": 0.5}, PixelMotion(5, "zeros")),
         ("wan2.1", "film-2.0", {"train_batch_size": 2}, PixelMotion(5, "reference")),
+        (
+            "wan2.1",
+            "film",
+            {
+                **{"p_motion": 0.5, "ref_pad_num": 3, "repeat_first_frame": True, "ref_pad_cfg": True},
+                **{"bank_metric": "clean", "error_modulate_factor": 0.2},
+            },
+            PixelMotion(5, "reference", num_references=3, repeat_first=True, mask_frames="all"),
+        ),
         ("a14b", "pro", {"expert": "high", "p_motion": 0.5}, LatentMotion(1)),
         ("a14b", "pro", {"expert": "low", "train_batch_size": 2}, LatentMotion(1)),
         ("ti2v-5b", "ti2v-5b", {"p_text_start": 0.4, "center_crop": True}, HeldLatents(1)),
@@ -352,6 +361,9 @@ def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, ca
         ({"conditioning": "latent"}, "`--reference`=inside"),
         ({"preset": "pro", "reference": "inside"}, "Use `--reference before`"),
         ({"p_text_start": 0.5}, "needs `--conditioning held`"),
+        ({"ref_pad_num": -2}, "`--ref_pad_num` must be -1 for all, 0 for none, or a number of frames, got -2."),
+        ({"preset": "pro", "mask_frames": "all"}, "are for `--conditioning pixel`, got latent."),
+        ({"error_modulate_factor": 1.5}, "`modulation` must be in [0, 1]"),
         ({"validation_prompt": ["a cat"]}, "needs both"),
         (
             {"validation_prompt": ["a cat"], "validation_image": "no.png"},
@@ -400,3 +412,6 @@ def test_names_known_from_elsewhere(train_erft):
     args = train_erft.parse_args([*base, *names])
     assert (args.p_img, args.p_vid, args.p_noi, args.p_clean, args.n_img) == (0.1, 0.2, 0.3, 0.4, 2)
     assert (args.bank_capacity, args.bank_replacement, args.p_motion) == (7, "l2", 0.5)
+    for count, padding in ((0, ("zeros", None)), (-1, ("reference", None)), (4, ("reference", 4))):
+        scheme = train_erft.make_scheme(train_erft.parse_args([*base, f"--ref_pad_num={count}"]))
+        assert (scheme.padding, scheme.num_references, scheme.mask_frames) == (*padding, "first")

@@ -295,7 +295,8 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
             latents = latents.to(device=device, dtype=dtype)
         carried = state.carried(latents.device, latents.dtype)
         condition = state.conditioning.condition(self.vae, carried, num_frames, expand_timesteps)
-        return latents, *pipeline_condition(condition, shape[2], expand_timesteps)
+        known_frames = state.conditioning.known_frames(is_first=carried.frames is None)
+        return latents, *pipeline_condition(condition, shape[2], expand_timesteps, known_frames)
 
     def to_json_string(self) -> str:
         """The text of `model_index.json`, under the parent's name: diffusers by itself loads the folder too."""

@@ -65,14 +65,15 @@ def encode_sample(
     clip, history = video[:, :, -num_frames:], video[:, :, :num_frames]
     # A film begins with its start image, which is the reference or anchor too.
     known, first = Carried(reference), Carried(frames[:, :, 0])
-    # source: the image that CLIP sees is the first condition frame; with an anchor latent, the anchor
+    # source: the image that CLIP sees is the first condition frame, never augmented; with an anchor latent, the anchor
+    begin = clip[:, :, 0]
     seen = reference
     if scheme.carried_latents:
         known = Carried(reference, latents=encode_video(pipe.vae, history))
     elif scheme.carried_frames:
-        known, first = Carried(reference, frames), Carried(clip[:, :, 0], frames[:, :, :1])
-        seen = frames[:, :, 0]
-    given = {"": (known, seen), **({"first_": (first, frames[:, :, 0])} if first_clips else {})}
+        known, first = Carried(reference, frames), Carried(begin, frames[:, :, :1])
+        seen = begin
+    given = {"": (known, seen), **({"first_": (first, begin)} if first_clips else {})}
 
     encoded = {"latents": encode_video(pipe.vae, clip)}
     for prefix, (carried, image) in given.items():
