@@ -887,8 +887,8 @@ def main(args: argparse.Namespace) -> None:
     if args.validation_prompt and film_step != global_step:
         validation = validate()
     if accelerator.is_main_process:
-        save_model_card(args, scheme, repo_id, validation)
         logger.info(f"Saved {file}.")
+        save_model_card(args, scheme, repo_id, validation)
         if args.push_to_hub:
             try:
                 push(output_dir, repo_id, args.expert, args.hub_token)

@@ -182,6 +182,7 @@ attempt("bob/other", "hf_alice")
 attempt("film", "hf_alice", "high")
 attempt("film", "hf_alice", "high", PixelMotion(1))
 constants.ENDPOINT = "http://127.0.0.1:9"
+attempt("new", "hf_alice")
 """
     script = script.replace("sys.argv[1]", repr(str(tmp_path)))
     told = re.findall(r"told: (.*)", hub.python(script))
@@ -198,11 +199,12 @@ constants.ENDPOINT = "http://127.0.0.1:9"
         "The repository 'alice/film' has the low-noise expert for LatentMotion(num_latents=1), but this one is to be "
         "for PixelMotion(num_frames=1, padding='zeros')"
     )
+    assert told[7].startswith(begin + "'new': http://127.0.0.1:9 cannot be reached (")
 
 
 def test_the_hub_is_gone_when_the_lora_is_there(models, hub, tmp_path):  # noqa: F811
     """The run ends with status 1; the LoRA is whole, and the command that is told pushes it."""
-    gone = start_hub(tmp_path / "home", "--ends_at", "^PUT /objects/")
+    gone = start_hub(tmp_path / "home", "--ends_at", "/commit/")
     try:
         options = {**TRAINED, "preset": "shot", "hub_model_id": "late"}
         status, told = gone.run(command(models / "i2v", tmp_path / "run", **options), "alice")

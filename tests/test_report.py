@@ -7,12 +7,23 @@ import av
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
-from diffusers_svi import LatentMotion, PixelMotion
+from conftest import make_components
+from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
+from diffusers_svi.lora_file import lora_metadata
 from diffusers_svi.training.films import save_film
-from diffusers_svi.training.model_card import TrainedLora, make_model_card, read_description, write_model_card
+from diffusers_svi.training.model_card import (
+    TrainedLora,
+    make_model_card,
+    read_description,
+    weight_name,
+    write_model_card,
+)
 from diffusers_svi.training.quality import drift_figures
+from test_lora import make_lora
 
 
 def test_a_film_its_strip_and_its_figures(tmp_path):
@@ -89,6 +100,44 @@ def test_the_card_of_an_expert_with_a_sample(tmp_path):
         "| clip | colour shift | sharpness kept |\n|---|---|---|\n| 1 | 0.000 | 1.000 |\n| 2 | 0.123 | 0.900 |\n"
         in (card.text)
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts", "scheme"),
+    [
+        ("wan2.1", [None], PixelMotion(5, "reference", num_references=2)),
+        ("a14b", ["high"], LatentMotion(1)),
+        ("a14b", ["low"], LatentMotion(1)),
+        ("a14b", ["high", "low"], LatentMotion(1)),
+        ("ti2v-5b", [None], HeldLatents(1)),
+    ],
+)
+def test_the_code_of_the_card_runs(tmp_path, monkeypatch, kind, experts, scheme):
+    """On a local model of the kind, small and without a GPU, but else word for word."""
+    monkeypatch.chdir(tmp_path)
+    pipe = SVIPipeline(**make_components(kind))
+    pipe.save_pretrained("model")
+    PIL.Image.new("RGB", (32, 32), "teal").save("start.png")
+    Path("me/my-lora").mkdir(parents=True)
+    settings = {"height": 32, "width": 32, "num_frames": 9, "fps": 8, "flow_shift": 3.5}
+    for expert in experts:
+        save_file(make_lora(pipe.transformer), f"me/my-lora/{weight_name(expert)}", lora_metadata(scheme, expert))
+        lora = trained(base_model="model", scheme=scheme, expert=expert, settings=settings)
+        lora.save("me/my-lora")
+    write_model_card("me/my-lora", "me/my-lora", experts[0])
+    code = code_of(ModelCard.load("me/my-lora/README.md")).replace('.to("cuda")', "")
+    names = {}
+    exec(code.replace("film = pipe(\n", "film = pipe(\n    num_inference_steps=2,\n"), names)
+    pipe = names["pipe"]
+    assert pipe.lora_conditioning == scheme and len(names["film"]) == scheme.film_length(2, 9)
+    assert pipe.vae.dtype == torch.float32 and pipe.transformer.dtype == torch.bfloat16
+    assert type(pipe.scheduler) is SVIEulerScheduler and pipe.scheduler.config.shift == 3.5
+    in_use = [expert for expert, part in (("high", pipe.transformer), ("low", pipe.transformer_2)) if has_lora(part)]
+    assert in_use == [expert or "high" for expert in experts]
+
+
+def has_lora(transformer) -> bool:
+    return bool(getattr(transformer, "peft_config", {}))
 
 
 def test_the_card_of_both_experts(tmp_path):

@@ -18,6 +18,7 @@ import av
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -282,6 +283,22 @@ def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
     assert dtypes == [{torch.bfloat16}, {torch.bfloat16}, {torch.float32}]
     with safe_open(run / "pytorch_lora_weights_original.safetensors", "pt") as file:
         assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in file.keys()
+
+
+def test_a_validation_film_has_the_schedule_of_the_training(models, tmp_path, train_erft):
+    """That of the card, whatever scheduler the base model comes with."""
+    options = {"validation_prompt": ["a cat"], "validation_image": tmp_path / "start.png", "flow_shift": 4}
+    PIL.Image.new("RGB", (64, 64), "teal").save(tmp_path / "start.png")
+    options |= {"validation_inference_steps": 2}
+    args = train_erft.parse_args(command(models / "i2v", tmp_path, **options)[2:])
+    pipe = quiet(SVIPipeline.from_pretrained(models / "i2v"))
+    levels = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: levels.append(float(kwargs["timestep"].flatten()[0]) / 1000), with_kwargs=True
+    )
+    train_erft.log_validation(args, Accelerator(cpu=True), pipe, PixelMotion(1), 0)
+    # s * u / (1 + (s - 1) * u) at u = 1 and 1/2, each with and without the prompt.
+    assert levels == pytest.approx([1.0, 1.0, 0.8, 0.8], abs=1e-4)
 
 
 def test_it_goes_on_from_a_lora(models, tmp_path):
