@@ -202,6 +202,46 @@ attempt("new", "hf_alice")
     assert told[7].startswith(begin + "'new': http://127.0.0.1:9 cannot be reached (")
 
 
+def test_experts_trained_at_the_same_time_end_on_one_card(hub, tmp_path):
+    """Neither knows of the other when it begins. One that was trained in the folder counts, not what the Hub has."""
+    script = """
+from pathlib import Path
+from huggingface_hub import hf_hub_download
+from diffusers_svi import LatentMotion
+from diffusers_svi.training.model_card import TrainedLora, description_name, weight_name
+from diffusers_svi.training.push import open_repo, push
+
+def train(folder, expert, seed):
+    settings = {"height": 64, "width": 64, "num_frames": 17, "fps": 16, "flow_shift": 5.0, "seed": seed}
+    lora = TrainedLora(base_model="a/b", scheme=LatentMotion(1), method="so", settings=settings, expert=expert)
+    lora.save(folder)
+    (Path(folder) / weight_name(expert)).write_bytes(seed.encode())
+
+def tell(folder, expert):
+    push(folder, "alice/pair", expert)
+    card = Path(hf_hub_download("alice/pair", "README.md")).read_text()
+    print("told:", *(line for line in card.splitlines() if line.startswith("| seed") or "weight_name" in line))
+
+for expert in ("high", "low"):
+    Path(expert).mkdir()
+    open_repo("pair", expert, LatentMotion(1), expert)
+for expert in ("high", "low"):
+    train(expert, expert, f"seed-{expert}")
+    tell(expert, expert)
+
+train("low", "high", "another")
+tell("low", "low")
+
+# What an earlier repository told of the other expert is not true of a new one.
+open_repo("new", "high", LatentMotion(1), "high")
+print("told:", (Path("high") / description_name("low")).exists())
+"""
+    told = re.findall(r"told: (.*)", hub.python(script, "alice", tmp_path))
+    both = f'    weight_name="{HIGH}",     weight_name_2="{LOW}", '
+    assert told[0] == f'    weight_name="{HIGH}", | seed | seed-high |'
+    assert told[1:] == [f"{both}| seed | seed-high | seed-low |", f"{both}| seed | another | seed-low |", "False"]
+
+
 def test_the_hub_is_gone_when_the_lora_is_there(models, hub, tmp_path):  # noqa: F811
     """The run ends with status 1; the LoRA is whole, and the command that is told pushes it."""
     gone = start_hub(tmp_path / "home", "--ends_at", "/commit/")
