@@ -13,7 +13,7 @@ install_requires = [
     "safetensors>=0.5",
     "psutil>=5.9",
     "numpy>=1.26",
-    "pillow>=10",
+    "pillow>=10.1",
     "ftfy>=6.1",
     "tqdm>=4.60",
 ]

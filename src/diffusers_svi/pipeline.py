@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, TypeVar, Unpack
@@ -10,6 +11,7 @@ from typing import Any, TypeVar, Unpack
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers import WanImageToVideoPipeline
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
@@ -20,21 +22,26 @@ from .chain import ChainState, kept_frames
 from .checks import check_choice
 from .clips import Clip, ClipSpec, one_per_clip, with_last
 from .conditioning import Scheme
-from .inputs import OUTPUT_TYPES, Film, check_clip, check_film, choose_scheme, latent_shape
+from .fingerprints import made_with
+from .inputs import MAX_TOKENS, OUTPUT_TYPES, Film, check_clip, check_film, choose_scheme, latent_shape
 from .lora import SVILoraLoaderMixin
 from .options import FILM_DEFAULTS, FilmOptions
-from .pixels import to_pil, to_uint8
+from .pixels import squash, to_pil, to_uint8
+from .resume import SEED, check_last_seed
 from .scheduler import SVIEulerScheduler  # noqa: F401 - diffusers finds it in a saved pipeline once it is imported
 from .wan import TEMPORAL_FACTOR, decode_video, pipeline_condition
 
 
+# Held while a pipeline is asked whether it is at work.
+_ONE_AT_A_TIME = threading.Lock()
+
 # Prompts whose embeddings are kept while a chain runs: few enough for an endless one.
 KEPT_EMBEDDINGS = 64
 
-F = TypeVar("F", bound=Callable[..., Any])
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _with_film_options(method: F) -> F:
+def _with_film_options(method: Method) -> Method:
     """Show the options and their defaults in the method's signature, where `help` and diffusers' tools look."""
     signature = inspect.signature(method)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -75,9 +82,10 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         Generate a film: the clips of [`~SVIPipeline.stream`], joined.
 
         Args:
-            image (`PIL.Image.Image` or `torch.Tensor`):
-                The start image, an RGB image or a tensor `(3, height, width)` or `(1, 3, height, width)` in [0, 1]. It
-                is resized to `height` and `width`. May be left out when `state` is given.
+            image (`PIL.Image.Image`, `torch.Tensor` or `np.ndarray`):
+                The start image; as a tensor `(3, height, width)` or `(1, 3, height, width)`, as an array `(height,
+                width, 3)`, uint8 or floats in [0, 1]. It is resized to `height` and `width` as `resize_mode` says. May
+                be left out when `state` is given.
             prompts (`str`, `ClipSpec` or an `Iterable` of them):
                 One prompt a clip; a single one is that of all clips. With more clips than prompts, the last one holds.
             return_dict (`bool`, defaults to `True`):
@@ -93,6 +101,8 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
 
         Raises:
             ValueError: for every argument that cannot be right, before anything is generated.
+            FloatingPointError: if a clip comes out with values that are not finite.
+            RuntimeError: if another thread is generating with this pipeline.
         """
         film = self._check_film(image, prompts, options)
         frames = _join((clip.frames for clip in self._stream(film)), film.output_type, film.shape)
@@ -119,6 +129,9 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         Raises:
             ValueError: at once for what can be known before the first clip; for a prompt of an iterator that is no
                 string or empty, when its turn comes.
+            FloatingPointError: if a clip comes out with values that are not finite; it is not yielded, and the state
+                of the clip before is as good as it was.
+            RuntimeError: if another thread is generating with this pipeline.
         """
         return self._stream(self._check_film(image, prompts, options))
 
@@ -128,7 +141,7 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         prompts: str | ClipSpec | Iterable[str | ClipSpec] | None,
         options: FilmOptions,
     ) -> Film:
-        return check_film(self, self.lora_conditioning, image, prompts, options)
+        return check_film(self, self.lora_conditioning, self.lora_clip_resize, image, prompts, options)
 
     @torch.no_grad()
     def _stream(self, film: Film) -> Iterator[Clip]:
@@ -141,8 +154,12 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         if film.generator is not None and state.generator is not None:
             film.generator.set_state(state.generator)
         # Only where the end of a clip is cut must it be known now whether another one follows.
-        prompts = with_last(one_per_clip(film.prompts, film.num_clips), look_ahead=state.conditioning.trims == "tail")
-        noise = itertools.islice(film.noise, first, None)
+        look_ahead = state.conditioning.trims == "tail"
+        prompts = with_last(one_per_clip(film.prompts, film.num_clips), film.num_clips, look_ahead)
+        noise = iter(film.noise)
+        if first > 0:
+            of_last_clip = next(itertools.islice(noise, first - 1, None), {})
+            check_last_seed(state, _seed(of_last_clip), film.ignore_state_settings)
         with tqdm(total=film.num_clips, initial=first, **{"desc": "Clips", **self._bar_config}) as clips_bar:
             for index, (item, is_last) in itertools.islice(enumerate(prompts), first, None):
                 options, prompt = dict(film.clip_options), None
@@ -158,10 +175,11 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
                 noise_options = next(noise, None)
                 if noise_options is None:
                     raise ValueError(f"`seeds` ended after {index} clips, but there is a prompt for clip {index}.")
-                latents = self._generate(film.image if index == 0 else None, state, **noise_options, **options)
+                seed = _seed(noise_options) if film.generator is None else None
+                latents = self._generate(state, film.clip_resize, **noise_options, **options)
                 if self.interrupt:
                     return
-                clip = self._finish(latents, prompt, state, film, is_last)
+                clip = self._finish(latents, prompt, state, film, is_last, seed)
                 state = clip.state
                 clips_bar.update()
                 yield clip
@@ -169,37 +187,70 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
                 if self.interrupt:
                     return
 
-    def _generate(
-        self, image: PIL.Image.Image | torch.Tensor | None, state: ChainState, **options: Any
-    ) -> torch.Tensor:
+    def _generate(self, state: ChainState, clip_resize: str, **options: Any) -> torch.Tensor:
         """The latents of the clip after `state`, by the parent's `__call__`."""
-        if image is None:
-            # source: the image that CLIP sees is the first, oldest condition frame
-            pixels = to_uint8(state.image) if state.frames is None else state.frames[:, :, 0]
-            image = to_pil(pixels[0])
+        # source: the image that CLIP sees is the first, oldest condition frame
+        pixels = to_uint8(state.image) if state.frames is None else state.frames[:, :, 0]
+        image = to_pil(pixels[0])
+        if clip_resize == "squash" and self.image_encoder is not None:
+            image = squash(image, self.image_encoder.config.image_size)
         bar_config = self._bar_config
-        self._state = state
+        with _ONE_AT_A_TIME:
+            if self._state is not None:
+                raise RuntimeError(
+                    "This pipeline is generating a clip already, in another thread or a callback. Wait until it is "
+                    "done, or make a second pipeline out of its `components`."
+                )
+            self._state = state
         self.set_progress_bar_config(**{"desc": f"Clip {state.num_clips + 1}", "leave": False, **bar_config})
         try:
             return super().__call__(image=image, output_type="latent", return_dict=False, **options)[0]
         finally:
             self._state = None
             self.set_progress_bar_config(**bar_config)
+            # The parent does so only where nothing goes wrong: caches would go on in the next clip.
+            for transformer in self._transformers:
+                transformer._reset_stateful_cache()
 
-    def _finish(self, latents: torch.Tensor, prompt: str | None, state: ChainState, film: Film, is_last: bool) -> Clip:
+    def _finish(
+        self,
+        latents: torch.Tensor,
+        prompt: str | None,
+        state: ChainState,
+        film: Film,
+        is_last: bool,
+        seed: str | None,
+    ) -> Clip:
         """The clip after `state`, out of its latents."""
         index, video = state.num_clips, None
+        self._check_finite(latents, index, film)
         if film.output_type != "latent" or state.conditioning.carried_frames > 0:
             video = decode_video(self.vae, latents)
             self.maybe_free_model_hooks()
+            self._check_finite(video, index, film)
         if film.output_type == "latent":
             frames = latents[0]
         else:
             assert video is not None
             kept = kept_frames(state.conditioning, state.num_frames, index == 0, is_last)
             frames = self.video_processor.postprocess_video(video[:, :, kept], film.output_type)[0]
-        after = state.after(latents, video, None if film.generator is None else film.generator.get_state())
+        generator = None if film.generator is None else film.generator.get_state()
+        told = made_with(self, film.settings) | ({} if seed is None else {SEED: seed})
+        after = state.after(latents, video, generator, told)
         return Clip(index, prompt, frames, start=state.start, state=after)
+
+    def _check_finite(self, values: torch.Tensor, index: int, film: Film) -> None:
+        """Raise a `FloatingPointError` if a clip, its latents or its pixels, is not to be gone on from."""
+        if not values.isfinite().all():
+            models = {name: getattr(self, name) for name in ("transformer", "transformer_2", "vae")}
+            told = {name: film.settings[name] for name in ("num_inference_steps", "guidance_scale")}
+            told |= {name: model.dtype for name, model in models.items() if model is not None}
+            listed = ", ".join(f"{name}={value}" for name, value in told.items())
+            raise FloatingPointError(
+                f"Clip {index} came out with values that are not finite ({listed}). It is not handed on: the state "
+                "after the clip before is still good. Float16 is the usual cause (use bfloat16), then LoRA weights "
+                "or a guidance that are too high."
+            )
 
     @torch.no_grad()
     def decode_latents(
@@ -240,6 +291,18 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
         film = _join(clips(), output_type, (scheme.film_length(len(latents), num_frames), *size))
         self.maybe_free_model_hooks()
         return film
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in the parent; where the model has image embeddings beside them, always of 512 tokens.
+
+        Such a model (Wan 2.1) counts the image's tokens from the 513th on, whatever `max_sequence_length` is: shorter
+        embeddings are filled up with zeros, as those of short prompts are.
+        """
+        positive, negative = super().encode_prompt(*args, **kwargs)
+        if self.image_encoder is None:
+            return positive, negative
+        padding = (0, 0, 0, max(0, MAX_TOKENS - positive.shape[1]))
+        return F.pad(positive, padding), None if negative is None else F.pad(negative, padding)
 
     def prepare_latents(
         self,
@@ -291,6 +354,12 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
     @property
     def _bar_config(self) -> dict[str, Any]:
         return getattr(self, "_progress_bar_config", {})
+
+
+def _seed(noise_options: dict[str, Any]) -> str | None:
+    """The seed of a clip that has one of its own."""
+    generator = noise_options.get("generator")
+    return None if generator is None else str(generator.initial_seed())
 
 
 def _join(
