@@ -19,8 +19,8 @@ install_requires = [
 ]
 
 extras = {
-    "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
-    "train": ["datasets>=4.0", "av>=14.1", "tensorboard>=2.15", "imageio>=2.34", "imageio-ffmpeg>=0.5"],
+    "demo": ["av>=14.1", "imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
+    "train": ["datasets>=4.0", "av>=14.1", "tensorboard>=2.15"],
     "deepspeed": ["deepspeed>=0.17"],
     "test": [
         "pytest>=8",

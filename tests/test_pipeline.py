@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -339,6 +342,28 @@ def test_a_film_takes_the_memory_of_its_frames(i2v, image, output_type):
     i2v.transformer.register_forward_hook(lambda *_: seen.append(sum(part() is not None for part in parts)))
     whole = film(i2v, image, output_type=output_type)
     assert len(whole) == 25 and max(seen) <= 1
+
+
+def test_a_film_that_is_left_when_python_ends():
+    """Torch cannot be called any more then, and nothing is said about it."""
+    script = """
+import numpy as np, PIL.Image
+from conftest import CLIP, make_components, quiet
+from diffusers_svi import SVIPipeline
+
+pipe = quiet(SVIPipeline(**make_components("i2v")))
+clips = pipe.stream(image=PIL.Image.new("RGB", (32, 32)), prompts=["a cat"] * 3, seeds=range(3), **CLIP)
+print(next(clips).index)
+"""
+    paths = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout == "0\n"
+    assert "Exception ignored" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_state_is_small(i2v, image):

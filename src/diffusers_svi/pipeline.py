@@ -143,9 +143,10 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
     ) -> Film:
         return check_film(self, self.lora_conditioning, self.lora_clip_resize, image, prompts, options)
 
-    @torch.no_grad()
     def _stream(self, film: Film) -> Iterator[Clip]:
+        # Not a generator without gradients as a whole: torch could not close it when Python ends.
         @lru_cache(maxsize=KEPT_EMBEDDINGS)
+        @torch.no_grad()
         def encode(prompt: str) -> torch.Tensor:
             return self.encode_prompt(prompt, None, False, max_sequence_length=film.max_sequence_length)[0]
 
@@ -212,6 +213,7 @@ class SVIPipeline(SVILoraLoaderMixin, WanImageToVideoPipeline):
             for transformer in self._transformers:
                 transformer._reset_stateful_cache()
 
+    @torch.no_grad()
     def _finish(
         self,
         latents: torch.Tensor,

@@ -95,7 +95,7 @@ def encode_sample(
 
 @torch.no_grad()
 def encode_caption(pipe: WanImageToVideoPipeline, caption: str, max_sequence_length: int = 512) -> torch.Tensor:
-    """The embedding of a prompt, `(max_sequence_length, dim)`, on the CPU in float32."""
+    """The embedding of a prompt as the pipeline has it, `(tokens, dim)`, on the CPU in float32."""
     embeds = pipe.encode_prompt(caption, None, False, max_sequence_length=max_sequence_length)[0]
     return embeds[0].float().cpu()
 
