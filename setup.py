@@ -25,6 +25,7 @@ extras = {
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
         "scipy>=1.15",
         "bitsandbytes>=0.45",
         "gguf>=0.10",

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Set, Sized
+from collections.abc import Callable, Iterable, Mapping, Set, Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -92,36 +92,26 @@ def check_film(
     if unknown:
         raise TypeError(f"A film has no option {', '.join(sorted(unknown))}. There are: {', '.join(FILM_DEFAULTS)}.")
     given = {**FILM_DEFAULTS, **options}
-    if given["num_videos_per_prompt"] != 1:
-        raise ValueError(
-            f"`num_videos_per_prompt`={given['num_videos_per_prompt']!r}: a call makes one film, clip by clip. Call "
-            "again with another `generator` for another."
-        )
+    check_kinds(given)
     if given["prompt"] is not None:
         if prompts is not None:
             raise ValueError("`prompt` and `prompts` are the same; pass one of them, got both.")
         prompts = given["prompt"]
     state: ChainState | None = given["state"]
-    if state is not None and not isinstance(state, ChainState):
-        raise ValueError(
-            f"`state` must be a `ChainState`, got {type(state).__name__}. Use `ChainState.load` for a file."
-        )
     picture = None if image is None else read_image(image)
     if picture is None and state is None:
         raise ValueError("`image`, the start image, is missing. Without one, pass the `state` of a chain.")
-    check_choice("resize_mode", given["resize_mode"], RESIZE_MODES)
     height, width = check_size(pipe, given["height"], given["width"], picture, state)
     num_frames = check_num_frames(pipe, given["num_frames"])
     scheme = choose_scheme(
         given["conditioning"], given["condition_frames"], state, trained, given["ignore_lora_conditioning"]
     )
-    num_steps = check_count("num_inference_steps", given["num_inference_steps"], 1)
+    # Noise levels are told apart by the timesteps of training.
+    most_steps = pipe.scheduler.config.num_train_timesteps
+    num_steps = check_count("num_inference_steps", given["num_inference_steps"], 1, most_steps)
     max_sequence_length = check_count("max_sequence_length", given["max_sequence_length"], 1, MAX_TOKENS)
     guidance_scale, guidance_scale_2 = check_guidance(given["guidance_scale"], given["guidance_scale_2"])
-    if given["negative_prompt"] is not None and not isinstance(given["negative_prompt"], str):
-        raise ValueError(f"`negative_prompt` must be one string for the whole film, got {given['negative_prompt']!r}.")
     scheme.check(num_frames, pipe.config.expand_timesteps)
-    check_choice("output_type", given["output_type"], OUTPUT_TYPES)
     items, num_clips = check_prompts(prompts, given["prompt_embeds"], given["num_clips"])
     shape = latent_shape(pipe, num_frames, height, width)
     noise = clip_noise(given["generator"], given["seeds"], given["latents"], num_clips, shape)
@@ -158,7 +148,6 @@ def check_film(
     negative_embeds = check_negative(given["negative_prompt_embeds"], num_clips)
     negative = given["negative_prompt"] or "" if negative_embeds is None else negative_embeds
     clip_resize = given["clip_resize"] or trained_clip_resize or CLIP_RESIZES[0]
-    check_choice("clip_resize", clip_resize, CLIP_RESIZES)
     settings = {
         "noise": next((name for name in ("generator", "seeds", "latents") if given[name] is not None), "drawn"),
         "num_inference_steps": num_steps,
@@ -193,6 +182,33 @@ def check_film(
             "callback_on_step_end_tensor_inputs": tensor_inputs,
         },
     )
+
+
+def check_kinds(given: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for an option that is of no use as it is, whatever the others are."""
+    if not isinstance(given["num_videos_per_prompt"], numbers.Integral) or given["num_videos_per_prompt"] != 1:
+        raise ValueError(
+            f"`num_videos_per_prompt`={given['num_videos_per_prompt']!r}: a call makes one film, clip by clip. Call "
+            "again with another `generator` for another."
+        )
+    check_choice("resize_mode", given["resize_mode"], RESIZE_MODES)
+    check_choice("output_type", given["output_type"], OUTPUT_TYPES)
+    if given["clip_resize"] is not None:
+        check_choice("clip_resize", given["clip_resize"], CLIP_RESIZES)
+    callbacks = Callable, PipelineCallback, MultiPipelineCallbacks
+    kinds: dict[str, tuple[Any, str]] = {
+        "state": (ChainState, "a `ChainState`; use `ChainState.load` for a file"),
+        "negative_prompt": (str, "one string for the whole film"),
+        "attention_kwargs": (dict, "a dictionary"),
+        "latents": (torch.Tensor, "a tensor, the noise of every clip"),
+        "callback_on_step_end": (callbacks, "a function or one of diffusers' callbacks"),
+        "callback_on_step_end_tensor_inputs": ((list, tuple), 'a list of names, such as ["latents"]'),
+        "ignore_lora_conditioning": (bool, "`True` or `False`"),
+        "ignore_state_settings": (bool, "`True` or `False`"),
+    }
+    for name, (kind, wanted) in kinds.items():
+        if given[name] is not FILM_DEFAULTS[name] and not isinstance(given[name], kind):
+            raise ValueError(f"`{name}` must be {wanted}, got {type(given[name]).__name__}: {given[name]!r}.")
 
 
 def choose_scheme(
@@ -252,12 +268,15 @@ def check_size(
         multiples.append(multiple)
         if value is None:
             continue
-        if not isinstance(value, numbers.Integral) or value < multiple or value % multiple:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < multiple or value % multiple:
             is_size = isinstance(value, numbers.Real) and math.isfinite(value)
             nearest = max(round(float(value) / multiple), 1) * multiple if is_size else multiple
             raise ValueError(
                 f"`{name}` must be a multiple of {multiple} for this model, got {value!r}. The nearest is {nearest}."
             )
+        most = transformer.config.rope_max_seq_len * pipe.vae_scale_factor_spatial * patch
+        if value > most:
+            raise ValueError(f"`{name}` must be at most {most}: this model's positions end there, got {value!r}.")
     height, width = (None if value is None else int(value) for value, _ in sizes.values())
     if state is not None:
         saved = state.image.shape[-2:]
@@ -269,9 +288,15 @@ def check_size(
 def check_num_frames(pipe: WanImageToVideoPipeline, num_frames: Any) -> int:
     """Frames of a clip, if the VAE can encode so many."""
     factor = pipe.vae_scale_factor_temporal
+    transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
     if not isinstance(num_frames, numbers.Integral) or num_frames < 1 or num_frames % factor != 1:
         raise ValueError(
             f"`num_frames` must be {factor}n + 1, such as {5 * factor + 1} or {20 * factor + 1}, got {num_frames!r}."
+        )
+    most = 1 + factor * (transformer.config.rope_max_seq_len * transformer.config.patch_size[0] - 1)
+    if num_frames > most:
+        raise ValueError(
+            f"`num_frames` must be at most {most}, as far as this model's positions go, got {num_frames}."
         )
     return int(num_frames)
 
