@@ -942,3 +942,31 @@ def test_a_saved_lora_is_read_back(layout, tmp_path):
     # Where alpha has no place of its own it is in the second matrix.
     assert torch.equal(down, state_dict["blocks.0.attn1.to_out.0.lora_A.weight"])
     assert torch.equal(up, state_dict["blocks.0.attn1.to_out.0.lora_B.weight"] * (1 if layout == "diffusers" else 2))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_where_alpha_has_no_place_every_layer_has_its_own(use_rslora, tmp_path):
+    """Ranks and alphas by layer: the file makes the change that peft makes."""
+    transformer = make_transformer()
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["to_q", "to_k"],
+        rank_pattern={r"blocks\.1\.attn1\.to_q": 2},
+        alpha_pattern={"to_k": 3.0},
+        use_rslora=use_rslora,
+        init_lora_weights=False,
+    )
+    transformer.add_adapter(config)
+    save_lora(
+        tmp_path / "lora.safetensors",
+        get_peft_model_state_dict(transformer),
+        config,
+        LatentMotion(1),
+        layout="original",
+    )
+    weights = read_lora(tmp_path / "lora.safetensors").state_dict
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            down, up = (weights[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
+            torch.testing.assert_close(up @ down, layer.get_delta_weight("default"))

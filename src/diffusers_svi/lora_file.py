@@ -211,9 +211,8 @@ def save_lora(
         state_dict = {f"transformer.{key}": value for key, value in state_dict.items()}
         write_lora(file, state_dict, conditioning, expert, config.to_dict(), clip_resize)
     else:
-        scale = config.lora_alpha / config.r
         state_dict = {
-            f"diffusion_model.{original_name(key)}": value * scale if ".lora_B." in key else value
+            f"diffusion_model.{original_name(key)}": value * _scale(config, key) if ".lora_B." in key else value
             for key, value in state_dict.items()
         }
         write_lora(file, state_dict, conditioning, expert, clip_resize=clip_resize)
@@ -243,6 +242,14 @@ def write_lora(
     with written_whole(file) as unfinished:
         tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
         save_file(tensors, unfinished, metadata=metadata)
+
+
+def _scale(config: PeftConfig, key: str) -> float:
+    """What peft multiplies the update of a layer by."""
+    layer = key.split(".lora_")[0]
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _published(name: str) -> tuple[Scheme | None, str | None]:
