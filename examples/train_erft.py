@@ -166,6 +166,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     text = "Share of samples that go on from another clip; the others have the condition of a first clip."
     add("--p_motion", "--p_motion_threshold", type=float, help=text)
     add("--p_text_start", type=float, help="HeldLatents: share of batches that hold nothing (text to video).")
+    text = "What the image encoder of Wan 2.1 sees of a frame: all of it, squeezed, or the square in the middle."
+    add("--clip_resize", choices=("squash", "crop"), default="squash", help=text)
     text = "Where the reference frame is taken from: any frame of the clip, never one of it, or one before it."
     add("--reference", choices=("inside", "outside", "before"), help=text)
     add("--first_frame_augmentation", action=argparse.BooleanOptionalAction, help="Jitter, blur and sharpen them.")
@@ -721,6 +723,7 @@ def main(args: argparse.Namespace) -> None:
         text_dtype=weight_dtype,
         max_sequence_length=args.max_sequence_length,
         first_clips=args.p_motion < 1,
+        clip_resize=args.clip_resize,
         num_workers=args.dataloader_num_workers,
     )
 
@@ -733,7 +736,7 @@ def main(args: argparse.Namespace) -> None:
     patch_size = transformer.config.patch_size
 
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:
-        save_lora(file, state_dict, config, scheme, args.expert, layout)
+        save_lora(file, state_dict, config, scheme, args.expert, layout, args.clip_resize)
 
     def save_model_hook(models, weights, folder):
         state_dict = lora_state_dict(accelerator, models[0])

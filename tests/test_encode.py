@@ -7,7 +7,7 @@ import torch
 
 from conftest import make_components, quiet
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.pixels import to_pil, to_uint8
+from diffusers_svi.pixels import squash, to_pil, to_uint8
 from diffusers_svi.training.cache import TensorCache
 from diffusers_svi.training.encode import encode_sample, encode_samples, fingerprint_encoders
 from diffusers_svi.training.samples import SampleLayout, Samples
@@ -79,6 +79,19 @@ def test_a_sample_is_encoded_as_a_chain_would_have_it(kind, scheme):
     assert {*alone} == {name for name in expected if not name.startswith("first_")}
 
 
+def test_clip_may_see_all_of_a_frame():
+    """Frames that are no squares: what is squeezed is more than the square in the middle."""
+    sample = Samples([ramp_video()], replace(LAYOUT, width=64), 1)[0]
+    pipe = make_pipe("wan2.1")
+    encoded = {way: encode_sample(pipe, sample, SCHEME, FRAMES, clip_resize=way) for way in ("crop", "squash")}
+    picture = to_pil(to_uint8(sample["condition"][:, 0]))
+    for way, seen in (("crop", picture), ("squash", squash(picture, 32))):
+        with torch.no_grad():
+            assert torch.equal(encoded[way]["image_embeds"], pipe.encode_image(seen, "cpu")[0])
+    assert not torch.equal(encoded["crop"]["image_embeds"], encoded["squash"]["image_embeds"])
+    assert torch.equal(encoded["crop"]["condition"], encoded["squash"]["condition"])
+
+
 def test_only_what_is_missing_is_encoded(tmp_path):
     videos = [ramp_video(fingerprint=name * 64, caption=caption) for name, caption in (("a", "a cat"), ("b", "a dog"))]
     pipe, loaded, cache = make_pipe("i2v"), [], TensorCache(tmp_path)
@@ -115,6 +128,7 @@ def test_only_what_is_missing_is_encoded(tmp_path):
     # Whatever changes what comes out is another entry; captions do not depend on the scheme, clips not on the length.
     assert encode(videos[:1], scheme=PixelMotion(2))[3] == 2
     assert encode(videos[:1], first_clips=True)[3] == 2
+    assert encode(videos[:1], clip_resize="squash")[3] == 2
     assert encode(videos[:1], encoders="others")[3] == 4
     assert encode(videos[:1], max_sequence_length=7)[3] == 2
     assert encode(videos[:1], text_dtype=torch.bfloat16)[3] == 2

@@ -1,5 +1,8 @@
 """What goes wrong with the Hub, in a sentence that names the repository and what to do."""
 
+import os
+from typing import Any
+
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, RevisionNotFoundError
 
@@ -28,3 +31,18 @@ def hub_trouble(error: BaseException, repo_id: str) -> str | None:
             "write there."
         )
     return f"The repository {repo_id!r} answers with an error: {cause}"
+
+
+class HubModelMixin:
+    """A pipeline's way to the Hub: before the pipeline among the bases of a class."""
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike:
+        """As in diffusers; an error says what is wrong with the repository."""
+        try:
+            return super().download(pretrained_model_name, **kwargs)  # type: ignore[misc]
+        except (OSError, HTTPError) as error:
+            trouble = hub_trouble(error, pretrained_model_name)
+            if trouble is None:
+                raise
+            raise OSError(f"Cannot load the model {pretrained_model_name!r}. {trouble}") from None

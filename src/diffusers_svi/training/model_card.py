@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..checks import check_choice
 from ..conditioning import Scheme, scheme_from_dict
+from ..files import written_whole
 from ..lora_file import EXPERTS
 
 
@@ -66,7 +67,8 @@ class TrainedLora:
     def save(self, folder: str | os.PathLike) -> None:
         """Write it to `folder`, under the name that [`read_description`] looks for."""
         values = {**asdict(self), "scheme": self.scheme.to_dict()}
-        (Path(folder) / description_name(self.expert)).write_text(json.dumps(values, indent=1) + "\n")
+        with written_whole(Path(folder) / description_name(self.expert)) as unfinished:
+            unfinished.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def read_description(folder: str | os.PathLike, expert: str | None = None) -> TrainedLora | None:
