@@ -181,7 +181,7 @@ def loras(draw) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
             case 1:
                 tensors[key] = tensors[key].to(draw(st.sampled_from(DTYPES)))
             case 2:
-                tensors[key] = torch.full_like(tensors[key], draw(st.sampled_from([math.nan, math.inf, 0.0])))
+                tensors[key] = torch.full_like(tensors[key].float(), draw(st.sampled_from([math.nan, math.inf, 0.0])))
             case 3:
                 shape = draw(st.lists(st.integers(0, 24), max_size=4))
                 tensors[key] = torch.zeros(shape)
