@@ -15,9 +15,10 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -139,6 +140,13 @@ class FilmWriter:
             )
         frames = [to_8_bits(frame) for frame in clip.frames]
         kept = state.start - clip.start
+        height, width = state.image.shape[-2:]
+        if {frame.shape for frame in frames} != {(height, width, 3)}:
+            found = sorted({frame.shape for frame in frames})
+            raise ValueError(
+                f"`clip.frames` are {found} (height, width, channels), but the film is of {height} x {width} pixels. "
+                "For latents see `decode_latents`."
+            )
         note = {"index": clip.index, "prompt": clip.prompt, "start": clip.start, "made_with": dict(state.made_with)}
         told = self._encode(frames[:kept], clip.start, 2 * clip.index, note)
         held = self._encode(frames[kept:], state.start, 2 * clip.index + 1) if frames[kept:] else b""
@@ -147,12 +155,7 @@ class FilmWriter:
             # So that what is written from now on can be told from a file of somebody else's.
             with written_whole(self._state_path) as unfinished:
                 save_file({}, unfinished, metadata={RECORD_KEY: json.dumps(asdict(record))})
-        with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
-            try:
-                _replace_end(file, place, told + held)
-            except OSError:
-                file.truncate(min(record.size, file.seek(0, os.SEEK_END)))
-                raise
+        _replace_end(self.path, place, told + held)
         self._record = replace(
             record,
             size=place + len(told) + len(held),
@@ -307,12 +310,25 @@ def _note(values: dict[str, Any]) -> bytes:
     return struct.pack(">I4s", 8 + len(content), b"uuid") + content
 
 
-def _replace_end(file: BinaryIO, place: int, content: bytes) -> None:
-    """Make `content` what stands in the file from `place` on, on disk."""
+def _replace_end(path: Path, place: int, content: bytes) -> None:
+    """Make `content` what stands in the file from `place` on, on disk; where that fails, what stood there remains."""
+    # Without a buffer: what cannot be written is not tried once more when the file is closed.
+    with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file:
+        file.seek(place)
+        before = file.read()
+        try:
+            _write_end(file, place, content)
+        except OSError:
+            _write_end(file, place, before)
+            raise
+
+
+def _write_end(file: RawIOBase, place: int, content: bytes) -> None:
+    file.truncate(place)
     file.seek(place)
-    file.write(content)
-    file.truncate()
-    file.flush()
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
     os.fsync(file.fileno())
 
 
