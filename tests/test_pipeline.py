@@ -1,4 +1,5 @@
 import itertools
+import logging
 import os
 import subprocess
 import sys
@@ -228,6 +229,72 @@ def test_clip_specs_are_prompts(i2v, image):
     assert np.array_equal(film(i2v, image, prompts=iter(specs), num_clips=3), expected)
     held = film(i2v, image, prompts=ClipSpec(PROMPTS[0]), num_clips=2)
     assert np.array_equal(held, film(i2v, image, prompts=PROMPTS[0], num_clips=2))
+
+
+def latents_of(pipe, image, prompts, **options):
+    """Of every clip, beginning with the same: carried latents keep clips apart from one another's noise."""
+    options = {"generator": seeded(), "conditioning": LatentMotion(0), "output_type": "latent", **CLIP, **options}
+    return [clip.frames for clip in pipe.stream(image=image, prompts=prompts, **options)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"negative_prompt": "bad"},
+        {"guidance_scale": 2.0},
+        {"guidance_scale": 1.0},
+        {"guidance_scale_2": 2.0},
+        {"seed": 7},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_a_clip_may_have_its_own(fields, as_dict, image):
+    """What is said of one clip changes that clip, to what it would be if it were said of the whole film."""
+    pipe = quiet(SVIPipeline(**make_components("a14b")))
+    spec = {"prompt": PROMPTS[1], **fields}
+    prompts = [PROMPTS[0], spec if as_dict else ClipSpec(**spec), PROMPTS[2]]
+    seeds = {"generator": None, "seeds": [3, 4, 5]}
+    plain = latents_of(pipe, image, PROMPTS, **seeds)
+    clips = latents_of(pipe, image, prompts, **seeds)
+    of_film = {"seeds": [3, 7, 5]} if "seed" in fields else fields
+    expected = latents_of(pipe, image, PROMPTS, **{**seeds, **of_film})
+    assert torch.equal(clips[0], plain[0]) and torch.equal(clips[2], plain[2])
+    assert torch.equal(clips[1], expected[1]) and not torch.equal(clips[1], plain[1])
+
+
+def test_a_clip_with_a_seed_leaves_the_generator_alone(i2v, image):
+    prompts = [PROMPTS[0], ClipSpec(PROMPTS[1], seed=7), PROMPTS[2]]
+    clips = latents_of(i2v, image, prompts)
+    plain = latents_of(i2v, image, PROMPTS)
+    # The third clip has the noise that the second would have had.
+    assert torch.equal(clips[2], latents_of(i2v, image, [PROMPTS[0], PROMPTS[2]])[1])
+    assert torch.equal(clips[0], plain[0]) and not torch.equal(clips[1], plain[1])
+
+
+def test_a_clip_may_stand_for_several(i2v, image):
+    """Each has noise of its own, and so have those that the last one holds for."""
+    seeds = {"generator": None, "seeds": itertools.count(20)}
+    prompts = [ClipSpec(PROMPTS[0], num_clips=2, seed=7), ClipSpec(PROMPTS[1], seed=9)]
+    clips = latents_of(i2v, image, prompts, num_clips=4, **seeds)
+    expected = latents_of(
+        i2v, image, [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], generator=None, seeds=[7, 8, 9, 23]
+    )
+    assert len(clips) == 4 and all(torch.equal(a, b) for a, b in zip(clips, expected, strict=True))
+    alone = latents_of(i2v, image, iter(prompts), **{**seeds, "seeds": itertools.count(20)})
+    assert len(alone) == 3 and all(torch.equal(a, b) for a, b in zip(alone, expected[:3], strict=True))
+
+
+def test_directed_clips_after_a_stop(i2v, image, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers_svi"), "propagate", True)
+    prompts = [ClipSpec(PROMPTS[0], seed=7), ClipSpec(PROMPTS[1], negative_prompt="bad", num_clips=2)]
+    options = {"prompts": prompts, "seeds": [1, 2, 3], **CLIP}
+    whole = list(i2v.stream(image=image, **options))
+    rest = list(i2v.stream(state=whole[0].state, **options))
+    assert [clip.index for clip in rest] == [1, 2] and "something else" not in caplog.text
+    assert all(np.array_equal(a.frames, b.frames) for a, b in zip(rest, whole[1:], strict=True))
+    list(i2v.stream(state=whole[0].state, **{**options, "prompts": [PROMPTS[0], *prompts[1:]]}))
+    assert "`seeds`: 7 then, 1 now, for clip 0" in caplog.text
 
 
 def test_prompt_is_another_name_of_prompts(i2v, image):
@@ -652,6 +719,9 @@ def bad(message, **options):
     return pytest.param(options, message, id=message[:40])
 
 
+LATENTS = {"latents": torch.zeros(3, 16, 3, 4, 4), "generator": None}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -665,14 +735,23 @@ def bad(message, **options):
         bad("`prompt` and `prompts` are the same; pass one", prompt="a cat"),
         bad("`num_videos_per_prompt`=2: a call makes one film", num_videos_per_prompt=2),
         bad(r"`prompts\[1\]` is empty", prompts=["a cat", ClipSpec(" ")]),
-        bad(r"`prompts\[0\].seed`=3: only the prompt of a `ClipSpec` has", prompts=[ClipSpec("a cat", seed=3)]),
-        bad(r"`prompts\[0\].num_clips`=2: only the prompt", prompts=ClipSpec("a cat", num_clips=2)),
+        bad(r"`prompts\[0\].cut`=1 has no effect so far", prompts=[ClipSpec("a cat", cut=1)]),
+        bad(r"`prompts\[0\].seed` must be a whole number .* got -1", prompts=[ClipSpec("a cat", seed=-1)]),
+        bad(
+            r"`prompts\[0\].seed`=3: the noise of every clip is given", **LATENTS, prompts=[ClipSpec("a", seed=3)] * 3
+        ),
+        bad(r"`prompts\[1\].num_clips` must be .* at least 1, got 0", prompts=["a", ClipSpec("a cat", num_clips=0)]),
+        bad(r"`prompts\[0\].guidance_scale` must be a finite", prompts=ClipSpec("a", guidance_scale=float("nan"))),
+        bad(r"`prompts\[0\].guidance_scale_2`=2: this model has no", prompts=ClipSpec("a", guidance_scale_2=2)),
+        bad(r"`prompts\[0\].negative_prompt` must be a string, got 3", prompts=ClipSpec("a", negative_prompt=3)),
+        bad(r"`prompts\[0\]` has a field 'fps'. The fields of a clip are prompt, ", prompts={"prompt": "a", "fps": 3}),
+        bad(r"`prompts\[1\]` has no `prompt`", prompts=["a", {"seed": 3}]),
         bad("`num_clips`=2 leaves out some of the 3 prompts", num_clips=2),
         bad("`num_clips` must be a whole number of at least 1, got 0", prompts="a cat", num_clips=0),
         bad("`height` must be a multiple of 16 for this model, got 40. The nearest is 32", height=40),
         bad("`width` must be a multiple of 16 for this model, got 8. The nearest is 16", width=8),
         bad(r"`num_frames` must be 4n \+ 1.*got 10", num_frames=10),
-        bad("`num_inference_steps` must be a whole number of at least 1, got 0", num_inference_steps=0),
+        bad("`num_inference_steps` must be a whole number of 1 to 1000, got 0", num_inference_steps=0),
         bad("leaves nothing new in a clip of `num_frames`=9", condition_frames=9),
         bad("`condition_frames` must be a whole number of at least 1, got 0", condition_frames=0),
         bad("`conditioning` must be `PixelMotion", conditioning="film"),
@@ -684,7 +763,7 @@ def bad(message, **options):
         bad("`image` of mode 'RGBA' cannot be taken for RGB: it has transp", image=PIL.Image.new("RGBA", (32, 32))),
         bad("`resize_mode` must be one of .*, got 'fill'", resize_mode="fill"),
         bad("`clip_resize` must be one of .*, got 'pad'", clip_resize="pad"),
-        bad("`state` must be a `ChainState`, got str. Use `ChainState.load`", state="film.state"),
+        bad("`state` must be a `ChainState`; use `ChainState.load` for a file, got str", state="film.state"),
         bad(r"`image` as a tensor must be .* got \(2, 3, 32, 32\)", image=torch.zeros(2, 3, 32, 32)),
         bad("`generator` and `seeds` are given", seeds=[1, 2, 3]),
         bad("`seeds` must hold one seed for each of the 3 clips, got 2", generator=None, seeds=[1, 2]),
@@ -696,14 +775,14 @@ def bad(message, **options):
         bad("`guidance_scale` must be a finite number, got inf", guidance_scale=float("inf")),
         bad("`guidance_scale` must be a finite number, got '5'", guidance_scale="5"),
         bad("`guidance_scale_2` must be a finite number, got True", guidance_scale_2=True),
-        bad("`num_inference_steps` must be a whole number of at least 1, got 2.0", num_inference_steps=2.0),
+        bad("`num_inference_steps` must be a whole number of 1 to 1000, got 2.0", num_inference_steps=2.0),
         bad("`max_sequence_length` must be a whole number of 1 to 512, got 0", max_sequence_length=0),
         bad("`max_sequence_length` must be a whole number of 1 to 512, got 1000000", max_sequence_length=10**6),
-        bad(r"`negative_prompt` must be one string for the whole film, got \['bad'\]", negative_prompt=["bad"]),
+        bad(r"`negative_prompt` must be one string for the whole film, got list: \['bad'\]", negative_prompt=["bad"]),
         bad(
             "`prompts` must be a string, a list of strings or an iterator of strings, got {'a cat'}", prompts={"a cat"}
         ),
-        bad("`prompts` must be a string, .* got {'a cat': 1}", prompts={"a cat": 1}),
+        bad(r"`prompts\[0\]` has a field 'a cat'. The fields", prompts={"a cat": 1}),
         bad("`width` must be a multiple of 16 for this model, got nan. The nearest is 16", width=float("nan")),
         bad(r"`num_frames` must be 4n \+ 1.*got 9.0", num_frames=9.0),
         bad(

@@ -1,10 +1,13 @@
 """What is carried from clip to clip, and how clips become one film."""
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import PIL.Image
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -191,3 +194,34 @@ def kept_frames(conditioning: Scheme, num_frames: int, is_first: bool, is_last: 
     if conditioning.trims == "tail":
         return slice(0, num_frames if is_last else num_frames - conditioning.overlap)
     return slice(0 if is_first else conditioning.overlap, num_frames)
+
+
+def joined(
+    parts: Iterable, output_type: str, shape: tuple[int | None, int, int]
+) -> np.ndarray | torch.Tensor | list[PIL.Image.Image]:
+    """The film of `shape` (frames, height, width) out of what its clips add to it, in the memory of the film alone.
+
+    Where nobody knows how many frames there will be, the parts are joined at the end.
+    """
+    if output_type == "pil":
+        return list(itertools.chain.from_iterable(parts))
+    if output_type == "latent":
+        latents = list(parts)
+        return torch.stack(latents) if latents else torch.empty(0)
+    length, *size = shape
+    if length is None:
+        arrays = list(parts)
+        length, parts = sum(map(len, arrays)), arrays
+    film, filled = None, 0
+    for part in parts:
+        if film is None:
+            film = (
+                part.new_empty(length, *part.shape[1:])
+                if output_type == "pt"
+                else np.empty((length, *part.shape[1:]), part.dtype)
+            )
+        film[filled : filled + len(part)] = part
+        filled += len(part)
+    if film is None:  # interrupted in the first clip
+        return torch.empty(0, 3, *size) if output_type == "pt" else np.empty((0, *size, 3), np.float32)
+    return film[:filled]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +22,8 @@ class ClipSpec:
     Args:
         prompt (`str`): What happens in it.
         negative_prompt (`str`, *optional*): What it should not show.
-        seed (`int`, *optional*): Of its noise.
+        seed (`int`, *optional*):
+            Of its noise, whatever the noise of the others comes from; with `num_clips` counted up from clip to clip.
         guidance_scale (`float`, *optional*): Weight of classifier-free guidance.
         guidance_scale_2 (`float`, *optional*): That of the low-noise expert, for models with two.
         num_clips (`int`, defaults to 1): Clips in a row that this stands for.
@@ -31,7 +32,7 @@ class ClipSpec:
         last_image (`PIL.Image.Image`, *optional*): What it is to end with.
         cut (`PIL.Image.Image`, *optional*): A new shot that begins with this image; nothing is carried over.
 
-    Only `prompt` has an effect so far: a call refuses a clip that sets another field.
+    A call refuses a clip that sets one of the last four: they have no effect so far.
     """
 
     prompt: str
@@ -70,7 +71,8 @@ class Clip:
 def one_per_clip(prompts: Iterable[T], num_clips: int | None) -> Iterator[T | None]:
     """The prompts of a chain, one a clip; the last one holds when there are more clips than prompts.
 
-    With `num_clips=None` it ends with `prompts`, which may be endless. `None` where there never was a prompt.
+    With `num_clips=None` it ends with `prompts`, which may be endless. `None` where there never was a prompt. Where
+    the last one holds on, its seed does not.
     """
     if num_clips is None:
         yield from prompts
@@ -79,7 +81,8 @@ def one_per_clip(prompts: Iterable[T], num_clips: int | None) -> Iterator[T | No
     for last in itertools.islice(prompts, num_clips):
         yield last
         num_clips -= 1
-    yield from itertools.repeat(last, num_clips)
+    held = replace(last, seed=None) if isinstance(last, ClipSpec) else last
+    yield from itertools.repeat(held, num_clips)
 
 
 def with_last(items: Iterable[T], num_items: int | None, look_ahead: bool) -> Iterator[tuple[T, bool]]:

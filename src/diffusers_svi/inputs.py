@@ -2,8 +2,8 @@
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Set, Sized
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
@@ -22,6 +22,7 @@ from .noise import clip_noise
 from .options import FILM_DEFAULTS, FilmOptions
 from .pixels import CLIP_RESIZES
 from .resume import check_made_with, first_state
+from .specs import check_clip, check_use, one_by_one
 from .start_image import RESIZE_MODES, film_size, read_image, to_pixels
 from .wan import num_latent_frames
 
@@ -38,7 +39,7 @@ class Film:
     """A film as it was asked for, once everything about it is known to be right.
 
     Args:
-        prompts (`Iterable`): Of strings, `ClipSpec`s, or rows of embeddings.
+        prompts (`Iterable`): One `ClipSpec` a clip, or rows of embeddings; what came out of an iterator is unchecked.
         num_clips (`int`, *optional*): How many, if it is known.
         noise (`Iterable[dict]`): For every clip the argument of the parent pipeline that makes its noise.
         state (`ChainState`): What the first clip to be made begins with.
@@ -52,7 +53,7 @@ class Film:
         clip_options (`dict`): Arguments of the parent pipeline that are the same for every clip.
     """
 
-    prompts: Iterable[str | ClipSpec | torch.Tensor]
+    prompts: Iterable[Any]
     num_clips: int | None
     noise: Iterable[dict[str, Any]]
     state: ChainState
@@ -112,7 +113,9 @@ def check_film(
     max_sequence_length = check_count("max_sequence_length", given["max_sequence_length"], 1, MAX_TOKENS)
     guidance_scale, guidance_scale_2 = check_guidance(given["guidance_scale"], given["guidance_scale_2"])
     scheme.check(num_frames, pipe.config.expand_timesteps)
-    items, num_clips = check_prompts(prompts, given["prompt_embeds"], given["num_clips"])
+    source = next((name for name in ("generator", "seeds", "latents") if given[name] is not None), "drawn")
+    has_experts = pipe.config.boundary_ratio is not None
+    items, num_clips = check_prompts(prompts, given["prompt_embeds"], given["num_clips"], source, has_experts)
     shape = latent_shape(pipe, num_frames, height, width)
     noise = clip_noise(given["generator"], given["seeds"], given["latents"], num_clips, shape)
     tensor_inputs = given["callback_on_step_end_tensor_inputs"]
@@ -149,7 +152,7 @@ def check_film(
     negative = given["negative_prompt"] or "" if negative_embeds is None else negative_embeds
     clip_resize = given["clip_resize"] or trained_clip_resize or CLIP_RESIZES[0]
     settings = {
-        "noise": next((name for name in ("generator", "seeds", "latents") if given[name] is not None), "drawn"),
+        "noise": source,
         "num_inference_steps": num_steps,
         "guidance_scale": guidance_scale,
         "guidance_scale_2": guidance_scale_2,
@@ -311,34 +314,42 @@ def check_prompts(
     prompts: str | ClipSpec | Iterable[str | ClipSpec] | None,
     prompt_embeds: torch.Tensor | None,
     num_clips: int | None,
-) -> tuple[Iterable[str | ClipSpec | torch.Tensor], int | None]:
-    """What to iterate over for the clips of a film, and the number of its clips if it is known."""
+    noise: str,
+    has_experts: bool,
+) -> tuple[Iterable[Any], int | None]:
+    """What to iterate over for the clips of a film, and the number of its clips if it is known.
+
+    `noise` is the argument that the film's noise comes from.
+    """
     if (prompts is None) == (prompt_embeds is None):
         raise ValueError(
             "Pass either `prompts` or `prompt_embeds`: " + ("none" if prompts is None else "both") + " is given."
         )
-    items: Iterable[str | ClipSpec | torch.Tensor]
+    items: Iterable[Any]
+    known = None
     if prompt_embeds is not None:
         items = check_embeddings("prompt_embeds", prompt_embeds)
-    elif isinstance(prompts, (str, ClipSpec, list, tuple)):
-        items = [prompts] if isinstance(prompts, (str, ClipSpec)) else list(prompts)
-        if not items:
+        known = len(prompt_embeds)
+    elif isinstance(prompts, (str, ClipSpec, Mapping, list, tuple)):
+        given = [prompts] if isinstance(prompts, (str, ClipSpec, Mapping)) else prompts
+        if not given:
             raise ValueError(f"`prompts` must be a string or a list of at least one string, got {prompts!r}.")
-        for index, item in enumerate(items):
-            check_clip(item, index)
-    elif isinstance(prompts, Iterable) and not isinstance(prompts, (Mapping, Set, bytes)):
-        items = prompts
+        specs = [check_clip(item, index) for index, item in enumerate(given)]
+        for index, spec in enumerate(specs):
+            check_use(spec, index, noise, has_experts)
+        items, known = one_by_one(specs), sum(spec.num_clips for spec in specs)
+    elif isinstance(prompts, Iterable) and not isinstance(prompts, (Set, bytes)):
+        items = one_by_one(prompts)
     else:
         raise ValueError(f"`prompts` must be a string, a list of strings or an iterator of strings, got {prompts!r}.")
     if num_clips is not None:
         num_clips = check_count("num_clips", num_clips, 1)
-    if isinstance(items, Sized):
-        if num_clips is not None and num_clips < len(items):
+    if known is not None:
+        if num_clips is not None and num_clips < known:
             raise ValueError(
-                f"`num_clips`={num_clips} leaves out some of the {len(items)} prompts. Give no more prompts than "
-                "clips."
+                f"`num_clips`={num_clips} leaves out some of the {known} prompts. Give no more prompts than clips."
             )
-        num_clips = num_clips or len(items)
+        num_clips = num_clips or known
     return items, num_clips
 
 
@@ -366,20 +377,3 @@ def check_negative(negative_embeds: torch.Tensor | None, num_clips: int | None) 
             f"{tuple(rows.shape)}."
         )
     return rows[:1]
-
-
-def check_clip(item: Any, index: int) -> ClipSpec:
-    """`prompts[index]` as a `ClipSpec`, or a `ValueError` that names it."""
-    spec = item if isinstance(item, ClipSpec) else ClipSpec(item)
-    if not isinstance(spec.prompt, str):
-        raise ValueError(f"`prompts[{index}]` must be a string, got {type(spec.prompt).__name__}: {spec.prompt!r}.")
-    if not spec.prompt.strip():
-        raise ValueError(f"`prompts[{index}]` is empty. Describe what happens in clip {index}, or leave it out.")
-    for field in fields(spec):
-        value = getattr(spec, field.name)
-        if field.name != "prompt" and value != field.default:
-            raise ValueError(
-                f"`prompts[{index}].{field.name}`={value!r}: only the prompt of a `ClipSpec` has an effect so far. "
-                "Leave it out, or set it for the whole film."
-            )
-    return spec

@@ -1,7 +1,6 @@
 """`SVIPipeline`: clips of a Wan image-to-video model, chained into a film of any length."""
 
 import inspect
-import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -18,18 +17,19 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
-from .chain import ChainState, kept_frames
+from .chain import ChainState, joined, kept_frames
 from .checks import check_choice
 from .clips import Clip, ClipSpec, one_per_clip, with_last
 from .conditioning import Scheme
 from .fingerprints import made_with
 from .hub import HubModelMixin
-from .inputs import MAX_TOKENS, OUTPUT_TYPES, Film, check_clip, check_film, choose_scheme, latent_shape
+from .inputs import MAX_TOKENS, OUTPUT_TYPES, Film, check_film, check_guidance, choose_scheme, latent_shape
 from .lora import SVILoraLoaderMixin
 from .options import FILM_DEFAULTS, FilmOptions
 from .pixels import squash, to_pil, to_uint8
 from .resume import SEED, check_last_seed
 from .scheduler import SVIEulerScheduler  # noqa: F401 - diffusers finds it in a saved pipeline once it is imported
+from .specs import check_clip, check_use
 from .wan import TEMPORAL_FACTOR, decode_video, pipeline_condition
 
 
@@ -106,7 +106,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, WanImageToVideoPipeline):
             RuntimeError: if another thread is generating with this pipeline.
         """
         film = self._check_film(image, prompts, options)
-        frames = _join((clip.frames for clip in self._stream(film)), film.output_type, film.shape)
+        frames = joined((clip.frames for clip in self._stream(film)), film.output_type, film.shape)
         video = [frames] if isinstance(frames, list) else frames[None]
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
@@ -159,29 +159,34 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, WanImageToVideoPipeline):
         look_ahead = state.conditioning.trims == "tail"
         prompts = with_last(one_per_clip(film.prompts, film.num_clips), film.num_clips, look_ahead)
         noise = iter(film.noise)
-        if first > 0:
-            of_last_clip = next(itertools.islice(noise, first - 1, None), {})
-            check_last_seed(state, _seed(of_last_clip), film.ignore_state_settings)
         with tqdm(total=film.num_clips, initial=first, **{"desc": "Clips", **self._bar_config}) as clips_bar:
-            for index, (item, is_last) in itertools.islice(enumerate(prompts), first, None):
-                options, prompt = dict(film.clip_options), None
-                if isinstance(item, torch.Tensor):
-                    options["prompt_embeds"] = item[None]
-                else:
-                    prompt = check_clip(item, index).prompt
-                    options["prompt_embeds"] = encode(prompt)
-                if options["guidance_scale"] > 1:
-                    options["negative_prompt_embeds"] = (
-                        encode(film.negative) if isinstance(film.negative, str) else film.negative
-                    )
+            for index, (item, is_last) in enumerate(prompts):
                 noise_options = next(noise, None)
                 if noise_options is None:
                     raise ValueError(f"`seeds` ended after {index} clips, but there is a prompt for clip {index}.")
-                seed = _seed(noise_options) if film.generator is None else None
+                options, spec, negative = dict(film.clip_options), None, film.negative
+                if not isinstance(item, torch.Tensor):
+                    spec = check_clip(item, index)
+                    check_use(spec, index, film.settings["noise"], self.config.boundary_ratio is not None)
+                    negative = negative if spec.negative_prompt is None else spec.negative_prompt
+                    guidance = ("guidance_scale", "guidance_scale_2")
+                    told = {name: getattr(spec, name) for name in guidance if getattr(spec, name) is not None}
+                    scales = check_guidance(*({**options, **told}[name] for name in guidance))
+                    options.update(zip(guidance, scales, strict=True))
+                    if spec.seed is not None:
+                        noise_options = {"generator": torch.Generator("cpu").manual_seed(spec.seed)}
+                seed = _seed(noise_options, film.generator)
+                if index < first:
+                    if index == first - 1:
+                        check_last_seed(state, seed, film.ignore_state_settings)
+                    continue
+                options["prompt_embeds"] = item[None] if spec is None else encode(spec.prompt)
+                if options["guidance_scale"] > 1:
+                    options["negative_prompt_embeds"] = encode(negative) if isinstance(negative, str) else negative
                 latents = self._generate(state, film.clip_resize, **noise_options, **options)
                 if self.interrupt:
                     return
-                clip = self._finish(latents, prompt, state, film, is_last, seed)
+                clip = self._finish(latents, None if spec is None else spec.prompt, state, film, is_last, seed)
                 state = clip.state
                 clips_bar.update()
                 yield clip
@@ -291,7 +296,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, WanImageToVideoPipeline):
 
         num_frames = 1 + TEMPORAL_FACTOR * (latents.shape[2] - 1)
         size = [length * self.vae_scale_factor_spatial for length in latents.shape[3:]]
-        film = _join(clips(), output_type, (scheme.film_length(len(latents), num_frames), *size))
+        film = joined(clips(), output_type, (scheme.film_length(len(latents), num_frames), *size))
         self.maybe_free_model_hooks()
         return film
 
@@ -360,38 +365,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, WanImageToVideoPipeline):
         return getattr(self, "_progress_bar_config", {})
 
 
-def _seed(noise_options: dict[str, Any]) -> str | None:
+def _seed(noise_options: dict[str, Any], of_film: torch.Generator | None) -> str | None:
     """The seed of a clip that has one of its own."""
     generator = noise_options.get("generator")
-    return None if generator is None else str(generator.initial_seed())
-
-
-def _join(
-    parts: Iterable, output_type: str, shape: tuple[int | None, int, int]
-) -> np.ndarray | torch.Tensor | list[PIL.Image.Image]:
-    """The film of `shape` (frames, height, width) out of what its clips add to it, in the memory of the film alone.
-
-    Where nobody knows how many frames there will be, the parts are joined at the end.
-    """
-    if output_type == "pil":
-        return list(itertools.chain.from_iterable(parts))
-    if output_type == "latent":
-        latents = list(parts)
-        return torch.stack(latents) if latents else torch.empty(0)
-    length, *size = shape
-    if length is None:
-        arrays = list(parts)
-        length, parts = sum(map(len, arrays)), arrays
-    film, filled = None, 0
-    for part in parts:
-        if film is None:
-            film = (
-                part.new_empty(length, *part.shape[1:])
-                if output_type == "pt"
-                else np.empty((length, *part.shape[1:]), part.dtype)
-            )
-        film[filled : filled + len(part)] = part
-        filled += len(part)
-    if film is None:  # interrupted in the first clip
-        return torch.empty(0, 3, *size) if output_type == "pt" else np.empty((0, *size, 3), np.float32)
-    return film[:filled]
+    return None if generator is None or generator is of_film else str(generator.initial_seed())

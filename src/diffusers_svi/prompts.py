@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from .inputs import check_clip
+from .specs import check_clip
 
 
 # What a film should not show, by the authors of SVI: for `negative_prompt`. Nothing is taken for it by default.
