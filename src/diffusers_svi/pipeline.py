@@ -180,7 +180,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, WanImageToVideoPipeline):
                     if index == first - 1:
                         check_last_seed(state, seed, film.ignore_state_settings)
                     continue
-                options["prompt_embeds"] = item[None] if spec is None else encode(spec.prompt)
+                options["prompt_embeds"] = encode(spec.prompt) if spec is not None else item[None]
                 if options["guidance_scale"] > 1:
                     options["negative_prompt_embeds"] = encode(negative) if isinstance(negative, str) else negative
                 latents = self._generate(state, film.clip_resize, **noise_options, **options)
