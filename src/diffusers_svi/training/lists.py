@@ -1,4 +1,4 @@
-"""`read_captions`: the lists of videos and captions that folders hold: CSV files, also as Excel writes them, and JSONL."""
+"""`read_captions`: the lists of videos and captions that folders hold, in CSV, also as Excel writes it, and JSONL."""
 
 import codecs
 import csv

@@ -150,7 +150,7 @@ def usable_videos(
         )
     if num_slow:
         logger.warning(
-            f"{num_slow} of {len(videos)} videos have fewer than `fps`={layout.fps} frames a second: some are repeated."
+            f"{num_slow} of {len(videos)} videos have fewer than `fps`={layout.fps} frames a second: they repeat some."
         )
     return videos, skipped
 
