@@ -132,6 +132,8 @@ def _open_stream(source: Callable[[], BinaryIO], name: str) -> Iterator[tuple[An
             stream = container.streams.best("video")
             if stream is None:
                 raise ValueError(f"{name} holds no video.")
+            if stream.codec_context is None:
+                raise ValueError(f"{name} holds a video of a kind that FFmpeg has no decoder for.")
             yield container, stream
     except av.ArgumentError as error:
         # What FFmpeg says of a container that is not on the list.
@@ -165,7 +167,7 @@ def _decode_all(source: Callable[[], BinaryIO], name: str) -> tuple[Times, _Inde
             raise ValueError(f"{name} has frames of several sizes, {sorted(sizes)} (width, height).")
         stated = Fraction(container.duration or 0, av.time_base)
         if "matroska" in container.format.name and end + LONGEST_MISSING < stated:
-            raise ValueError(f"{name} is damaged: it ends after {end:.1f} of {stated:.1f} seconds.")
+            raise ValueError(f"{name} is damaged: it ends after {float(end):.1f} of {float(stated):.1f} seconds.")
         # What is shown for how long where the file does not say.
         unit, rate = stream.time_base, stream.guessed_rate or Fraction(25)
 
@@ -183,8 +185,9 @@ def _decode_all(source: Callable[[], BinaryIO], name: str) -> tuple[Times, _Inde
 
 
 def _be_strict(stream: Any) -> None:
-    """Let the decoder of a stream tell of all damage that it sees; and use all cores."""
-    stream.thread_type = "AUTO"
+    """Let the decoder of a stream tell of all damage that it sees."""
+    # With several frames at once, what is seen of one may come too late for it.
+    stream.thread_type = "NONE"
     # Frames that lack what they refer to are marked as corrupt instead of left out.
     stream.codec_context.flags |= av.codec.context.Flags.output_corrupt
     if stream.codec_context.name == "hevc":

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from typing import Any, BinaryIO, NamedTuple
 
 from diffusers.utils import logging
@@ -110,6 +111,8 @@ def usable_videos(
 ) -> tuple[list[Video], Skipped]:
     """Open `candidates`, and tell those from which samples of `layout` can be taken from the others.
 
+    Every video is decoded once, as many at a time as there are cores.
+
     Args:
         candidates: What `open_folder` or `open_dataset` found.
         layout (`SampleLayout`): What is taken from every video. With `fps` a warning tells how many have a lower rate.
@@ -125,22 +128,23 @@ def usable_videos(
     if not 0 <= max_skipped_share <= 1:
         raise ValueError(f"`max_skipped_share` is a share in [0, 1], got {max_skipped_share!r}.")
     videos, skipped, num_slow = [], Skipped(), 0
-    for candidate in tqdm(candidates, desc="Opening videos", leave=False):
-        skipped.total += 1
-        if candidate.caption is None:
-            skipped.without_caption.append(candidate.name)
-            continue
-        try:
-            whole = candidate.open()
+    candidates = list(candidates)
+    with ThreadPool() as pool:
+        opened = zip(candidates, pool.imap(_open, candidates), strict=True)
+        for candidate, whole in tqdm(opened, desc="Opening videos", total=len(candidates), leave=False):
+            if whole is None:
+                skipped.without_caption.append(candidate.name)
+                continue
+            if isinstance(whole, ValueError):
+                skipped.unreadable.append(f"{candidate.name} ({whole})")
+                continue
             video = whole.resampled(layout.fps)
-        except ValueError as error:
-            skipped.unreadable.append(f"{candidate.name} ({error})")
-            continue
-        if layout.starts(video.num_frames):
-            videos.append(video)
-            num_slow += video.num_frames > RATE_TOLERANCE * whole.num_frames
-        else:
-            skipped.too_short.append(f"{candidate.name} ({video.describe_length()}, {layout.num_needed()} needed)")
+            if layout.starts(video.num_frames):
+                videos.append(video)
+                num_slow += video.num_frames > RATE_TOLERANCE * whole.num_frames
+            else:
+                skipped.too_short.append(f"{candidate.name} ({video.describe_length()}, {layout.num_needed()} needed)")
+    skipped.total = len(candidates)
     if not skipped.total:
         raise ValueError("`candidates` is empty: there is no video to train on.")
     if not videos or len(skipped) > max_skipped_share * skipped.total:
@@ -153,6 +157,14 @@ def usable_videos(
             f"{num_slow} of {len(videos)} videos have fewer than `fps`={layout.fps} frames a second: they repeat some."
         )
     return videos, skipped
+
+
+def _open(candidate: Candidate) -> Video | ValueError | None:
+    """The video, or what is wrong with it; `None` without a caption."""
+    try:
+        return None if candidate.caption is None else candidate.open()
+    except ValueError as error:
+        return error
 
 
 def _open_row(rows: Any, index: int, column: str) -> BinaryIO:
