@@ -20,8 +20,11 @@ import numpy as np
 # What FFmpeg may open: containers that hold their frames themselves. A playlist names files and addresses.
 CONTAINERS = ("mov", "matroska", "avi", "mpeg", "mpegts", "ogg", "flv", "asf", "gif", "h264", "hevc")
 
-# Matroska tells how long a film is; so many seconds less are taken for a tail that was cut off.
+# Matroska and AVI tell how long a film is; so many seconds less are taken for a tail that was cut off.
 LONGEST_MISSING = Fraction(1, 2)
+
+# A transport stream consists of packets that begin with this byte, at one of these distances from its end.
+SYNC_BYTE, PACKET_SIZES = 0x47, (188, 204)
 
 
 class Times(NamedTuple):
@@ -95,14 +98,15 @@ def open_source(source: Callable[[], BinaryIO], name: str, caption: str) -> Vide
         ValueError: if it cannot be read, is damaged, is in none of the `CONTAINERS`, or if the size of its frames
             changes.
     """
-    digest = hashlib.sha256()
+    digest, tail = hashlib.sha256(), b""
     try:
         with source() as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
+                tail = (tail + chunk)[-max(PACKET_SIZES) :]
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
-    times, index = _decode_all(source, name)
+    times, index = _decode_all(source, name, tail)
     num_frames = len(times.ticks) - 1
     return Video(name, caption, num_frames, digest.hexdigest(), partial(_read_frames, source, name, index), times)
 
@@ -143,14 +147,15 @@ def _open_stream(source: Callable[[], BinaryIO], name: str) -> Iterator[tuple[An
         raise ValueError(f"{name} cannot be read as a video: {error}") from error
 
 
-def _decode_all(source: Callable[[], BinaryIO], name: str) -> tuple[Times, _Index | None]:
-    """When all frames are shown, and where they are; `None` if the file does not tell reliably."""
+def _decode_all(source: Callable[[], BinaryIO], name: str, tail: bytes) -> tuple[Times, _Index | None]:
+    """When all frames are shown, and where they are; `None` if the file, which ends with `tail`, does not tell."""
     packets, frames, sizes, end = [], [], set(), Fraction(0)
     with _open_stream(source, name) as (container, stream):
         _be_strict(stream)
         for packet in container.demux():
-            if packet.pts is not None:
-                end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is not None:
+                end = max(end, (time + (packet.duration or 0)) * packet.time_base)
             if packet.stream_index != stream.index:
                 continue
             if packet.size:
@@ -165,18 +170,27 @@ def _decode_all(source: Callable[[], BinaryIO], name: str) -> tuple[Times, _Inde
             raise ValueError(f"{name} holds no frame that can be decoded.")
         if len(sizes) > 1:
             raise ValueError(f"{name} has frames of several sizes, {sorted(sizes)} (width, height).")
-        stated = Fraction(container.duration or 0, av.time_base)
-        if "matroska" in container.format.name and end + LONGEST_MISSING < stated:
+        lengths = {
+            "matroska,webm": Fraction(container.duration or 0, av.time_base),
+            "avi": stream.frames * stream.time_base,
+        }
+        stated = lengths.get(container.format.name, 0)
+        if end + LONGEST_MISSING < stated:
             raise ValueError(f"{name} is damaged: it ends after {float(end):.1f} of {float(stated):.1f} seconds.")
+        starts = {tail[-size] for size in PACKET_SIZES if size <= len(tail)}
+        if container.format.name == "mpegts" and SYNC_BYTE not in starts:
+            raise ValueError(f"{name} is damaged: its last packet is not whole.")
         # What is shown for how long where the file does not say.
         unit, rate = stream.time_base, stream.guessed_rate or Fraction(25)
 
     # None becomes a number that is neither above nor below another.
     timestamps = np.array([pts for pts, _, _ in frames], dtype=float)
-    if not (np.diff(timestamps) > 0).all() or np.isnan(timestamps[0]):
+    if np.isnan(timestamps).any() or (np.diff(timestamps) < 0).any():
         return Times(np.arange(len(frames) + 1), 1 / rate), None
     ticks = timestamps.astype(np.int64)
     times = Times(np.append(ticks, ticks[-1] + (frames[-1][2] or round(1 / (rate * unit)))), unit)
+    if (np.diff(ticks) == 0).any():
+        return times, None
     # Frames that share a place in the file (MPEG-PS) have timestamps that are guessed, and differently after seeking.
     if len({place for _, _, place in packets} - {None}) < len(packets):
         return times, None
