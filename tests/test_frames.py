@@ -176,7 +176,14 @@ def test_where_seeking_misleads_frames_are_the_right_ones_all_the_same(tmp_path,
 
 @pytest.mark.parametrize("kind", ["cut", "zeros"])
 @pytest.mark.parametrize(
-    ("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.ts", "libx264"), ("a.avi", "mpeg4")]
+    ("name", "codec"),
+    [
+        ("a.mp4", "libx264"),
+        ("b.mp4", "libvpx-vp9"),
+        ("a.mkv", "libx264"),
+        ("a.ts", "libx264"),
+        ("a.avi", "mpeg4"),
+    ],
 )
 def test_a_damaged_tail_is_noticed(tmp_path, name, codec, kind):
     path = write_moving(tmp_path / name, codec, {"g": "10"}, faststart=True)
@@ -188,24 +195,74 @@ def test_a_damaged_tail_is_noticed(tmp_path, name, codec, kind):
             open_video(path, "damaged")
 
 
-@pytest.mark.parametrize(("codec", "flips"), [("libx264", 3), ("libx265", 200)])
-def test_flipped_bits_are_noticed(tmp_path, codec, flips):
-    """Most of them. FFmpeg conceals them, and its decoder of HEVC keeps what it notices to itself if not asked."""
-    path = write_moving(tmp_path / "a.mp4", codec, {"x265-params": "log-level=none"})
-    content, rng = path.read_bytes(), np.random.default_rng(0)
-    noticed = 0
+def is_noticed(path: Path) -> bool:
+    try:
+        open_video(path, "damaged")
+    except ValueError as error:
+        assert path.name in str(error)
+        return True
+    return False
+
+
+def ffmpeg_notices(path: Path) -> bool:
+    """If it decodes one frame after the other, and is asked for nothing else."""
+    try:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "NONE"
+            return any(frame.is_corrupt for frame in container.decode(video=0))
+    except av.FFmpegError:
+        return True
+
+
+def flip_bits(content: bytes, count: int, rng: np.random.Generator) -> bytes:
+    flipped = bytearray(content)
+    # The index of an mp4 file is at its end.
+    for place in rng.integers(len(content) // 10, len(content) * 8 // 10, size=count):
+        flipped[place] ^= 1 << int(rng.integers(8))
+    return bytes(flipped)
+
+
+def test_flipped_bits_are_noticed(tmp_path):
+    """In most files; FFmpeg conceals what they spoil."""
+    path = write_moving(tmp_path / "a.mp4")
+    content, rng, noticed = path.read_bytes(), np.random.default_rng(0), 0
     for _ in range(20):
-        flipped = bytearray(content)
-        # The index is at the end.
-        for place in rng.integers(len(content) // 10, len(content) * 8 // 10, size=flips):
-            flipped[place] ^= 1 << int(rng.integers(8))
-        path.write_bytes(flipped)
-        try:
-            open_video(path, "flipped")
-        except ValueError as error:
-            assert "a.mp4 " in str(error)
-            noticed += 1
+        path.write_bytes(flip_bits(content, 3, rng))
+        noticed += is_noticed(path)
     assert noticed >= 16
+
+
+def test_more_is_noticed_in_hevc_than_its_decoder_tells(tmp_path):
+    path = write_moving(tmp_path / "a.mp4", "libx265", {"x265-params": "log-level=none"})
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    told, noticed = set(), set()
+    for index in range(40):
+        path.write_bytes(flip_bits(content, 4, rng))
+        told |= {index} if ffmpeg_notices(path) else set()
+        noticed |= {index} if is_noticed(path) else set()
+    assert noticed > told
+
+
+def test_whatever_ffmpeg_notices_counts(tmp_path):
+    """Also in the last frame, where several threads would miss it: a raw stream, cut in many places."""
+    path, (y, x) = tmp_path / "a.h264", np.mgrid[:240, :416]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 416, 240, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for index in range(24):
+            red = 128 + 100 * np.sin((x + 3 * index) / 17 + y / 29)
+            green = 128 + 100 * np.sin(x / 23 - (y + 2 * index) / 11)
+            pixels = np.stack([red, green, (x + y + 5 * index) % 256], axis=-1).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    content, cuts = path.read_bytes(), 0
+    for share in np.linspace(0.4, 0.98, 30):
+        path.write_bytes(content[: int(share * len(content))])
+        if ffmpeg_notices(path):
+            cuts += 1
+            assert is_noticed(path), share
+    assert cuts > 20
 
 
 @pytest.mark.parametrize(("name", "codec", "share"), [("a.mkv", "ffv1", 0.5), ("a.avi", "mpeg4", 0.9)])
@@ -220,6 +277,8 @@ def test_the_length_that_a_file_tells_is_that_of_its_frames(tmp_path, name, code
 def test_a_transport_stream_ends_with_a_whole_packet(tmp_path):
     path = write_moving(tmp_path / "a.ts", options={"g": "10"})
     content = path.read_bytes()
+    path.write_bytes(b"".join(content[place : place + 188] + bytes(16) for place in range(0, len(content), 188)))
+    assert open_video(path, "with error correction").num_frames == 100
     # What is left of the last frame can be decoded.
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="a.ts is damaged: its last packet is not whole."):

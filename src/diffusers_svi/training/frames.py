@@ -149,7 +149,7 @@ def _open_stream(source: Callable[[], BinaryIO], name: str) -> Iterator[tuple[An
 
 def _decode_all(source: Callable[[], BinaryIO], name: str, tail: bytes) -> tuple[Times, _Index | None]:
     """When all frames are shown, and where they are; `None` if the file, which ends with `tail`, does not tell."""
-    packets, frames, sizes, end = [], [], set(), Fraction(0)
+    places, frames, sizes, end = [], [], set(), Fraction(0)
     with _open_stream(source, name) as (container, stream):
         _be_strict(stream)
         for packet in container.demux():
@@ -159,7 +159,7 @@ def _decode_all(source: Callable[[], BinaryIO], name: str, tail: bytes) -> tuple
             if packet.stream_index != stream.index:
                 continue
             if packet.size:
-                packets.append((packet.pts, packet.is_keyframe, packet.pos))
+                places.append(packet.pos)
             decoded = packet.decode()
             for frame in decoded:
                 frames.append((frame.pts, frame.key_frame, frame.duration))
@@ -192,10 +192,9 @@ def _decode_all(source: Callable[[], BinaryIO], name: str, tail: bytes) -> tuple
     if (np.diff(ticks) == 0).any():
         return times, None
     # Frames that share a place in the file (MPEG-PS) have timestamps that are guessed, and differently after seeking.
-    if len({place for _, _, place in packets} - {None}) < len(packets):
+    if len({*places} - {None}) < len(places):
         return times, None
-    keys = {pts for pts, is_key, _ in packets if is_key}
-    return times, _Index(ticks, np.flatnonzero([is_key and pts in keys for pts, is_key, _ in frames]))
+    return times, _Index(ticks, np.flatnonzero([is_key for _, is_key, _ in frames]))
 
 
 def _be_strict(stream: Any) -> None:
