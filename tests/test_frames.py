@@ -322,25 +322,36 @@ def test_sizes_that_change_are_noticed(tmp_path):
         open_video(tmp_path / "a.h264", "grows")
 
 
+def write_anamorphic(path: Path, picture: np.ndarray, aspect: Fraction) -> Path:
+    """One grey picture, whose pixels are `aspect` times as wide as they are high."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 48, "yuv420p", {"qp": "0"}
+        stream.codec_context.sample_aspect_ratio = aspect
+        pixels = np.repeat(picture[..., None], 3, axis=2)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
 @pytest.mark.parametrize(("aspect", "width"), [(Fraction(2), 128), (Fraction(1, 2), 32), (Fraction(16, 15), 68)])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_circle_stays_a_circle(tmp_path, aspect, width, suffix):
     """Pixels that are not square: frames come out as wide as they are shown."""
     y, x = np.mgrid[:48, :64]
     inside = (y - 23.5) ** 2 + ((x - 31.5) * float(aspect)) ** 2 < (14 * min(1, float(aspect))) ** 2
-    path = tmp_path / f"a{suffix}"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 48, "yuv420p", {"qp": "0"}
-        stream.codec_context.sample_aspect_ratio = aspect
-        pixels = np.repeat((255 * inside.astype(np.uint8))[..., None], 3, axis=2)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+    path = write_anamorphic(tmp_path / f"a{suffix}", 255 * inside.astype(np.uint8), aspect)
     (picture,) = open_video(path, "circle").read([0])
     assert picture.shape == (48, width, 3)
     white = picture[..., 1] > 127
     assert abs(white.any(axis=0).sum() - white.any(axis=1).sum()) <= 2
     assert white[23:25].all(axis=0).sum() == pytest.approx(28 * min(1, float(aspect)), abs=2)
+
+
+def test_pixels_of_an_impossible_form(tmp_path):
+    path = write_anamorphic(tmp_path / "a.mp4", np.zeros((48, 64), dtype=np.uint8), Fraction(8))
+    with pytest.raises(ValueError, match="a.mp4 tells of pixels 8 times as wide as they are high: that is no video."):
+        open_video(path, "wide")
 
 
 def test_a_kind_without_decoder(tmp_path):

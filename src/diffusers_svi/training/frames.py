@@ -23,6 +23,9 @@ CONTAINERS = ("mov", "matroska", "avi", "mpeg", "mpegts", "ogg", "flv", "asf", "
 # Matroska and AVI tell how long a film is; so many seconds less are taken for a tail that was cut off.
 LONGEST_MISSING = Fraction(1, 2)
 
+# Pixels of real videos are up to twice as wide as they are high.
+MOST_STRETCHED = 4
+
 # A transport stream consists of packets that begin with this byte, at one of these distances from its end.
 SYNC_BYTE, PACKET_SIZES = 0x47, (188, 204)
 
@@ -166,6 +169,9 @@ def _decode_all(source: Callable[[], BinaryIO], name: str, tail: bytes) -> tuple
                 sizes.add((frame.width, frame.height))
             if packet.is_corrupt or any(frame.is_corrupt for frame in decoded):
                 raise ValueError(f"{name} is damaged: about frame {len(frames)} something is missing or wrong.")
+        aspect = stream.sample_aspect_ratio or 1
+        if not 1 / MOST_STRETCHED <= aspect <= MOST_STRETCHED:
+            raise ValueError(f"{name} tells of pixels {aspect} times as wide as they are high: that is no video.")
         if not frames:
             raise ValueError(f"{name} holds no frame that can be decoded.")
         if len(sizes) > 1:
