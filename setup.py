@@ -9,22 +9,23 @@ install_requires = [
     "transformers>=5.0,<6",
     "peft>=0.19",
     "accelerate>=1.1",
-    "huggingface-hub>=1.0",
+    "huggingface-hub>=1.5",
     "safetensors>=0.5",
     "psutil>=5.9",
     "numpy>=1.26",
-    "pillow>=10",
+    "pillow>=10.1",
     "ftfy>=6.1",
     "tqdm>=4.60",
 ]
 
 extras = {
-    "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
-    "train": ["datasets>=4.0", "av>=14.1", "tensorboard>=2.15", "imageio>=2.34", "imageio-ffmpeg>=0.5"],
+    "demo": ["av>=14.1", "imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
+    "train": ["datasets>=4.0", "av>=14.1", "tensorboard>=2.15"],
     "deepspeed": ["deepspeed>=0.17"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
         "scipy>=1.15",
         "bitsandbytes>=0.45",
         "gguf>=0.10",

@@ -17,6 +17,9 @@ _MODULES = {
     "HeldLatents": "conditioning",
     "SVIEulerScheduler": "scheduler",
     "load_prompts": "prompts",
+    "NEGATIVE_PROMPT": "prompts",
+    "WAN_NEGATIVE_PROMPT": "prompts",
+    "save_video": "video",
 }
 __all__ = list(_MODULES)
 
