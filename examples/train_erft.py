@@ -119,6 +119,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action) if action.default not in (None, False) else action.help
 
 
+def frame_rate(value: str) -> int | str:
+    return value if value == "none" else int(value)
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
 
@@ -142,7 +146,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--center_crop", action="store_true", help="Take the largest crop, from the middle, instead of a random one.")
     add("--random_flip", action="store_true", help="Mirror half of the samples. Do captions tell left from right?")
     text = "Frames a second: videos are resampled to them, films have them. 16 if not given, 24 for ti2v-5b; or none."
-    add("--fps", type=lambda value: value if value == "none" else int(value), help=text)
+    add("--fps", type=frame_rate, help=text)
     add("--samples_per_video", type=int, default=1, help="Each with a start, crop and reference of its own.")
     text = "Stop if a larger share of the videos is too short, unreadable or without caption."
     add("--max_skipped_share", type=float, default=0.1, help=text)
