@@ -11,6 +11,8 @@ install_requires = [
     "accelerate>=1.1",
     "huggingface-hub>=1.5",
     "safetensors>=0.5",
+    "av>=14.1",
+    "filelock>=3.12",
     "psutil>=5.9",
     "numpy>=1.26",
     "pillow>=10.1",
@@ -19,8 +21,8 @@ install_requires = [
 ]
 
 extras = {
-    "demo": ["av>=14.1", "imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
-    "train": ["datasets>=4.0", "av>=14.1", "tensorboard>=2.15"],
+    "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
+    "train": ["datasets>=4.0", "tensorboard>=2.15"],
     "deepspeed": ["deepspeed>=0.17"],
     "test": [
         "pytest>=8",

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
-from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
+from diffusers_svi import NEGATIVE_PROMPT, HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
 from diffusers_svi.conditioning import Scheme
 from diffusers_svi.erft import (
     BankConfig,
@@ -621,7 +621,7 @@ def log_validation(
         clips = [
             clip.frames
             for clip in pipe.stream(
-                image=load_image(args.validation_image).resize((args.width, args.height)),
+                image=load_image(args.validation_image),
                 prompts=args.validation_prompt,
                 num_clips=args.num_validation_clips or len(args.validation_prompt),
                 conditioning=scheme,
@@ -630,6 +630,8 @@ def log_validation(
                 num_frames=args.num_frames,
                 num_inference_steps=args.validation_inference_steps,
                 guidance_scale=args.validation_guidance_scale,
+                negative_prompt=NEGATIVE_PROMPT,
+                clip_resize=args.clip_resize,
                 max_sequence_length=args.max_sequence_length,
                 generator=torch.Generator().manual_seed(args.seed),
             )

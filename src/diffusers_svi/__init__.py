@@ -19,6 +19,7 @@ _MODULES = {
     "load_prompts": "prompts",
     "NEGATIVE_PROMPT": "prompts",
     "WAN_NEGATIVE_PROMPT": "prompts",
+    "FilmWriter": "film",
     "save_video": "video",
 }
 __all__ = list(_MODULES)

@@ -103,8 +103,13 @@ class ChainState:
             made_with=made_with or {},
         )
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file. A crash while writing leaves the file that was there before."""
+    def save(self, path: str | os.PathLike, notes: Mapping[str, str] | None = None) -> None:
+        """Write a safetensors file. A crash while writing leaves the file that was there before.
+
+        Args:
+            path: Where to.
+            notes (`dict[str, str]`, *optional*): What else is to stand in its metadata, for [`read_notes`].
+        """
         tensors = {name: value.contiguous() for name, value in self._tensors().items() if value is not None}
         metadata = {
             "format": FORMAT,
@@ -113,6 +118,7 @@ class ChainState:
             "num_clips": str(self.num_clips),
             "made_with": json.dumps(dict(self.made_with)),
         }
+        metadata = {**(notes or {}), **metadata}
         with written_whole(path) as unfinished:
             save_file(tensors, unfinished, metadata=metadata)
 
@@ -163,6 +169,12 @@ class ChainState:
 
     def _tensors(self) -> dict[str, torch.Tensor | None]:
         return {"image": self.image, "frames": self.frames, "latents": self.latents, "generator": self.generator}
+
+
+def read_notes(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a file that `ChainState.save` wrote."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _check_tensor(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:

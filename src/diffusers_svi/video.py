@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -34,30 +35,73 @@ def save_video(
         ValueError: for another suffix, other frames, or none, and an `fps` that is not above 0.
         OSError: if it cannot be written.
     """
-    import av
-
     path = Path(path)
     check_choice("suffix of `path`", path.suffix, tuple(FORMATS))
     if check_number("fps", fps) <= 0:
         raise ValueError(f"`fps` must be above 0, got {fps!r}.")
-    pixels = [_to_8_bits(frame) for frame in frames]
-    shapes = {frame.shape for frame in pixels}
-    height, width, channels = next(iter(shapes)) if len(shapes) == 1 else (0, 0, 0)
-    if channels != 3 or height % 2 or width % 2 or not height * width:
-        raise ValueError(
-            "`frames` must be RGB pictures in [0, 1], of one size, of even height and width, and at least one, got "
-            f"{len(pixels)} of {sorted(shapes)} (height, width, channels). For latents see `decode_latents`."
-        )
-    with written_whole(path) as unfinished, av.open(str(unfinished), "w", format=FORMATS[path.suffix]) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": str(CONSTANT_RATE_FACTOR)}
-        for frame in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    pixels = [to_8_bits(frame) for frame in frames]
+    _check_frames(pixels)
+    with written_whole(path) as unfinished:
+        encode_frames(unfinished, pixels, Fraction(fps).limit_denominator(1001), container=FORMATS[path.suffix])
 
 
-def _to_8_bits(frame: np.ndarray | torch.Tensor | PIL.Image.Image) -> np.ndarray:
+def encode_frames(
+    target: Path | BinaryIO,
+    frames: Sequence[np.ndarray],
+    fps: Fraction,
+    codec: str = "libx264",
+    crf: int = CONSTANT_RATE_FACTOR,
+    pixel_format: str = "yuv420p",
+    *,
+    container: str = "mp4",
+    start: int = 0,
+    options: dict[str, str] | None = None,
+) -> None:
+    """Encode frames by themselves: what comes out depends on them and on nothing else.
+
+    Args:
+        target: Where to.
+        frames (`Sequence[np.ndarray]` of shape `(height, width, 3)`, uint8): At least one.
+        fps (`Fraction`): Frames a second.
+        codec, crf, pixel_format, container: As FFmpeg calls them.
+        start (`int`, defaults to 0): The number of the first frame, which gives it its time.
+        options (`dict`, *optional*): Of the container.
+    """
+    import av
+
+    _check_frames(frames)
+    height, width, _ = frames[0].shape
+    place = str(target) if isinstance(target, Path) else target
+    with av.open(place, "w", format=container, options=options or {}) as output:
+        stream = output.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        # With threads or frames that wait for later ones, two runs need not write the same.
+        stream.options = {"crf": str(crf), "bf": "0", "g": str(len(frames))}
+        stream.codec_context.thread_count = 1
+        for number, pixels in enumerate(frames, start=start):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, 1 / fps
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+
+
+def remux(source: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Write an MP4 again, nothing encoded anew, with its index at the beginning; whole or not at all."""
+    import av
+
+    with (
+        written_whole(path) as unfinished,
+        av.open(os.fspath(source)) as film,
+        av.open(str(unfinished), "w", format="mp4", options={"movflags": "faststart"}) as output,
+    ):
+        streams = {stream: output.add_stream_from_template(stream) for stream in film.streams}
+        for packet in film.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream]
+                output.mux(packet)
+
+
+def to_8_bits(frame: np.ndarray | torch.Tensor | PIL.Image.Image) -> np.ndarray:
     """A frame as `(height, width, 3)` uint8; what is none has another shape then."""
     if isinstance(frame, PIL.Image.Image):
         return np.asarray(frame.convert("RGB"))
@@ -65,3 +109,13 @@ def _to_8_bits(frame: np.ndarray | torch.Tensor | PIL.Image.Image) -> np.ndarray
     if array.ndim != 3 or not np.issubdtype(array.dtype, np.floating):
         return np.zeros((0, 0, 0), np.uint8)
     return np.ascontiguousarray((array.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def _check_frames(frames: Sequence[np.ndarray]) -> None:
+    shapes = {frame.shape for frame in frames}
+    height, width, channels = next(iter(shapes)) if len(shapes) == 1 else (0, 0, 0)
+    if channels != 3 or height % 2 or width % 2 or not height * width:
+        raise ValueError(
+            "`frames` must be RGB pictures in [0, 1], of one size, of even height and width, and at least one, got "
+            f"{len(frames)} of {sorted(shapes)} (height, width, channels). For latents see `decode_latents`."
+        )

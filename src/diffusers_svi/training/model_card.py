@@ -146,8 +146,8 @@ def _example(repo_id: str, loras: list[TrainedLora]) -> str:
     arguments = ",\n    ".join([json.dumps(repo_id), *files])
     return f"""import torch
 from diffusers import AutoencoderKLWan
-from diffusers.utils import export_to_video, load_image
-from diffusers_svi import SVIEulerScheduler, SVIPipeline
+from diffusers.utils import load_image
+from diffusers_svi import NEGATIVE_PROMPT, SVIEulerScheduler, SVIPipeline, save_video
 
 model = {base_model}
 # in half precision, static backgrounds collect artifacts from clip to clip
@@ -161,11 +161,12 @@ pipe.load_lora_weights(
 film = pipe(
     image=load_image("start.png"),
     prompts=["what the first clip shows", "what the next one shows"],
+    negative_prompt=NEGATIVE_PROMPT,
     height={settings["height"]},
     width={settings["width"]},
     num_frames={settings["num_frames"]},
 ).frames[0]
-export_to_video(film, "film.mp4", fps={settings["fps"]})"""
+save_video("film.mp4", film, fps={settings["fps"]})"""
 
 
 def _table(loras: list[TrainedLora]) -> str:
