@@ -427,7 +427,7 @@ def test_the_rate_of_clips_and_films(train_erft, tmp_path, options, fps, film):
     scheme = train_erft.make_scheme(args)
     assert train_erft.make_layout(args, scheme).fps == fps and train_erft.film_fps(args) == film
     train_erft.save_model_card(args, scheme, "someone/svi", None)
-    assert f'"film.mp4", fps={film})' in (tmp_path / "README.md").read_text()
+    assert f'"film.mp4", film, fps={film})' in (tmp_path / "README.md").read_text()
 
 
 def test_help_tells_the_defaults(train_erft, capsys):
