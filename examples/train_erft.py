@@ -87,15 +87,17 @@ SHOT = {
     "n_img": 3,
     "reference": "inside",
     "first_frame_augmentation": False,
+    "fps": 16,
 }
 FILM = {**SHOT, "padding": "zeros", "num_motion_frames": 5, "p_motion": 0.9, "p_clean": 0.5}
 PRO = {**SHOT, "conditioning": "latent", "reference": "before", "n_img": 1}
+TI2V = {**PRO, "conditioning": "held", "fps": 24, "p_motion": 0.8, "p_text_start": 0.1, "p_vid": 0.0, "p_noi": 0.0}
 PRESETS = {
     "shot": SHOT,
     "film": FILM,
     "film-2.0": {**FILM, "padding": "reference", "reference": "outside", "first_frame_augmentation": True},
     "pro": PRO,
-    "ti2v-5b": {**PRO, "conditioning": "held", "p_motion": 0.8, "p_text_start": 0.1, "p_vid": 0.0, "p_noi": 0.0},
+    "ti2v-5b": TI2V,
     "none": {**SHOT, "padding": "zeros", "p_vid": 0.0, "p_img": 0.0, "p_noi": 0.0, "p_clean": 1.0},
 }
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
@@ -115,6 +117,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
+def frame_rate(value: str) -> int | str:
+    return value if value == "none" else int(value)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -138,6 +144,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--width", type=int, default=832, help="Of the clips, in pixels.")
     add("--num_frames", type=int, default=81, help="Frames of a clip, 1 + 4n.")
     add("--center_crop", action="store_true", help="Take the largest crop, from the middle, instead of a random one.")
+    add("--random_flip", action="store_true", help="Mirror half of the samples. Do captions tell left from right?")
+    text = "Frames a second: videos are resampled to them, films have them. 16 if not given, 24 for ti2v-5b; or none."
+    add("--fps", type=frame_rate, help=text)
     add("--samples_per_video", type=int, default=1, help="Each with a start, crop and reference of its own.")
     text = "Stop if a larger share of the videos is too short, unreadable or without caption."
     add("--max_skipped_share", type=float, default=0.1, help=text)
@@ -247,7 +256,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--validation_steps", type=int, help="Make it every so many steps; it is always made at the end.")
     add("--validation_inference_steps", type=int, default=50, help="Steps in which a clip is made.")
     add("--validation_guidance_scale", type=float, default=5.0, help="Weight of the prompt.")
-    add("--fps", type=int, default=16, help="Of the validation films.")
     text = "original: beside diffusers' layout, a file for ComfyUI and the authors' loader."
     add("--export_format", choices=("diffusers", "original"), default="diffusers", help=text)
     add("--export_dtype", choices=("float32", "bfloat16"), default="float32", help="Of the finished weights alone.")
@@ -347,6 +355,10 @@ def make_injection(args: argparse.Namespace) -> InjectionConfig:
     )
 
 
+def film_fps(args: argparse.Namespace) -> int:
+    return 16 if args.fps == "none" else args.fps
+
+
 def make_layout(args: argparse.Namespace, scheme: Scheme) -> SampleLayout:
     return SampleLayout(
         num_frames=args.num_frames,
@@ -358,6 +370,8 @@ def make_layout(args: argparse.Namespace, scheme: Scheme) -> SampleLayout:
         augment=args.first_frame_augmentation,
         condition_frames=max(1, scheme.carried_frames),
         center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        fps=None if args.fps == "none" else args.fps,
     )
 
 
@@ -625,7 +639,7 @@ def log_validation(
     # The two experts may be trained into one folder, or repository.
     of_expert = f"{args.expert}_noise" if args.expert else ""
     path = Path(args.output_dir) / "validation" / of_expert / f"step-{step}.mp4"
-    figures = save_film(path, clips, args.fps)
+    figures = save_film(path, clips, film_fps(args))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             strip = np.asarray(PIL.Image.open(path.with_suffix(".png")))
@@ -648,7 +662,7 @@ def save_model_card(
         method="by error recycling"
         if recycled
         else "by plain tuning on clean conditions, the control of error recycling",
-        settings={name: getattr(args, name) for name in CARD_SETTINGS},
+        settings={name: getattr(args, name) for name in CARD_SETTINGS} | {"fps": film_fps(args)},
         expert=args.expert,
         film=film and film.as_posix(),
         figures=figures,

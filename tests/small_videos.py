@@ -1,6 +1,7 @@
 """Small videos of which every frame tells its number, and every pixel its place."""
 
 import csv
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -16,15 +17,28 @@ from diffusers_svi.training.frames import Video
 STEP = 4
 
 
-def write_numbered(path: Path, num_frames: int = 40, height: int = 48, width: int = 64) -> Path:
+def write_numbered(
+    path: Path,
+    num_frames: int = 40,
+    height: int = 48,
+    width: int = 64,
+    rate: int = 8,
+    milliseconds: list[int] | None = None,
+) -> Path:
+    """`num_frames` at `rate` frames a second, or frames that are shown from so many `milliseconds` on."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1" if path.suffix == ".mkv" else "libx264", rate=8)
+        stream = container.add_stream("ffv1" if path.suffix == ".mkv" else "libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         stream.options = {} if path.suffix == ".mkv" else {"qp": "0"}
+        if milliseconds:
+            num_frames, stream.codec_context.time_base = len(milliseconds), Fraction(1, 1000)
         for index in range(num_frames):
             pixels = np.full((height, width, 3), STEP * index, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if milliseconds:
+                frame.pts, frame.time_base = milliseconds[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from diffusers_svi.training.cache import fingerprint
-from diffusers_svi.training.frames import Video, open_video
+from diffusers_svi.training.frames import Times, Video, open_video
 from diffusers_svi.training.samples import SampleLayout, Samples, crop_box
 from small_videos import numbers, ramp, ramp_video, write_numbered
 
@@ -34,6 +35,8 @@ def numbered(tmp_path_factory) -> Video:
         ({"history": -4}, "`history` must be a whole number of at least 0, got -4."),
         ({"condition_frames": 0}, "`condition_frames` must be a whole number of at least 1, got 0."),
         ({"condition_frames": 10}, "`condition_frames`=10 must not exceed `num_frames`=9."),
+        ({"fps": 0}, "`fps` must be a whole number of at least 1, got 0."),
+        ({"fps": 23.976}, "`fps` must be a whole number of at least 1, got 23.976."),
         ({"reference": "after"}, "`reference` must be one of \\('inside', 'outside', 'before'\\), got 'after'."),
     ],
 )
@@ -163,12 +166,57 @@ def test_what_is_drawn_for_a_seed_stays(reference, history, expected):
         assert float(sample["reference"][2, 0, 0] + 1) * 127.5 == pytest.approx(referred, abs=0.01)
 
 
+def timed(num_frames: int, rate: int) -> Video:
+    return ramp_video(num_frames, times=Times(np.arange(num_frames + 1), Fraction(1, rate)))
+
+
+def test_clips_are_of_the_wanted_rate():
+    layout = replace(CLIP, history=4, reference="before", fps=16)
+    for sample in Samples([timed(64 * 3, 64)], layout, 0, samples_per_video=8):
+        shown = ((sample["video"][2, :, 0, 0] + 1) * 127.5).round()
+        reference = float((sample["reference"][2, 0, 0] + 1) * 127.5)
+        # A quarter of the frames, whether of clip, history or reference.
+        assert (shown.diff() == 4).all() and len(shown) == 13 and round(shown[0].item() - reference) % 4 == 0
+        assert shown[0] - reference > 3
+    slow = Samples([timed(12, 8)], replace(CLIP, fps=16), 0)[0]["video"]
+    shown = ((slow[2, :, 0, 0] + 1) * 127.5).round()
+    assert sorted(shown.diff().tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
+    # Of videos that have the wanted rate samples are the same as without.
+    plain, same = (Samples([timed(40, 16)], replace(CLIP, fps=fps), 0)[0]["video"] for fps in (None, 16))
+    assert torch.equal(plain, same)
+
+
+def test_resampled_frames_are_counted():
+    with pytest.raises(ValueError, match="`videos`: ramp has 8 frames at 16 a second, but a sample of .* needs 9."):
+        Samples([timed(33, 64)], replace(CLIP, fps=16), seed=0)
+    assert len(Samples([timed(36, 64)], replace(CLIP, fps=16), seed=0)) == 1
+    with pytest.raises(ValueError, match="ramp cannot be resampled to 16 frames a second"):
+        Samples([ramp_video()], replace(CLIP, fps=16), seed=0)
+
+
+def test_half_of_the_samples_are_mirrored():
+    """All of a sample, and always the same ones."""
+    layout = replace(CLIP, history=4, reference="before", condition_frames=5)
+    plain = Samples([ramp_video()], layout, 0, samples_per_video=40)
+    flipped = Samples([ramp_video()], replace(layout, random_flip=True), 0, samples_per_video=40)
+    mirrored = []
+    for before, after in zip(plain, flipped, strict=True):
+        is_mirrored = not torch.equal(before["video"], after["video"])
+        for name in ("video", "condition", "reference"):
+            assert torch.equal(before[name].flip(-1) if is_mirrored else before[name], after[name])
+        mirrored.append(is_mirrored)
+    assert 10 <= sum(mirrored) <= 30
+    again = [torch.equal(flipped[index]["video"], plain[index]["video"].flip(-1)) for index in range(40)]
+    assert again == mirrored
+
+
 def test_keys_tell_samples_apart():
     videos = [ramp_video(), ramp_video(fingerprint=fingerprint("second"))]
     keys = [Samples(videos, CLIP, seed, samples_per_video=2).key(i) for seed in (0, 1) for i in range(4)]
     layouts = ({"height": 32}, {"history": 1}, {"reference": "outside"}, {"augment": True}, {"center_crop": True})
-    keys += [Samples(videos, replace(CLIP, **values), 0).key(0) for values in layouts]
-    assert len({*keys}) == len(keys) == 13
+    layouts += ({"random_flip": True}, {"fps": 16}, {"fps": 24})
+    keys += [Samples([timed(40, 16)], replace(CLIP, **values), 0).key(0) for values in layouts]
+    assert len({*keys}) == len(keys) == 16
 
 
 def test_keys_are_stable_across_processes():

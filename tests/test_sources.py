@@ -2,11 +2,16 @@
 
 import json
 import pickle
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from diffusers_svi.training.frames import open_video
+from diffusers_svi import data
+from diffusers_svi.training.frames import Times, open_video
 from diffusers_svi.training.samples import SampleLayout, Samples
 from diffusers_svi.training.sources import Candidate, open_dataset, open_folder, read_captions, usable_videos
 from small_videos import numbers, ramp_video, write_numbered, write_rows
@@ -148,6 +153,58 @@ def test_what_cannot_be_used_is_told(tmp_path):
     assert text.endswith(" 1 without caption: 4.mp4.")
     with pytest.raises(ValueError, match="^3 of 6 videos are not used.*`max_skipped_share`=0.4 may be left out"):
         usable_videos(open_folder(folder), CLIP, max_skipped_share=0.4)
+
+
+def test_a_damaged_video_is_left_out_whatever_the_seed(tmp_path):
+    """One whose index is whole and whose tail is gone: nothing of it is trained on."""
+    folder = write_rows(tmp_path / "list.csv", ["video", "text"], ["whole.mp4", "a cat"], ["damaged.mp4", "a dog"])
+    for name in ("whole.mp4", "damaged.mp4"):
+        write_numbered(folder / name)
+    content = (folder / "damaged.mp4").read_bytes()
+    data = content.index(b"mdat")
+    (folder / "damaged.mp4").write_bytes(content[: data + 400] + bytes(400) + content[data + 800 :])
+    videos, skipped = usable_videos(open_folder(folder), CLIP, max_skipped_share=0.5)
+    assert [video.caption for video in videos] == ["a cat"]
+    assert len(skipped) == len(skipped.unreadable) == 1 and skipped.unreadable[0].startswith("damaged.mp4 (")
+    for seed in range(10):
+        assert Samples(videos, CLIP, seed)[0]["caption"] == "a cat"
+
+
+def test_videos_are_resampled(tmp_path, caplog):
+    """Frames are counted at the wanted rate; videos that have fewer are told once."""
+    rates = {"fast": 64, "short": 64, "right": 16, "slow": 8, "slower": 4}
+    rows = [[f"{name}.mp4", name] for name in rates]
+    folder = write_rows(tmp_path / "list.csv", ["video", "text"], *rows)
+    for name, rate in rates.items():
+        write_numbered(folder / f"{name}.mp4", num_frames=20 if name == "short" else 40, rate=rate)
+    videos, skipped = usable_videos(open_folder(folder), replace(CLIP, fps=16), max_skipped_share=0.5)
+    lengths = {video.caption: video.num_frames for video in videos}
+    assert lengths == {"fast": 10, "right": 40, "slow": 80, "slower": 160}
+    assert skipped.too_short == ["short.mp4 (5 frames at 16 a second, 9 needed)"]
+    assert numbers(videos[0].read([2, 3])) == [9, 13]
+    told = [record.message for record in caplog.records if "repeat" in record.message]
+    assert told == ["2 of 4 videos have fewer than `fps`=16 frames a second: they repeat some."]
+    caplog.clear()
+    usable_videos(open_folder(folder), replace(CLIP, fps=4), max_skipped_share=0.5)
+    usable_videos(open_folder(folder), CLIP)
+    assert not caplog.records
+
+
+def test_a_rate_that_is_almost_the_wanted_one_is_not_told(caplog):
+    times = Times(np.arange(2001), Fraction(1001, 24000))
+    candidate = Candidate("v", "a", partial(ramp_video, 2000, times=times))
+    (video,), _ = usable_videos([candidate], replace(CLIP, fps=24))
+    assert video.num_frames == 2002 and not caplog.records
+
+
+def test_the_data_of_a_run_under_one_name(tmp_path):
+    folder = write_rows(tmp_path / "list.csv", ["video", "text"], ["a.mp4", "a cat"])
+    write_numbered(folder / "a.mp4", rate=16)
+    layout = data.SampleLayout(num_frames=9, height=48, width=64, fps=16)
+    videos, skipped = data.usable_videos(data.open_folder(folder), layout)
+    assert isinstance(videos[0], data.Video) and skipped == data.Skipped(total=1)
+    assert data.Samples(videos, layout, seed=0)[0]["caption"] == data.read_captions(folder)[0][1] == "a cat"
+    assert data.open_dataset is open_dataset
 
 
 def test_only_the_first_names_are_told():

@@ -40,6 +40,7 @@ SMALL = {
     "height": 64,
     "width": 64,
     "num_frames": 17,
+    "fps": world.FPS,
     "rank": 4,
     "bank_capacity": 4,
     "max_sequence_length": 32,
@@ -364,7 +365,8 @@ def test_skipped_videos_are_told(models, tmp_path):
         preset="none",
         max_train_steps=1,
     )
-    assert "WARNING" in told and "1 of 3 videos are not used. 1 too short: 0.mp4 (4 frames, 17 needed)." in told
+    reason = "1 of 3 videos are not used. 1 too short: 0.mp4 (4 frames at 8 a second, 17 needed)."
+    assert "WARNING" in told and reason in told
 
 
 def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, capsys):
@@ -389,6 +391,7 @@ def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, ca
         ({"report_to": "wandb", "hub_token": "secret"}, "use `hf auth login` instead"),
         *([] if torch.cuda.is_available() else [({"quantize_base": "4bit"}, "needs a GPU")]),
         ({"num_frames": 16}, "`num_frames` must be 1, 5, 9, ..., got 16."),
+        ({"fps": 0}, "`fps` must be a whole number of at least 1, got 0."),
     ]
     for options, message in cases:
         with pytest.raises(SystemExit) as exit:
@@ -412,6 +415,19 @@ def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_er
     for kind, options, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
             train_erft.main(train_erft.parse_args(command(models / kind, tmp_path / "run", **options)[2:]))
+
+
+@pytest.mark.parametrize(
+    ("options", "fps", "film"),
+    [([], 16, 16), (["--preset=ti2v-5b"], 24, 24), (["--fps=8"], 8, 8), (["--fps=none"], None, 16)],
+)
+def test_the_rate_of_clips_and_films(train_erft, tmp_path, options, fps, film):
+    base = ["--pretrained_model_name_or_path=x", f"--output_dir={tmp_path}", "--train_data_dir=z"]
+    args = train_erft.parse_args([*base, *options])
+    scheme = train_erft.make_scheme(args)
+    assert train_erft.make_layout(args, scheme).fps == fps and train_erft.film_fps(args) == film
+    train_erft.save_model_card(args, scheme, "someone/svi", None)
+    assert f'"film.mp4", film, fps={film})' in (tmp_path / "README.md").read_text()
 
 
 def test_help_tells_the_defaults(train_erft, capsys):

@@ -2,7 +2,7 @@
 
     PYTHONPATH=examples python -m svi_tiny.videos --output_dir outputs/world --num_videos 512 --setting consistent
 
-`examples/train_erft.py --train_data_dir outputs/world --center_crop` takes the folder.
+`examples/train_erft.py --train_data_dir outputs/world --center_crop --fps 8` takes the folder.
 
 A caption tells all actions of a film. In a consistent film they are one and the same, and fit every clip that is cut
 from it; in a creative one a clip shows one or two of them. There `--before` helps: every video is one clip, captioned

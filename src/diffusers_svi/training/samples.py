@@ -41,6 +41,9 @@ class SampleLayout:
         center_crop (`bool`, defaults to `False`):
             Whether the largest crop that fits is taken, from the middle: the whole frame if that has the wanted
             aspect. Else crops are at random, of 13/14 to all of that size.
+        random_flip (`bool`, defaults to `False`): Whether half of the samples are mirrored, left to right.
+        fps (`int`, *optional*):
+            Frames a second that all videos are resampled to by [`Video.resampled`]; if not given, all have their own.
 
     Raises:
         ValueError: for a value out of its range.
@@ -54,6 +57,8 @@ class SampleLayout:
     augment: bool = False
     condition_frames: int = 1
     center_crop: bool = False
+    random_flip: bool = False
+    fps: int | None = None
 
     def __post_init__(self) -> None:
         check_count("num_frames", self.num_frames, 1)
@@ -65,6 +70,8 @@ class SampleLayout:
             raise ValueError(
                 f"`condition_frames`={self.condition_frames} must not exceed `num_frames`={self.num_frames}."
             )
+        if self.fps is not None:
+            check_count("fps", self.fps, 1)
         check_choice("reference", self.reference, ("inside", "outside", "before"))
 
     def num_needed(self) -> int:
@@ -83,7 +90,7 @@ class Samples(torch.utils.data.Dataset):
 
     A sample holds `video`, float32 `(3, history + num_frames, height, width)` in [-1, 1], history first; `condition`,
     `(3, condition_frames, height, width)`, the first frames of the clip, augmented if the layout says so; `reference`,
-    `(3, height, width)`; and its `caption` and `key`. Clips are of consecutive frames at the video's own rate.
+    `(3, height, width)`; and its `caption` and `key`. Clips are of consecutive frames, at the layout's `fps`.
 
     Args:
         videos (`list[Video]`): Where samples come from.
@@ -92,7 +99,7 @@ class Samples(torch.utils.data.Dataset):
         samples_per_video (`int`, defaults to 1): Samples `i * samples_per_video` and following are of video i.
 
     Raises:
-        ValueError: if a video is too short.
+        ValueError: if a video is too short, or cannot be resampled.
     """
 
     def __init__(self, videos: list[Video], layout: SampleLayout, seed: int, samples_per_video: int = 1):
@@ -100,10 +107,11 @@ class Samples(torch.utils.data.Dataset):
         check_count("samples_per_video", samples_per_video, 1)
         if not videos:
             raise ValueError("`videos` is empty: there is nothing to take samples from.")
+        videos = [video.resampled(layout.fps) for video in videos]
         for video in videos:
             if not layout.starts(video.num_frames):
                 raise ValueError(
-                    f"`videos`: {video.name} has {video.num_frames} frames, but a sample of {layout} needs "
+                    f"`videos`: {video.name} has {video.describe_length()}, but a sample of {layout} needs "
                     f"{layout.num_needed()}. Leave it out, as `usable_videos` does."
                 )
         self.videos, self.layout, self.seed, self.samples_per_video = videos, layout, seed, samples_per_video
@@ -142,6 +150,8 @@ class Samples(torch.utils.data.Dataset):
 
         top, left, height, width = crop_box(pixels.shape[1:3], layout, rng)
         frames = _resize(pixels[:, top : top + height, left : left + width], layout.height, layout.width)
+        if layout.random_flip and rng.random() < 0.5:
+            frames = frames.flip(-1)
         frames, reference = frames[:, :-1], frames[:, -1]
         condition = frames[:, layout.history : layout.history + layout.condition_frames].clone()
         if layout.augment:
