@@ -166,7 +166,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, WanImageToVideoPipeline):
                     raise ValueError(f"`seeds` ended after {index} clips, but there is a prompt for clip {index}.")
                 options, spec, negative = dict(film.clip_options), None, film.negative
                 if not isinstance(item, torch.Tensor):
-                    spec = check_clip(item, index)
+                    item = spec = check_clip(item, index)
                     check_use(spec, index, film.settings["noise"], self.config.boundary_ratio is not None)
                     negative = negative if spec.negative_prompt is None else spec.negative_prompt
                     guidance = ("guidance_scale", "guidance_scale_2")
@@ -180,7 +180,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, WanImageToVideoPipeline):
                     if index == first - 1:
                         check_last_seed(state, seed, film.ignore_state_settings)
                     continue
-                options["prompt_embeds"] = encode(spec.prompt) if spec is not None else item[None]
+                options["prompt_embeds"] = item[None] if isinstance(item, torch.Tensor) else encode(item.prompt)
                 if options["guidance_scale"] > 1:
                     options["negative_prompt_embeds"] = encode(negative) if isinstance(negative, str) else negative
                 latents = self._generate(state, film.clip_resize, **noise_options, **options)
