@@ -20,7 +20,14 @@ install_requires = [
 
 extras = {
     "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
-    "train": ["datasets>=4.0", "av>=14.1", "tensorboard>=2.15", "imageio>=2.34", "imageio-ffmpeg>=0.5"],
+    "train": [
+        "datasets>=4.0",
+        "av>=14.1",
+        "tensorboard>=2.15",
+        "imageio>=2.34",
+        "imageio-ffmpeg>=0.5",
+        "filelock>=3.12",
+    ],
     "deepspeed": ["deepspeed>=0.17"],
     "test": [
         "pytest>=8",

@@ -57,8 +57,9 @@ from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.flow import interpolate, shifted_sigmas
 from diffusers_svi.lora_file import TARGET_MODULES, read_lora, save_lora
 from diffusers_svi.training.cache import TensorCache
-from diffusers_svi.training.checkpoints import Checkpoints
+from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
+from diffusers_svi.training.environment import own_folder
 from diffusers_svi.training.films import save_film
 from diffusers_svi.training.frames import Video
 from diffusers_svi.training.model_card import make_model_card
@@ -263,8 +264,8 @@ def check_args(args: argparse.Namespace) -> None:
         given = "both" if args.train_data_dir else "none"
         raise ValueError(f"Give one of `--train_data_dir` and `--dataset_name`, got {given}.")
     counts = ("rank", "train_batch_size", "gradient_accumulation_steps", "samples_per_video", "checkpointing_steps")
-    for name in counts:
-        if getattr(args, name) < 1:
+    for name in (*counts, "checkpoints_total_limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
     if args.export_rank is not None and not 1 <= args.export_rank <= args.rank:
         raise ValueError(
@@ -617,13 +618,12 @@ def save_model_card(
 
 
 def main(args: argparse.Namespace) -> None:
-    output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(output_dir / args.logging_dir)
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
         ),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
@@ -638,7 +638,13 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.state.deepspeed_plugin is not None:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
+    with own_folder("--output_dir", args.output_dir) if accelerator.is_main_process else nullcontext():
+        run(args, accelerator)
+
+
+def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    output_dir, weight_dtype = Path(args.output_dir), WEIGHT_DTYPES[accelerator.mixed_precision]
+    resumed = find_checkpoint(output_dir, args.resume_from_checkpoint, accelerator.num_processes)
 
     # The model's settings
     folder = Path(args.pretrained_model_name_or_path)
@@ -665,10 +671,8 @@ def main(args: argparse.Namespace) -> None:
     scheme.check(args.num_frames, expand_timesteps)
     init_lora = read_init_lora(args)
     repo_id = args.hub_model_id or output_dir.name
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if args.push_to_hub:
-            repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
+    if accelerator.is_main_process and args.push_to_hub:
+        repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
     accelerator.wait_for_everyone()
 
     # Data: what the encoders make of the samples
@@ -765,7 +769,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Resume
     checkpoints = Checkpoints(output_dir, accelerator, recycler, generator, args.checkpoints_total_limit)
-    global_step = checkpoints.resume(args.resume_from_checkpoint) if args.resume_from_checkpoint else 0
+    global_step = checkpoints.resume(str(resumed[0])) if resumed else 0
     if accelerator.is_main_process and accelerator.log_with:
         values = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers(args.tracker_name, config={k: v for k, v in values.items() if k != "hub_token"})

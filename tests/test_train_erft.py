@@ -201,6 +201,26 @@ def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, bank):
     assert not list(killed.glob("*.unfinished"))
 
 
+def test_a_run_goes_back_to_an_earlier_checkpoint(models, tmp_path, train_erft):
+    """And comes to the same end; what it had come to before is set aside, and another new run is refused."""
+    options = {"max_train_steps": 3, "checkpointing_steps": 1, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "run", **options)
+    (tmp_path / "run" / LORA).rename(tmp_path / LORA)
+    with pytest.raises(
+        ValueError, match="checkpoints of an earlier run, checkpoint-1, checkpoint-2, checkpoint-3: go on"
+    ):
+        train_erft.main(train_erft.parse_args(command(models / "i2v", tmp_path / "run", **options)[2:]))
+
+    options |= {"resume_from_checkpoint": "checkpoint-1", "checkpoints_total_limit": 2}
+    told = train(models / "i2v", tmp_path / "run", **options)
+    assert "checkpoint-2, checkpoint-3 of the earlier branch: moved to" in told
+    assert_same(tmp_path / LORA, tmp_path / "run" / LORA)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    aside = tmp_path / "run" / "abandoned-1"
+    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert_same(aside / "checkpoint-3" / LORA, tmp_path / "run" / "checkpoint-3" / LORA)
+
+
 @pytest.mark.parametrize("mode", ["local", "sharded"])
 def test_two_processes(models, tmp_path, mode):
     """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same."""
@@ -346,6 +366,7 @@ def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, ca
         ({"p_vid": 1.5}, "`p_vid` is a probability"),
         ({"p_motion": -1}, "`--p_motion` is a share in [0, 1], got -1.0."),
         ({"rank": 0}, "`--rank` must be at least 1, got 0."),
+        ({"checkpoints_total_limit": -1}, "`--checkpoints_total_limit` must be at least 1, got -1."),
         ({"export_rank": 5}, "must be between 1 and 4, got 5."),
         ({"conditioning": "latent"}, "`--reference`=inside"),
         ({"preset": "pro", "reference": "inside"}, "Use `--reference before`"),
