@@ -63,6 +63,16 @@ from diffusers_svi.training.environment import own_folder
 from diffusers_svi.training.films import save_film
 from diffusers_svi.training.frames import Video
 from diffusers_svi.training.model_card import make_model_card
+from diffusers_svi.training.optimizers import apply_learning_rate, make_optimizer
+from diffusers_svi.training.run_arguments import (
+    check_steps,
+    compare_arguments,
+    compare_content,
+    describe_arguments,
+    describe_content,
+    read_run,
+    write_run,
+)
 from diffusers_svi.training.samples import SampleLayout, Samples
 from diffusers_svi.training.sources import open_dataset, open_folder, usable_videos
 from diffusers_svi.wan import transformer_inputs
@@ -639,12 +649,24 @@ def main(args: argparse.Namespace) -> None:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     with own_folder("--output_dir", args.output_dir) if accelerator.is_main_process else nullcontext():
-        run(args, accelerator)
+        train(args, accelerator)
 
 
-def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     output_dir, weight_dtype = Path(args.output_dir), WEIGHT_DTYPES[accelerator.mixed_precision]
+    # What is wanted, against what was begun
+    arguments = describe_arguments({**vars(args), "mixed_precision": accelerator.mixed_precision})
+    arguments_file = output_dir / ("arguments.json" if args.expert is None else f"arguments_{args.expert}_noise.json")
     resumed = find_checkpoint(output_dir, args.resume_from_checkpoint, accelerator.num_processes)
+    where, begun = (resumed[0], resumed[1].run) if resumed else (arguments_file, read_run(arguments_file))
+    if resumed:
+        check_steps(resumed[1].step, args.max_train_steps)
+    changes = compare_arguments(begun["arguments"], arguments, str(where)) if begun else []
+    if resumed:
+        for change in changes:
+            logger.warning(f"Going on, though {change}.")
+    elif begun:
+        logger.warning(f"{output_dir} has a LoRA of an earlier run: it will be replaced.")
 
     # The model's settings
     folder = Path(args.pretrained_model_name_or_path)
@@ -678,6 +700,9 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # Data: what the encoders make of the samples
     layout = make_layout(args, scheme)
     samples = Samples(find_videos(args, layout), layout, args.seed, args.samples_per_video)
+    run = {"arguments": arguments, "content": describe_content(folder, subfolder, samples)}
+    if resumed:
+        compare_content(begun["content"], run["content"], str(where))
     dataset, no_prompt = encode_samples(
         samples,
         scheme,
@@ -721,19 +746,14 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # Optimizer, data loader, learning rate
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     num_parameters = sum(parameter.numel() for parameter in parameters)
-    optimizer_class = torch.optim.AdamW
-    if args.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise ImportError("`--use_8bit_adam` needs bitsandbytes: `pip install bitsandbytes`.") from error
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    optimizer = optimizer_class(
+    optimizer = make_optimizer(
+        "adamw",
         parameters,
-        lr=args.learning_rate,
+        args.learning_rate,
+        eight_bit=args.use_8bit_adam,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        epsilon=args.adam_epsilon,
     )
     dataloader = DataLoader(
         dataset,
@@ -758,6 +778,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         transformer, optimizer, dataloader, lr_scheduler
     )
     assert len(dataloader) == batches
+    if resumed:
+        check_steps(resumed[1].step, args.max_train_steps)
 
     # Error recycling
     timesteps = training_timesteps(args, index.get("boundary_ratio"))
@@ -768,8 +790,11 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     )
 
     # Resume
-    checkpoints = Checkpoints(output_dir, accelerator, recycler, generator, args.checkpoints_total_limit)
-    global_step = checkpoints.resume(str(resumed[0])) if resumed else 0
+    checkpoints = Checkpoints(output_dir, accelerator, recycler, generator, args.checkpoints_total_limit, run)
+    global_step = 0
+    if resumed:
+        global_step = checkpoints.resume(str(resumed[0]))
+        apply_learning_rate(lr_scheduler.scheduler, args.learning_rate)
     if accelerator.is_main_process and accelerator.log_with:
         values = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers(args.tracker_name, config={k: v for k, v in values.items() if k != "hub_token"})
@@ -852,6 +877,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.validation_prompt and film_step != global_step:
         validation = validate()
     if accelerator.is_main_process:
+        write_run(arguments_file, run)
         save_model_card(args, scheme, repo_id, validation)
         if args.push_to_hub:
             upload_folder(

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from conftest import load_script, make_components, quiet, seeded
+from conftest import load_script, make_components, make_transformer, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.lora_file import read_lora
 from small_videos import write_numbered, write_rows
@@ -219,6 +219,55 @@ def test_a_run_goes_back_to_an_earlier_checkpoint(models, tmp_path, train_erft):
     aside = tmp_path / "run" / "abandoned-1"
     assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     assert_same(aside / "checkpoint-3" / LORA, tmp_path / "run" / "checkpoint-3" / LORA)
+
+
+def test_a_run_goes_on_with_the_settings_it_was_begun_with(models, tmp_path, train_erft):
+    """Others are refused before anything is loaded; the learning rate changes; models and data may move."""
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    options = {"max_train_steps": 2, "checkpointing_steps": 2, "latent_cache_dir": cache, "hub_token": "secret"}
+    train(models / "i2v", run, **options)
+    lora = load_file(run / LORA)
+    assert "secret" not in (run / "checkpoint-2" / "manifest.json").read_text() + (run / "arguments.json").read_text()
+    write_videos(tmp_path / "others", 3, num_clips=3)
+    SVIPipeline(**make_components("i2v") | {"transformer": make_transformer(seed=7)}).save_pretrained(tmp_path / "i2v")
+    resume = {**options, "resume_from_checkpoint": "latest"}
+    cases = [
+        (
+            models / "i2v",
+            {"preset": "film"},
+            "`--preset` was 'shot', now 'film'; `--padding` was 'reference', now 'zeros'",
+        ),
+        (models / "i2v", {"lora_alpha": 8, "seed": 1}, "`--seed` was 0, now 1; `--lora_alpha` was 4, now 8.0"),
+        (models / "i2v", {"max_train_steps": 1}, "`--max_train_steps`=1, but the checkpoint is of step 2"),
+        (tmp_path / "i2v", {}, "`--pretrained_model_name_or_path` had other weights"),
+        (models / "i2v", {"train_data_dir": tmp_path / "others"}, "the data were others (4 samples, now 3)"),
+    ]
+    for model, changes, message in cases:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train_erft.main(
+                train_erft.parse_args(
+                    command(model, run, **{"train_data_dir": models / "world", **resume, **changes})[2:]
+                )
+            )
+
+    shutil.copytree(models / "i2v", tmp_path / "moved" / "i2v")
+    shutil.copytree(models / "world", tmp_path / "moved" / "world")
+    told = train(tmp_path / "moved" / "i2v", run, **resume | {"max_train_steps": 3, "learning_rate": 0.0})
+    assert "Going on, though `--learning_rate` was 0.0001, now 0.0." in told
+    # At a learning rate of 0 nothing more is learnt.
+    assert all(torch.equal(value, lora[name]) for name, value in load_file(run / LORA).items())
+
+
+def test_a_run_of_another_preset_is_refused_where_a_lora_lies(models, tmp_path, train_erft):
+    options = {"max_train_steps": 1, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "run", **options)
+    assert json.loads((tmp_path / "run" / "arguments.json").read_text())["arguments"]["preset"] == "shot"
+    with pytest.raises(
+        ValueError, match="arguments.json is of a run with other settings: `--preset` was 'shot', now 'film'"
+    ):
+        arguments = command(models / "i2v", tmp_path / "run", preset="film", **options)
+        train_erft.main(train_erft.parse_args(arguments[2:]))
+    assert "has a LoRA of an earlier run: it will be replaced" in train(models / "i2v", tmp_path / "run", **options)
 
 
 @pytest.mark.parametrize("mode", ["local", "sharded"])
