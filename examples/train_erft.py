@@ -28,7 +28,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from diffusers import BitsAndBytesConfig, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, BitsAndBytesConfig, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
 from diffusers.utils import load_image
@@ -59,11 +59,13 @@ from diffusers_svi.lora_file import TARGET_MODULES, read_lora, save_lora
 from diffusers_svi.training.cache import TensorCache
 from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
-from diffusers_svi.training.environment import own_folder
+from diffusers_svi.training.environment import check_file_writable, check_trackers, check_writable, own_folder
 from diffusers_svi.training.films import save_film
+from diffusers_svi.training.finite import all_finite
 from diffusers_svi.training.frames import Video
 from diffusers_svi.training.model_card import make_model_card
-from diffusers_svi.training.optimizers import apply_learning_rate, make_optimizer
+from diffusers_svi.training.optimizers import apply_learning_rate, check_optimizer, make_optimizer
+from diffusers_svi.training.ranges import check_ranges
 from diffusers_svi.training.run_arguments import (
     check_steps,
     compare_arguments,
@@ -75,7 +77,7 @@ from diffusers_svi.training.run_arguments import (
 )
 from diffusers_svi.training.samples import SampleLayout, Samples
 from diffusers_svi.training.sources import open_dataset, open_folder, usable_videos
-from diffusers_svi.wan import transformer_inputs
+from diffusers_svi.wan import num_latent_frames, transformer_inputs
 
 
 logger = get_logger(__name__)
@@ -273,17 +275,11 @@ def check_args(args: argparse.Namespace) -> None:
     if bool(args.train_data_dir) == bool(args.dataset_name):
         given = "both" if args.train_data_dir else "none"
         raise ValueError(f"Give one of `--train_data_dir` and `--dataset_name`, got {given}.")
-    counts = ("rank", "train_batch_size", "gradient_accumulation_steps", "samples_per_video", "checkpointing_steps")
-    for name in (*counts, "checkpoints_total_limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
+    check_ranges(vars(args))
     if args.export_rank is not None and not 1 <= args.export_rank <= args.rank:
         raise ValueError(
             f"`--export_rank` can only lower the rank: it must be between 1 and {args.rank}, got {args.export_rank}."
         )
-    for name in ("p_motion", "p_text_start", "proportion_empty_prompts"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"`--{name}` is a share in [0, 1], got {getattr(args, name)}.")
     if args.p_text_start and args.conditioning != "held":
         raise ValueError(f"`--p_text_start`={args.p_text_start} needs `--conditioning held`, got {args.conditioning}.")
     if args.conditioning != "pixel" and args.reference != "before":
@@ -300,6 +296,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"`--quantize_base={args.quantize_base}` needs a GPU: bitsandbytes quantizes nowhere else.")
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("`--hub_token` would be logged by wandb: use `hf auth login` instead.")
+    check_trackers(args.report_to)
+    check_optimizer("adamw", args.use_8bit_adam)
     make_injection(args)
     make_layout(args, make_scheme(args))
 
@@ -668,6 +666,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     elif begun:
         logger.warning(f"{output_dir} has a LoRA of an earlier run: it will be replaced.")
 
+    if args.bank_path:
+        check_file_writable("--bank_path", f"{args.bank_path}.{accelerator.process_index}")
+    check_writable("--latent_cache_dir", args.latent_cache_dir or output_dir / "cache")
+
     # The model's settings
     folder = Path(args.pretrained_model_name_or_path)
     if not folder.is_dir():
@@ -697,6 +699,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
     accelerator.wait_for_everyone()
 
+    # Error recycling
+    timesteps = training_timesteps(args, index.get("boundary_ratio"))
+    vae = AutoencoderKLWan.load_config(folder, subfolder="vae")
+    # Published configurations of Wan 2.1 leave out what is the default.
+    factor = vae.get("scale_factor_spatial", 8)
+    size = args.height // factor, args.width // factor
+    latents_shape = (vae.get("z_dim", 16), num_latent_frames(args.num_frames), *size)
+    recycler = make_recycler(args, accelerator, latents_shape, timesteps)
+
     # Data: what the encoders make of the samples
     layout = make_layout(args, scheme)
     samples = Samples(find_videos(args, layout), layout, args.seed, args.samples_per_video)
@@ -724,7 +735,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     patch_size = transformer.config.patch_size
 
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:
-        save_lora(file, state_dict, config, scheme, args.expert, layout)
+        if not all_finite(state_dict.values()):
+            raise FloatingPointError(f"The LoRA is not finite any more: {file} is not written.")
+        unfinished = file.with_name(f"{file.name}.unfinished")
+        save_lora(unfinished, state_dict, config, scheme, args.expert, layout)
+        unfinished.replace(file)
 
     def save_model_hook(models, weights, folder):
         state_dict = lora_state_dict(accelerator, models[0])
@@ -781,9 +796,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if resumed:
         check_steps(resumed[1].step, args.max_train_steps)
 
-    # Error recycling
-    timesteps = training_timesteps(args, index.get("boundary_ratio"))
-    recycler = make_recycler(args, accelerator, tuple(dataset[0]["latents"].shape), timesteps)
+    # The step
+    assert dataset[0]["latents"].shape == latents_shape
     generator = torch.Generator().manual_seed(args.seed * 1000 + 500 + accelerator.process_index)
     training_step = TrainingStep(
         args, transformer, recycler, generator, timesteps, no_prompt, patch_size, expand_timesteps, weight_dtype
@@ -822,6 +836,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         accelerator.wait_for_everyone()
         return film
 
+    def must_be_finite(what: str, *values: torch.Tensor) -> None:
+        if not all_finite(values):
+            raise FloatingPointError(
+                f"Step {global_step + 1}: {what} is not finite any more. Training ends here, and no such LoRA is "
+                f"saved; a lower `--learning_rate` may help. {checkpoints.newest()}"
+            )
+
     transformer.train()
     validation, film_step = None, None
     seen = {"clean": [], "corrupted": []}
@@ -832,10 +853,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         for batch in batches if done else dataloader:
             with accelerator.accumulate(transformer):
                 losses, clean = training_step(batch)
+                must_be_finite("the loss", losses)
                 accelerator.backward(losses.mean())
                 norm = None
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    # In fp16 gradients may overflow: then the step is left out and their scale lowered.
+                    if norm is not None and accelerator.mixed_precision != "fp16":
+                        must_be_finite("the gradient", torch.as_tensor(norm))
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
@@ -844,6 +869,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             if not accelerator.sync_gradients:
                 continue
 
+            must_be_finite("the LoRA", *parameters)
             global_step += 1
             progress.update()
             all_losses = seen["clean"] + seen["corrupted"]

@@ -1,5 +1,6 @@
 """What a run needs around it is looked for before anything is loaded."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_svi.training.environment import check_writable, own_folder
+from diffusers_svi.training.environment import check_file_writable, check_trackers, check_writable, own_folder
 
 
 HOLD = """
@@ -59,3 +60,39 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, where):
 def test_a_folder_is_made_and_left_as_it_was(tmp_path):
     check_writable("--output_dir", tmp_path / "a" / "b")
     assert not list(Path(tmp_path / "a" / "b").iterdir())
+
+
+def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path):
+    check_file_writable("--bank_path", tmp_path / "new" / "bank")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "bank").write_text("errors")
+    check_file_writable("--bank_path", tmp_path / "bank")
+    assert (tmp_path / "bank").read_text() == "errors"
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=re.escape(f"`--bank_path`: '{tmp_path}/folder' cannot be written")):
+        check_file_writable("--bank_path", tmp_path / "folder")
+    for where in (tmp_path / "file" / "bank", Path("/proc/nothing/bank")):
+        with pytest.raises(ValueError, match=re.escape(f"`--bank_path`: nothing can be written to '{where.parent}'")):
+            check_file_writable("--bank_path", where)
+
+
+def test_trackers_that_are_there_are_taken():
+    for name in ("none", "all", "tensorboard"):
+        check_trackers(name)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_refused(name):
+    if importlib.util.find_spec(name) is not None:
+        pytest.skip(f"{name} is there")
+    with pytest.raises(ValueError, match=f"`--report_to {name}` needs {name}, which is not installed: `pip install"):
+        check_trackers(name)
+
+
+def test_a_tracker_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match=r"`--report_to` must be one of .*tensorboard, .*all, none, got 'tensorbord'"):
+        check_trackers("tensorbord")

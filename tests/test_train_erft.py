@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import load_script, make_components, make_transformer, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
@@ -342,6 +342,33 @@ def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
         assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in file.keys()
 
 
+def test_a_run_that_breaks_ends_at_that_step(models, tmp_path):
+    """With a status, and the checkpoint to go on from; what was saved before is left alone."""
+    options = {"max_train_steps": 2, "checkpointing_steps": 2, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "run", **options)
+    before = (tmp_path / "run" / LORA).read_bytes()
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        tensors = load_file(file)
+        if "latents" in tensors:
+            tensors["latents"].fill_(float("nan"))
+            save_file(tensors, file)
+    told = failed(
+        models / "i2v", tmp_path / "run", **options | {"max_train_steps": 5, "resume_from_checkpoint": "latest"}
+    )
+    assert "Step 3: the loss is not finite any more. Training ends here, and no such LoRA is saved" in told
+    assert "The newest good checkpoint is checkpoint-2: `--resume_from_checkpoint checkpoint-2`." in told
+    assert (tmp_path / "run" / LORA).read_bytes() == before
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_lora_that_breaks_is_never_saved(models, tmp_path):
+    """The loss of this step is still finite: it is the optimizer that breaks the LoRA."""
+    options = {"max_train_steps": 1, "checkpointing_steps": 1, "learning_rate": 1.0, "adam_weight_decay": 1e38}
+    told = failed(models / "i2v", tmp_path / "run", latent_cache_dir=tmp_path / "cache", **options)
+    assert "Step 1: the LoRA is not finite any more." in told and "There is no good checkpoint in" in told
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
 def test_it_goes_on_from_a_lora(models, tmp_path):
     options = {"max_train_steps": 1, "latent_cache_dir": tmp_path / "cache"}
     train(models / "i2v", tmp_path / "first", preset="none", **options)
@@ -415,6 +442,8 @@ def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, ca
         ({"p_vid": 1.5}, "`p_vid` is a probability"),
         ({"p_motion": -1}, "`--p_motion` is a share in [0, 1], got -1.0."),
         ({"rank": 0}, "`--rank` must be at least 1, got 0."),
+        ({"learning_rate": 1e30}, "`--learning_rate` must be between 0 and 1, got 1e+30."),
+        ({"report_to": "wandbb"}, "`--report_to` must be one of"),
         ({"checkpoints_total_limit": -1}, "`--checkpoints_total_limit` must be at least 1, got -1."),
         ({"export_rank": 5}, "must be between 1 and 4, got 5."),
         ({"conditioning": "latent"}, "`--reference`=inside"),
@@ -447,10 +476,21 @@ def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_er
         ("i2v", {"train_data_dir": tmp_path / "nothing"}, "nothing"),
         ("i2v", {"resume_from_checkpoint": "checkpoint-7"}, "is no checkpoint"),
         ("i2v", {"bank_capacity": 10**12}, "What would fit"),
+        ("i2v", {"bank_capacity": 10**9, "bank_path": tmp_path / "bank"}, "a `path` on a larger disk"),
+        (
+            "i2v",
+            {"bank_path": models / "i2v" / "model_index.json" / "bank"},
+            "`--bank_path`: nothing can be written to",
+        ),
+        ("i2v", {"latent_cache_dir": models / "i2v" / "model_index.json"}, "`--latent_cache_dir`: nothing can be"),
     ]
     for kind, options, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
             train_erft.main(train_erft.parse_args(command(models / kind, tmp_path / "run", **options)[2:]))
+    # None of them has come as far as the data.
+    assert not list((tmp_path / "run" / "cache").iterdir())
+    with pytest.raises(ValueError, match="`--output_dir`: nothing can be written to"):
+        train_erft.main(train_erft.parse_args(command(models / "i2v", models / "i2v" / "model_index.json")[2:]))
 
 
 def test_help_tells_the_defaults(train_erft, capsys):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..checks import check_count
@@ -128,17 +129,24 @@ class Checkpoints:
         return list_checkpoints(self.folder)
 
     def save(self, step: int) -> None:
-        """Write everything but the bank now, and begin to write the bank; training may go on."""
+        """Write everything but the bank now, and begin to write the bank; training may go on.
+
+        Raises:
+            RuntimeError: if it, or the one before, could not be written.
+        """
         self.finish()
         if self.accelerator.is_main_process and self.total_limit:
             # As diffusers' scripts do: there is never more on the disk than the limit, but always one to go back to.
             self._prune(max(self.total_limit - 1, 1))
         self._unfinished = self.folder / f"checkpoint-{step}{UNFINISHED}"
         options = {"exclude_frozen_parameters": True} if self.accelerator.state.deepspeed_plugin else {}
-        self.accelerator.save_state(str(self._unfinished), **options)
         rank = self.accelerator.process_index
         state = {**self.recycler.state_dict(), "noise_generator": self.generator.get_state()}
-        save_file(state, self._unfinished / f"recycler-{rank}.safetensors")
+        try:
+            self.accelerator.save_state(str(self._unfinished), **options)
+            save_file(state, self._unfinished / f"recycler-{rank}.safetensors")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise self._failure(error) from error
         self._writer = save_bank(self.recycler.bank, self._unfinished / f"bank-{rank}.safetensors")
 
     def poll(self) -> None:
@@ -151,7 +159,7 @@ class Checkpoints:
             try:
                 self._writer.check()
             except Exception as error:
-                raise RuntimeError(f"{self._unfinished} could not be written: {error} {self.newest()}") from error
+                raise self._failure(error) from error
         if self._unfinished is None or not self.accelerator.is_main_process:
             return
         ranks = range(self.accelerator.num_processes)
@@ -215,6 +223,9 @@ class Checkpoints:
             self._set_aside(later)
         logger.info(f"Going on from {path}.")
         return manifest.step
+
+    def _failure(self, error: Exception) -> RuntimeError:
+        return RuntimeError(f"{self._unfinished} could not be written: {error}. {_newest_good(self.folder)}")
 
     def _join(self) -> None:
         """Wait for the writer of this process, and forget it unless something went wrong."""

@@ -1,4 +1,4 @@
-"""What a run needs around it, looked for before anything is loaded: a folder of its own that can be written."""
+"""What a run needs around it, looked for before anything is loaded: folders that can be written, trackers."""
 
 import os
 import tempfile
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from filelock import FileLock, Timeout
 
 
@@ -49,3 +50,32 @@ def check_writable(argument: str, folder: str | os.PathLike) -> None:
             f"`{argument}`: nothing can be written to {os.fspath(folder)!r} ({error}). Give a folder on a disk with "
             "room that you may write to."
         ) from error
+
+
+def check_file_writable(argument: str, file: str | os.PathLike) -> None:
+    """Raise a `ValueError` unless a file can be written, that is there or not; what it holds is left alone."""
+    check_writable(argument, Path(file).absolute().parent)
+    there = Path(file).exists()
+    try:
+        with open(file, "ab"):
+            pass
+        if not there:
+            Path(file).unlink()
+    except OSError as error:
+        raise ValueError(
+            f"`{argument}`: {os.fspath(file)!r} cannot be written ({error}). Give another file."
+        ) from error
+
+
+def check_trackers(report_to: str) -> None:
+    """Raise a `ValueError` unless `report_to` is "none", "all", or a tracker of accelerate that is installed."""
+    if report_to in ("none", "all"):
+        return
+    if report_to not in LOGGER_TYPE_TO_CLASS:
+        known = ", ".join((*LOGGER_TYPE_TO_CLASS, "all", "none"))
+        raise ValueError(f"`--report_to` must be one of {known}, got {report_to!r}.")
+    if report_to not in map(str, get_available_trackers()):
+        raise ValueError(
+            f"`--report_to {report_to}` needs {report_to}, which is not installed: `pip install {report_to}`, or "
+            "`--report_to none`."
+        )
