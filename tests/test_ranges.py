@@ -56,6 +56,39 @@ def test_a_number_out_of_its_range_is_refused(name, value, wanted):
         check_ranges({"other": None, name: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr_num_cycles=2"], "`--lr_num_cycles`=2 is for `--lr_scheduler cosine_with_restarts`, got constant."),
+        (
+            ["--lr_power=2", "--lr_scheduler=linear"],
+            "`--lr_power`=2.0 is for `--lr_scheduler polynomial`, got linear.",
+        ),
+        (["--logit_mean=1"], "`--logit_mean`=1.0 is for `--weighting_scheme logit_normal`, got svi."),
+        (["--logit_std=2", "--weighting_scheme=mode"], "`--logit_std`=2.0 is for `--weighting_scheme logit_normal`"),
+        (["--mode_scale=1"], "`--mode_scale`=1.0 is for `--weighting_scheme mode`, got svi."),
+        (["--lr_warmup_steps=5"], "`--lr_warmup_steps`=5 needs another `--lr_scheduler` than constant"),
+        (
+            ["--validation_steps=1", "--validation_epochs=1"],
+            "Give one of `--validation_steps` and `--validation_epochs`",
+        ),
+        (["--optimizer=prodigy", "--use_8bit_adam"], "`--use_8bit_adam` is for `--optimizer adamw`, got prodigy."),
+        (["--lora_layers=to_z"], "`--lora_layers`: 'to_z' is none of"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(parse_args, capsys, options, message):
+    with pytest.raises(SystemExit) as exit:
+        parse_args([*BASE, *options])
+    assert exit.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_what_goes_together_is_taken(parse_args):
+    parse_args([*BASE, "--lr_scheduler=cosine_with_restarts", "--lr_num_cycles=2", "--lr_warmup_steps=5"])
+    parse_args([*BASE, "--lr_scheduler=polynomial", "--lr_power=2", "--weighting_scheme=mode", "--mode_scale=1"])
+    args = parse_args([*BASE, "--weighting_scheme=logit_normal", "--logit_mean=1", "--optimizer=AdamW"])
+    assert (args.optimizer, args.learning_rate) == ("adamw", 1e-4)
+
+
 def test_the_ends_of_ranges_and_what_is_no_number_are_taken():
     check_ranges(dict.fromkeys(ranges.COUNTS, 1) | dict.fromkeys(ranges.NOT_NEGATIVE, 0))
     check_ranges(dict.fromkeys(ranges.BELOW_ONE, 0.0) | {"learning_rate": 0.0, "seed": 0})

@@ -369,6 +369,62 @@ def test_a_lora_that_breaks_is_never_saved(models, tmp_path):
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
+def test_layers_and_dropout_of_the_lora(models, tmp_path):
+    """What it is for is in the file, and loads; a run with dropout goes on bit for bit."""
+    options = {"lora_layers": "self_attn.q,ffn.net.2", "lora_dropout": 0.5, "weighting_scheme": "logit_normal"}
+    options |= {"max_train_steps": 3, "checkpointing_steps": 2, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "run", export_format="original", **options)
+    lora = read_lora(tmp_path / "run", LORA)
+    layers = {name.split(".", 3)[3].rsplit(".lora_")[0] for name in lora.state_dict}
+    assert layers == {"attn1.to_q", "ffn.net.2"} and lora.adapter_metadata["transformer.lora_dropout"] == 0.5
+    assert (
+        read_lora(tmp_path / "run", "pytorch_lora_weights_original.safetensors").state_dict.keys()
+        == lora.state_dict.keys()
+    )
+    quiet(SVIPipeline.from_pretrained(models / "i2v")).load_lora_weights(str(tmp_path / "run"), weight_name=LORA)
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    train(models / "i2v", tmp_path / "again", resume_from_checkpoint="latest", **options)
+    assert_same(tmp_path / "run" / LORA, tmp_path / "again" / LORA)
+    message = failed(models / "i2v", tmp_path / "third", **options | {"lora_layers": "q,k_img"})
+    assert "`--lora_layers`: this model has no add_k_proj. Leave it out." in message
+
+
+def test_a_variant_with_its_encoders_offloaded(models, tmp_path):
+    """The same LoRA, bit for bit, as with everything in place; tiles make latents of their own."""
+    SVIPipeline.from_pretrained(models / "wan2.1").save_pretrained(tmp_path / "fp32", variant="fp32")
+    assert (tmp_path / "fp32" / "vae" / "diffusion_pytorch_model.fp32.safetensors").is_file()
+    image = tmp_path / "start.png"
+    PIL.Image.fromarray(world.render(world.State("blue sky", 0))).save(image)
+    film = {"validation_prompt": ["a cat sits"], "validation_image": image, "validation_inference_steps": 1}
+    options = {"max_train_steps": 1, "train_data_dir": models / "world", **film}
+    train(models / "wan2.1", tmp_path / "plain", **options)
+    train(tmp_path / "fp32", tmp_path / "offloaded", variant="fp32", offload=True, **options)
+    assert_same(tmp_path / "plain" / LORA, tmp_path / "offloaded" / LORA)
+    figures = [(tmp_path / name / "validation" / "step-1.json").read_text() for name in ("plain", "offloaded")]
+    assert figures[0] == figures[1]
+    cache = tmp_path / "plain" / "cache"
+    entries = len(list(cache.rglob("*.safetensors")))
+    options |= {"latent_cache_dir": cache, "validation_prompt": None, "validation_image": None}
+    train(models / "wan2.1", tmp_path / "tiled", enable_tiling=True, **options)
+    assert len(list(cache.rglob("*.safetensors"))) == 2 * entries
+
+
+def test_schedule_and_films_by_epochs(models, tmp_path, train_erft):
+    """Four samples an epoch: films at its end. The learning rate is that of all samples of a step, and decays."""
+    image = tmp_path / "start.png"
+    PIL.Image.fromarray(world.render(world.State("blue sky", 0))).save(image)
+    options = {"lr_scheduler": "polynomial", "lr_power": 2.0, "learning_rate": 1e-3, "scale_lr": True}
+    options |= {"train_batch_size": 2, "num_train_epochs": 2, "validation_epochs": 1, "checkpointing_steps": 3}
+    options |= {"validation_prompt": ["a cat"], "validation_image": image, "validation_inference_steps": 1}
+    train(models / "i2v", tmp_path / "run", report_to="none", **options)
+    films = sorted(path.name for path in (tmp_path / "run" / "validation").glob("*.mp4"))
+    assert films == ["step-2.mp4", "step-4.mp4"]
+    state = torch.load(tmp_path / "run" / "checkpoint-3" / "scheduler.bin", weights_only=True)
+    # source: get_polynomial_decay_schedule_with_warmup, which ends at 1e-7
+    assert state["base_lrs"] == [2e-3]
+    assert state["_last_lr"][0] == pytest.approx((2e-3 - 1e-7) * (1 - 3 / 4) ** 2 + 1e-7)
+
+
 def test_it_goes_on_from_a_lora(models, tmp_path):
     options = {"max_train_steps": 1, "latent_cache_dir": tmp_path / "cache"}
     train(models / "i2v", tmp_path / "first", preset="none", **options)

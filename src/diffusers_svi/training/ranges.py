@@ -1,4 +1,4 @@
-"""What numbers the arguments of the training script may be."""
+"""What numbers the arguments of the training script may be, and which go together."""
 
 import math
 from collections.abc import Mapping
@@ -15,6 +15,14 @@ NOT_NEGATIVE = (
 POSITIVE = ("lora_alpha", "flow_shift", "adam_epsilon", "max_grad_norm", "bank_max_gb", "lr_power", "logit_std")
 SHARES = ("p_motion", "p_text_start", "proportion_empty_prompts", "max_skipped_share")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
+# What is for one choice of another option only, and its value where it is left alone.
+OPTIONS_OF = {
+    "lr_num_cycles": ("lr_scheduler", "cosine_with_restarts", 1),
+    "lr_power": ("lr_scheduler", "polynomial", 1.0),
+    "logit_mean": ("weighting_scheme", "logit_normal", 0.0),
+    "logit_std": ("weighting_scheme", "logit_normal", 1.0),
+    "mode_scale": ("weighting_scheme", "mode", 1.29),
+}
 
 
 def check_ranges(values: Mapping[str, object]) -> None:
@@ -50,3 +58,21 @@ def _outside(name: str, value: float) -> str | None:
     if name == "seed" and not 0 <= value < 2**32:
         return "must be a whole number from 0 to 4294967295"
     return None
+
+
+def check_combinations(values: Mapping[str, object]) -> None:
+    """Raise a `ValueError` for an argument that would do nothing beside the others.
+
+    Args:
+        values (`Mapping[str, object]`): All arguments by name.
+    """
+    for name, (option, choice, default) in OPTIONS_OF.items():
+        if values[name] != default and values[option] != choice:
+            raise ValueError(f"`--{name}`={values[name]} is for `--{option} {choice}`, got {values[option]}.")
+    if values["lr_warmup_steps"] and values["lr_scheduler"] == "constant":
+        raise ValueError(
+            f"`--lr_warmup_steps`={values['lr_warmup_steps']} needs another `--lr_scheduler` than constant, such as "
+            "constant_with_warmup."
+        )
+    if values["validation_steps"] and values["validation_epochs"]:
+        raise ValueError("Give one of `--validation_steps` and `--validation_epochs`, got both.")
