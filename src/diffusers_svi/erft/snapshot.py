@@ -78,7 +78,7 @@ class BankWriter:
             begins[name] = begin
             shape = [len(self._slots), *rows.shape[1:]]
             header[name] = {"dtype": _DTYPES[rows.dtype], "shape": shape, "data_offsets": [begin, end]}
-        checksums = {**dict.fromkeys(tensors, 0), "metadata": _checksum(json.dumps(self._metadata).encode())}
+        checksums = {**dict.fromkeys(tensors, 0), "metadata": _metadata_checksum(self._metadata)}
         unfinished = self._path.with_name(self._path.name + ".unfinished")
         with open(unfinished, "wb") as file:
             # Checksums have a fixed width: when they are known, the header is written again in its place.
@@ -167,13 +167,10 @@ def _read_metadata(path: str | os.PathLike) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        known = {name: value for name, value in metadata.items() if name != "checksums"}
-        # The order in a header is nobody's business.
-        known = {name: known[name] for name in (*_LAYOUT, "counts", "taken")}
         expected = json.loads(metadata["checksums"])["metadata"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The error bank {os.fspath(path)!r} is damaged or no error bank: {error}.") from error
-    if f"{_checksum(json.dumps(known).encode()):08x}" != expected:
+    if f"{_metadata_checksum(metadata):08x}" != expected:
         raise ValueError(f"The error bank {os.fspath(path)!r} is damaged: its metadata has another checksum.")
     return metadata
 
@@ -184,6 +181,12 @@ def _header(header: dict[str, dict], checksums: dict[str, int]) -> bytes:
     text = json.dumps({**header, "__metadata__": {**header["__metadata__"], "checksums": texts}}).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def _metadata_checksum(metadata: dict[str, str]) -> int:
+    # The order in a header is nobody's business.
+    known = {name: value for name, value in metadata.items() if name != "checksums"}
+    return _checksum(json.dumps(known, sort_keys=True).encode())
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

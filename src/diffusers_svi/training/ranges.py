@@ -8,12 +8,14 @@ COUNTS = (
     *("rank", "train_batch_size", "gradient_accumulation_steps", "samples_per_video", "checkpointing_steps"),
     *("checkpoints_total_limit", "max_train_steps", "num_train_epochs", "lr_num_cycles", "validation_steps"),
     *("validation_epochs", "num_validation_clips", "validation_inference_steps", "max_sequence_length"),
+    *("num_grids", "bank_capacity"),
 )
 NOT_NEGATIVE = (
-    *("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "validation_guidance_scale", "mode_scale"),
+    *("lr_warmup_steps", "buffer_warmup_iter", "dataloader_num_workers", "adam_weight_decay"),
+    *("validation_guidance_scale", "mode_scale"),
 )
 POSITIVE = ("lora_alpha", "flow_shift", "adam_epsilon", "max_grad_norm", "bank_max_gb", "lr_power", "logit_std")
-SHARES = ("p_motion", "p_text_start", "proportion_empty_prompts", "max_skipped_share")
+SHARES = ("p_motion", "p_text_start", "proportion_empty_prompts", "max_skipped_share", "clean_buffer_update_prob")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
 # What is for one choice of another option only, and its value where it is left alone.
 OPTIONS_OF = {
