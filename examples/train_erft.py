@@ -28,7 +28,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory
 from diffusers.utils import load_image
@@ -642,7 +642,9 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     output_dir, weight_dtype = Path(args.output_dir), WEIGHT_DTYPES[accelerator.mixed_precision]
     # What is wanted, against what was begun
-    arguments = describe_arguments({**vars(args), "mixed_precision": accelerator.mixed_precision})
+    plugin = accelerator.state.deepspeed_plugin
+    launched = {"mixed_precision": accelerator.mixed_precision, "zero_stage": plugin and plugin.zero_stage}
+    arguments = describe_arguments({**vars(args), **launched})
     arguments_file = output_dir / ("arguments.json" if args.expert is None else f"arguments_{args.expert}_noise.json")
     resumed = find_checkpoint(output_dir, args.resume_from_checkpoint, accelerator.num_processes)
     where, begun = (resumed[0], resumed[1].run) if resumed else (arguments_file, read_run(arguments_file))
@@ -697,6 +699,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     vae = AutoencoderKLWan.load_config(folder, subfolder="vae")
     # Published configurations of Wan 2.1 leave out what is the default.
     factor = vae.get("scale_factor_spatial", 8)
+    patch_size = tuple(WanTransformer3DModel.load_config(folder, subfolder=subfolder).get("patch_size", (1, 2, 2)))
+    for name, patch in (("height", patch_size[1]), ("width", patch_size[2])):
+        if getattr(args, name) % (factor * patch):
+            raise ValueError(
+                f"`--{name}` must be a multiple of {factor * patch} for this model, got {getattr(args, name)}."
+            )
     size = args.height // factor, args.width // factor
     latents_shape = (vae.get("z_dim", 16), num_latent_frames(args.num_frames), *size)
     recycler = make_recycler(args, accelerator, latents_shape, timesteps)
@@ -735,7 +743,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if not args.quantize_base:
         transformer.to(accelerator.device)
     config = next(iter(transformer.peft_config.values()))
-    patch_size = transformer.config.patch_size
 
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:
         if not all_finite(state_dict.values()):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from conftest import load_script, make_components, make_transformer, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.lora_file import read_lora
+from diffusers_svi.training.environment import own_folder
 from small_videos import write_numbered, write_rows
 from svi_tiny import world
 from svi_tiny.videos import write_videos
@@ -532,6 +533,8 @@ def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_er
         ("i2v", {"train_data_dir": tmp_path / "nothing"}, "nothing"),
         ("i2v", {"resume_from_checkpoint": "checkpoint-7"}, "is no checkpoint"),
         ("i2v", {"bank_capacity": 10**12}, "What would fit"),
+        ("i2v", {"height": 72}, "`--height` must be a multiple of 16 for this model, got 72."),
+        ("ti2v-5b", {"preset": "ti2v-5b", "width": 48}, "`--width` must be a multiple of 32 for this model, got 48."),
         ("i2v", {"bank_capacity": 10**9, "bank_path": tmp_path / "bank"}, "a `path` on a larger disk"),
         (
             "i2v",
@@ -543,6 +546,11 @@ def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_er
     for kind, options, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
             train_erft.main(train_erft.parse_args(command(models / kind, tmp_path / "run", **options)[2:]))
+    with (
+        own_folder("--output_dir", tmp_path / "run"),
+        pytest.raises(ValueError, match=re.escape(f"`--output_dir`='{tmp_path / 'run'}' is used by another run")),
+    ):
+        train_erft.main(train_erft.parse_args(command(models / "i2v", tmp_path / "run")[2:]))
     # None of them has come as far as the data.
     assert not list((tmp_path / "run" / "cache").iterdir())
     with pytest.raises(ValueError, match="`--output_dir`: nothing can be written to"):

@@ -27,6 +27,8 @@ FIXED = (
     *("clean_buffer_update_prob", "buffer_warmup_iter", "flow_shift"),
     *("weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
     *("train_batch_size", "gradient_accumulation_steps", "mixed_precision"),
+    # Of `accelerate launch`: checkpoints of DeepSpeed have a form of their own.
+    "zero_stage",
     *("optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
 )
 # The learning rate and its schedule: the new values hold from the next step on, which is told.
