@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 LORAS := examples/svi_tiny/loras
 OLDEST_DIFFUSERS := $(shell sed -n 's/.*"diffusers>=\([0-9.]*\),.*/\1/p' setup.py).0
 
-.PHONY: help demo drift test compat mutants quality style clean
+.PHONY: help demo drift test compat fuzz mutants quality style clean
 
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
@@ -24,6 +24,9 @@ test: $(VENV)/test  ## Run the tests
 compat: $(VENV)/test  ## Run the parent contract on the oldest diffusers that is allowed
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/compat "diffusers==$(OLDEST_DIFFUSERS)"
 	PYTHONPATH=build/compat:src $(BIN)/python -m pytest tests/test_parent_contract.py
+
+fuzz: $(VENV)/test  ## Give 5,000 odd inputs of every kind (half an hour)
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/test_fuzz.py
 
 mutants: $(VENV)/test  ## Break the product one line at a time and see whether a test notices (an hour)
 	PYTHONPATH=benchmarks $(BIN)/python tests/mutants.py --output_file outputs/mutants.json

@@ -32,13 +32,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory
 from diffusers.utils import load_image
-from huggingface_hub import create_repo, snapshot_download, upload_folder
 from peft import LoraConfig, set_peft_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
-from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
+from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
 from diffusers_svi.conditioning import Scheme
 from diffusers_svi.erft import (
     BankConfig,
@@ -64,7 +63,7 @@ from diffusers_svi.training.frames import Video
 from diffusers_svi.training.known_elsewhere import explain
 from diffusers_svi.training.layers import parse_layers
 from diffusers_svi.training.lora_model import load_transformer, lora_state_dict, read_init_lora, unwrap
-from diffusers_svi.training.model_card import make_model_card
+from diffusers_svi.training.model_card import TrainedLora, weight_name, write_model_card
 from diffusers_svi.training.offload import offload_encoders
 from diffusers_svi.training.optimizers import (
     LEARNING_RATES,
@@ -73,6 +72,7 @@ from diffusers_svi.training.optimizers import (
     check_optimizer,
     make_optimizer,
 )
+from diffusers_svi.training.push import PushError, download_model, open_repo, push
 from diffusers_svi.training.ranges import check_combinations, check_ranges
 from diffusers_svi.training.run_arguments import (
     check_steps,
@@ -93,7 +93,6 @@ logger = get_logger(__name__)
 
 TRAIN_TIMESTEPS = 1000
 LORA_NAME = "pytorch_lora_weights.safetensors"
-ORIGINAL_LORA_NAME = "pytorch_lora_weights_original.safetensors"
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # What a preset sets; an option given on the command line wins.
@@ -124,8 +123,9 @@ PRESETS = {
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
 CARD_SETTINGS = (
     *("preset", "expert", "init_lora", "rank", "lora_alpha", "export_rank", "p_vid", "p_img", "p_noi", "p_clean"),
-    *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate"),
-    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_frames", "height", "width", "seed"),
+    *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
+    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_frames", "height", "width", "fps"),
+    "seed",
 )
 
 
@@ -185,10 +185,19 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--conditioning", choices=("pixel", "latent", "held"), help="PixelMotion, LatentMotion or HeldLatents.")
     add("--padding", choices=("zeros", "reference"), help="PixelMotion: what fills the rest of the condition.")
     add("--num_motion_frames", type=int, help="PixelMotion: frames carried from clip to clip.")
+    text = "PixelMotion: frames of the padding that repeat the reference; 0: none, -1: all. Comes before --padding."
+    add("--ref_pad_num", type=int, help=text)
+    text = "PixelMotion: repeat the frame that a film begins with in place of the frames carried."
+    add("--repeat_first_frame", action="store_true", help=text)
+    text = "PixelMotion: what the mask marks, the first frame, as published, or all condition frames."
+    add("--mask_frames", choices=("first", "all"), default="first", help=text)
+    add("--ref_pad_cfg", dest="mask_frames", action="store_const", const="all", help="As --mask_frames all.")
     add("--num_motion_latents", "--num_motion_latent", type=int, default=1, help="Latents carried.")
     text = "Share of samples that go on from another clip; the others have the condition of a first clip."
     add("--p_motion", "--p_motion_threshold", type=float, help=text)
     add("--p_text_start", type=float, help="HeldLatents: share of batches that hold nothing (text to video).")
+    text = "What the image encoder of Wan 2.1 sees of a frame: all of it, squeezed, or the square in the middle."
+    add("--clip_resize", choices=("squash", "crop"), default="squash", help=text)
     text = "Where the reference frame is taken from: any frame of the clip, never one of it, or one before it."
     add("--reference", choices=("inside", "outside", "before"), help=text)
     names = ("--first_frame_augmentation", "--use_first_aug")
@@ -205,6 +214,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     ends = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
     add("--img_sigmas", default=(0.0, 1.0), help="Noise levels whose errors conditions take.", **ends)
     add("--img_scale", default=(1.0, 1.0), help="They are scaled by a random factor in this range.", **ends)
+    text = "Every error is scaled by a random factor between 1 less this and 1 more."
+    add("--error_modulate_factor", type=float, default=0.0, help=text)
     add("--num_grids", type=int, default=50, help="Grids of the error bank.")
     names = ("--bank_capacity", "--error_buffer_k", "--svi_max_errors_per_grid", "--buffer_size_per_bucket")
     add(*names, type=int, default=500, help="Errors a grid holds.")
@@ -220,6 +231,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default="l2",
         help="What a new error replaces in a full grid: the nearest, any, or the oldest.",
     )
+    text = "What the nearest is nearest by: the residual r, or the error on the clean side, sigma * r."
+    add("--bank_metric", choices=("residual", "clean"), default="residual", help=text)
     add("--clean_buffer_update_prob", type=float, default=0.1, help="Share of the clean samples that are banked.")
     text = "First steps in which every process banks the errors of all."
     add("--buffer_warmup_iter", "--svi_warmup_iter", type=int, default=50, help=text)
@@ -356,7 +369,25 @@ def check_args(args: argparse.Namespace) -> None:
 
 def make_scheme(args: argparse.Namespace) -> Scheme:
     if args.conditioning == "pixel":
-        return PixelMotion(num_frames=args.num_motion_frames, padding=args.padding)
+        padding, count = args.padding, args.ref_pad_num
+        if count is not None:
+            if count < -1:
+                raise ValueError(
+                    f"`--ref_pad_num` must be -1 for all, 0 for none, or a number of frames, got {count}."
+                )
+            padding, count = ("reference" if count else "zeros"), (count if count not in (0, -1) else None)
+        return PixelMotion(
+            num_frames=args.num_motion_frames,
+            padding=padding,
+            num_references=count,
+            repeat_first=args.repeat_first_frame,
+            mask_frames=args.mask_frames,
+        )
+    if args.ref_pad_num is not None or args.repeat_first_frame or args.mask_frames != "first":
+        raise ValueError(
+            "`--ref_pad_num`, `--repeat_first_frame` and `--mask_frames` are for `--conditioning pixel`, got "
+            f"{args.conditioning}."
+        )
     return {"latent": LatentMotion, "held": HeldLatents}[args.conditioning](num_latents=args.num_motion_latents)
 
 
@@ -373,6 +404,7 @@ def make_injection(args: argparse.Namespace) -> InjectionConfig:
         first_error=1 + args.num_motion_latents if args.conditioning == "held" else 0,
         img_sigmas=tuple(args.img_sigmas),
         img_scale=tuple(args.img_scale),
+        modulation=args.error_modulate_factor,
     )
 
 
@@ -457,6 +489,7 @@ def make_recycler(
         num_grids=args.num_grids,
         capacity=args.bank_capacity,
         replacement=args.bank_replacement,
+        metric=args.bank_metric,
         dtype=args.bank_dtype,
         byte_budget=None if args.bank_max_gb is None else int(args.bank_max_gb * 1e9),
         path=args.bank_path and f"{args.bank_path}.{rank}",
@@ -491,11 +524,13 @@ class TrainingStep:
     def __post_init__(self):
         self.sigmas = shifted_sigmas(TRAIN_TIMESTEPS, self.args.flow_shift)
         self.weights = loss_weights(TRAIN_TIMESTEPS, self.args.flow_shift)
+        scheme = make_scheme(self.args)
+        self.known_frames = torch.tensor([scheme.known_frames(is_first) for is_first in (True, False)])
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of a batch, `(batch,)`, and which of its samples were left clean."""
         latents, generator = batch["latents"], self.generator
-        condition, image_embeds = self.choose_condition(batch)
+        condition, image_embeds, known_frames = self.choose_condition(batch)
         prompt_embeds = self.choose_prompt(batch)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         picks = self.timesteps[torch.randint(len(self.timesteps), (len(latents),), generator=generator)]
@@ -504,7 +539,7 @@ class TrainingStep:
         injected = self.recycler.inject(latents, noise, condition, sigmas)
         noisy = interpolate(injected.latents, injected.noise, sigmas)
         hidden_states, timesteps = transformer_inputs(
-            noisy, injected.condition, sigmas, self.patch_size, self.expand_timesteps
+            noisy, injected.condition, sigmas, self.patch_size, self.expand_timesteps, known_frames
         )
         prediction = self.transformer(
             hidden_states=hidden_states.to(self.weight_dtype),
@@ -523,22 +558,29 @@ class TrainingStep:
         self.recycler.recycle(residual, sigmas, injected.switches)
         return erft_loss(prediction, target, weights, mask), injected.switches.clean
 
-    def choose_condition(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Condition latents and image embeddings of a batch, in part of its samples those of a first clip."""
+    def choose_condition(
+        self, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Condition latents, image embeddings, and the frames that the mask marks, `(batch,)`, of a batch.
+
+        In part of its samples they are those of a first clip.
+        """
         args, condition, image_embeds = self.args, batch["condition"], batch.get("image_embeds")
         first, text = torch.rand(2, len(condition), generator=self.generator, dtype=torch.float64)
+        goes_on = first < args.p_motion
+        known_frames = self.known_frames[goes_on.long()]
         if args.conditioning == "held":
             # Held latents stand in for the first of a clip: a batch has as many of them throughout.
             if text[0] < args.p_text_start:
-                return condition[:, :, :0], image_embeds
-            return batch["condition" if first[0] < args.p_motion else "first_condition"], image_embeds
+                return condition[:, :, :0], image_embeds, known_frames
+            return batch["condition" if goes_on[0] else "first_condition"], image_embeds, known_frames
         if args.p_motion == 1:
-            return condition, image_embeds
-        goes_on = (first < args.p_motion).to(condition.device)
+            return condition, image_embeds, known_frames
+        goes_on = goes_on.to(condition.device)
         condition = torch.where(goes_on.view(-1, 1, 1, 1, 1), condition, batch["first_condition"])
         if image_embeds is not None:
             image_embeds = torch.where(goes_on.view(-1, 1, 1), image_embeds, batch["first_image_embeds"])
-        return condition, image_embeds
+        return condition, image_embeds, known_frames
 
     def choose_prompt(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Prompt embeddings of a batch, some of them empty."""
@@ -558,6 +600,7 @@ def log_validation(
 ) -> tuple[Path, dict[str, list[float]]]:
     """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts. Main process only."""
     pipe.set_progress_bar_config(desc=f"Film at step {step}", leave=False)
+    pipe.scheduler = SVIEulerScheduler.from_config(pipe.scheduler.config, shift=args.flow_shift)
     with accelerator.autocast():
         clips = [
             clip.frames
@@ -575,7 +618,9 @@ def log_validation(
                 generator=torch.Generator().manual_seed(args.seed),
             )
         ]
-    path = Path(args.output_dir) / "validation" / f"step-{step}.mp4"
+    # The two experts may be trained into one folder, or repository.
+    of_expert = f"{args.expert}_noise" if args.expert else ""
+    path = Path(args.output_dir) / "validation" / of_expert / f"step-{step}.mp4"
     figures = save_film(path, clips, args.fps)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -593,22 +638,19 @@ def save_model_card(
 ) -> None:
     recycled = args.p_clean < 1 and (args.p_vid or args.p_img or args.p_noi)
     film, figures = validation or (None, None)
-    card = make_model_card(
-        repo_id,
-        args.pretrained_model_name_or_path,
-        LORA_NAME,
-        scheme,
-        "by error recycling" if recycled else "by plain tuning on clean conditions, the control of error recycling",
-        {name: getattr(args, name) for name in CARD_SETTINGS},
-        height=args.height,
-        width=args.width,
-        num_frames=args.num_frames,
-        fps=args.fps,
+    lora = TrainedLora(
+        base_model=args.pretrained_model_name_or_path,
+        scheme=scheme,
+        method="by error recycling"
+        if recycled
+        else "by plain tuning on clean conditions, the control of error recycling",
+        settings={name: getattr(args, name) for name in CARD_SETTINGS},
         expert=args.expert,
-        film=film,
+        film=film and film.as_posix(),
         figures=figures,
     )
-    card.save(os.path.join(args.output_dir, "README.md"))
+    lora.save(args.output_dir)
+    write_model_card(args.output_dir, repo_id, args.expert)
 
 
 # 5. The run
@@ -665,9 +707,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     folder = Path(args.pretrained_model_name_or_path)
     if not folder.is_dir():
         with accelerator.main_process_first():
-            folder = Path(
-                snapshot_download(args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir)
-            )
+            folder = download_model(args.pretrained_model_name_or_path, args.revision, args.cache_dir)
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"`--pretrained_model_name_or_path`={folder} has no model_index.json: is it in diffusers' layout?"
@@ -691,7 +731,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         )
     repo_id = args.hub_model_id or output_dir.name
     if accelerator.is_main_process and args.push_to_hub:
-        repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
+        repo_id = open_repo(repo_id, output_dir, scheme, args.expert, args.hub_token)
     accelerator.wait_for_everyone()
 
     # Error recycling
@@ -724,6 +764,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         text_dtype=weight_dtype,
         max_sequence_length=args.max_sequence_length,
         first_clips=args.p_motion < 1,
+        clip_resize=args.clip_resize,
         num_workers=args.dataloader_num_workers,
     )
 
@@ -748,7 +789,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if not all_finite(state_dict.values()):
             raise FloatingPointError(f"The LoRA is not finite any more: {file} is not written.")
         unfinished = file.with_name(f"{file.name}.unfinished")
-        save_lora(unfinished, state_dict, config, scheme, args.expert, layout)
+        save_lora(unfinished, state_dict, config, scheme, args.expert, layout, args.clip_resize)
         unfinished.replace(file)
 
     def save_model_hook(models, weights, folder):
@@ -913,24 +954,22 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         config = replace(config, r=args.export_rank, lora_alpha=args.export_rank)
     state_dict = {name: value.to(getattr(torch, args.export_dtype)) for name, value in state_dict.items()}
     if accelerator.is_main_process:
-        write_lora(output_dir / LORA_NAME, state_dict)
+        file = output_dir / weight_name(args.expert)
+        write_lora(file, state_dict)
         if args.export_format == "original":
-            write_lora(output_dir / ORIGINAL_LORA_NAME, state_dict, "original")
+            write_lora(file.with_stem(f"{file.stem}_original"), state_dict, "original")
     if args.validation_prompt and film_step != global_step:
         validation = validate()
     if accelerator.is_main_process:
         write_run(arguments_file, run)
+        logger.info(f"Saved {file}.")
         save_model_card(args, scheme, repo_id, validation)
         if args.push_to_hub:
-            upload_folder(
-                repo_id=repo_id,
-                folder_path=output_dir,
-                commit_message="SVI LoRA",
-                token=args.hub_token,
-                allow_patterns=["README.md", "*.safetensors", "validation/*"],
-                ignore_patterns=["checkpoint-*/*", "cache/*"],
-            )
-        logger.info(f"Saved {output_dir / LORA_NAME}.")
+            try:
+                push(output_dir, repo_id, args.expert, args.hub_token)
+            except PushError as error:
+                accelerator.end_training()
+                raise SystemExit(str(error)) from None
     accelerator.end_training()
 
 

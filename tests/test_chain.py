@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -16,6 +18,9 @@ def make_state(**values) -> ChainState:
         **values,
     }
     return ChainState(**values)
+
+
+LATENT = {"conditioning": LatentMotion(), "frames": None}
 
 
 def same(one: ChainState, other: ChainState) -> bool:
@@ -53,7 +58,49 @@ def test_a_failed_save_leaves_the_state_before(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers_svi.chain.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         make_state(num_clips=4).save(path)
-    assert same(ChainState.load(path), before)
+    assert same(ChainState.load(path), before) and os.listdir(tmp_path) == ["film.state"]
+
+
+def test_others_may_read_a_state(tmp_path):
+    (tmp_path / "other").write_text("")
+    make_state().save(tmp_path / "film.state")
+    assert (tmp_path / "film.state").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+NAN = torch.full((1, 3, 8, 8), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_clips": -1}, "`num_clips` must be a whole number of 0 to"),
+        ({"num_clips": 10**12}, "`num_clips` must be a whole number of 0 to"),
+        ({"num_frames": 16}, "clips of `num_frames`=16 cannot be chained"),
+        ({"num_frames": 5}, "clips of `num_frames`=5 cannot be chained"),
+        ({"image": NAN}, "`image` holds values that are not finite"),
+        ({"image": torch.zeros(1, 3, 8, 8, dtype=torch.float64)}, "`image` is .*float64"),
+        ({"image": torch.zeros(3, 8, 8)}, "`image` is .*3, 8, 8"),
+        ({"image": torch.zeros(1, 3, 0, 8)}, "`image` is .*3, 0, 8"),
+        ({"image": torch.full((1, 3, 8, 8), 2.0)}, r"`image` leaves \[-1, 1\]"),
+        ({"frames": None}, r"`frames` is None, where \(1, 3, 5, 8, 8\), torch.uint8 belongs"),
+        ({"frames": torch.zeros(1, 3, 5, 8, 8)}, "`frames` is .*float32"),
+        ({"frames": torch.zeros(1, 3, 4, 8, 8, dtype=torch.uint8)}, "`frames` is .*3, 4, 8, 8"),
+        ({"num_clips": 0}, "`frames` is .*, where nothing belongs"),
+        ({"latents": torch.zeros(1, 16, 1, 1, 1)}, "`latents` is .*, where nothing belongs"),
+        ({"generator": torch.zeros(4)}, "`generator` is .*float32"),
+        ({"made_with": {"vae": 3}}, "`made_with` is no dictionary of texts"),
+        ({**LATENT, "latents": None}, "`latents` is None, where"),
+        ({**LATENT, "latents": torch.zeros(1, 16, 2, 1, 1)}, "`latents` is .*16, 2, 1, 1"),
+        ({**LATENT, "latents": torch.full((1, 16, 1, 1, 1), torch.inf)}, "`latents` holds values that are not finite"),
+        ({**LATENT, "latents": torch.zeros(1, 16, 1, 1, 2)}, "`latents` are 1 x 2 for an `image` of 8 x 8"),
+        ({**LATENT, "latents": torch.zeros(1, 16, 1, 3, 3)}, "`latents` are 3 x 3 for an `image` of 8 x 8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_state_whose_parts_do_not_belong_together(tmp_path, values, message):
+    make_state(**values).save(tmp_path / "film.state")
+    with pytest.raises(ValueError, match=f"is not a chain state.*{message}"):
+        ChainState.load(tmp_path / "film.state")
 
 
 def test_what_is_no_state_is_refused(tmp_path):

@@ -28,13 +28,13 @@ def test_endless_prompts_are_asked_for_one_at_a_time():
 
 
 def test_nothing_is_asked_for_before_its_turn():
-    """Without a look ahead; with one, a single item ahead of what was given out."""
-    for look_ahead in (False, True):
+    """Without a look ahead, or where the number is known; with one, a single item ahead of what was given out."""
+    for num_items, look_ahead, ahead in ((None, False, 0), (None, True, 1), (3, True, 0), (3, False, 0)):
         asked = []
-        items = with_last((asked.append(index) or index for index in range(3)), look_ahead)
-        assert next(items) == (0, False) and len(asked) == 1 + look_ahead
-        assert list(items) == [(1, False), (2, look_ahead)]
-    assert list(with_last([7], True)) == [(7, True)] and list(with_last([], True)) == []
+        items = with_last((asked.append(index) or index for index in range(3)), num_items, look_ahead)
+        assert next(items) == (0, False) and len(asked) == 1 + ahead
+        assert list(items) == [(1, False), (2, look_ahead or num_items == 3)]
+    assert list(with_last([7], None, True)) == [(7, True)] and list(with_last([], None, True)) == []
 
 
 def test_what_a_clip_is_to_show_does_not_change():
@@ -43,5 +43,5 @@ def test_what_a_clip_is_to_show_does_not_change():
 
 
 def test_a_missing_prompt_is_no_end():
-    assert list(with_last([None, "a"], True)) == [(None, False), ("a", True)]
+    assert list(with_last([None, "a"], None, True)) == [(None, False), ("a", True)]
     assert list(one_per_clip([], 2)) == [None, None]

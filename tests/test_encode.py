@@ -7,7 +7,7 @@ import torch
 
 from conftest import make_components, quiet
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.pixels import to_pil, to_uint8
+from diffusers_svi.pixels import squash, to_pil, to_uint8
 from diffusers_svi.training.cache import TensorCache
 from diffusers_svi.training.encode import encode_sample, encode_samples, fingerprint_encoders
 from diffusers_svi.training.samples import SampleLayout, Samples
@@ -66,7 +66,10 @@ def test_a_sample_is_encoded_as_a_chain_would_have_it(kind, scheme):
             )
     expected = {"latents": encode(clip), "condition": condition, "first_condition": first}
     if kind == "wan2.1":
-        for name, image in (("image_embeds", begin if pixel else reference), ("first_image_embeds", begin)):
+        # CLIP never sees what augmentation made of the first frame.
+        start = clip[:, :1]
+        assert pixel <= ((start - begin[:, :1]).abs().max() > 0.1)
+        for name, image in (("image_embeds", start if pixel else reference), ("first_image_embeds", start)):
             expected[name] = pipe.encode_image(to_pil(to_uint8(image[:, 0])), "cpu")[0].detach()
     assert encoded.keys() == expected.keys()
     for name, value in expected.items():
@@ -74,6 +77,19 @@ def test_a_sample_is_encoded_as_a_chain_would_have_it(kind, scheme):
     assert (condition[:, 0] - first[:, 0]).abs().max() > 1e-3 or pixel
     alone = encode_sample(pipe, sample, scheme, FRAMES)
     assert {*alone} == {name for name in expected if not name.startswith("first_")}
+
+
+def test_clip_may_see_all_of_a_frame():
+    """Frames that are no squares: what is squeezed is more than the square in the middle."""
+    sample = Samples([ramp_video()], replace(LAYOUT, width=64), 1)[0]
+    pipe = make_pipe("wan2.1")
+    encoded = {way: encode_sample(pipe, sample, SCHEME, FRAMES, clip_resize=way) for way in ("crop", "squash")}
+    picture = to_pil(to_uint8(sample["condition"][:, 0]))
+    for way, seen in (("crop", picture), ("squash", squash(picture, 32))):
+        with torch.no_grad():
+            assert torch.equal(encoded[way]["image_embeds"], pipe.encode_image(seen, "cpu")[0])
+    assert not torch.equal(encoded["crop"]["image_embeds"], encoded["squash"]["image_embeds"])
+    assert torch.equal(encoded["crop"]["condition"], encoded["squash"]["condition"])
 
 
 def test_only_what_is_missing_is_encoded(tmp_path):
@@ -112,6 +128,7 @@ def test_only_what_is_missing_is_encoded(tmp_path):
     # Whatever changes what comes out is another entry; captions do not depend on the scheme, clips not on the length.
     assert encode(videos[:1], scheme=PixelMotion(2))[3] == 2
     assert encode(videos[:1], first_clips=True)[3] == 2
+    assert encode(videos[:1], clip_resize="squash")[3] == 2
     assert encode(videos[:1], encoders="others")[3] == 4
     assert encode(videos[:1], max_sequence_length=7)[3] == 2
     assert encode(videos[:1], text_dtype=torch.bfloat16)[3] == 2

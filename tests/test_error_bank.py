@@ -104,6 +104,31 @@ def test_l2_replaces_the_nearest(size):
     assert agreed == 30
 
 
+@pytest.mark.parametrize("size", [100, 20000])
+def test_the_nearest_on_the_clean_side_is_that_of_an_exact_search(size):
+    """Of sigma * r, where the sigmas of a grid differ much; by the residual others would go."""
+    generator = seeded()
+    bank = make_bank(capacity=40, dtype="float32", metric="clean", shape=(size,))
+    # Much the same error, more or less strong: those that are alike in r are not in sigma * r.
+    strengths, noise = 0.5 + torch.rand(70, 1, generator=generator), torch.randn(70, size, generator=generator)
+    residuals = strengths * torch.randn(size, generator=generator) + 0.01 * noise
+    sigmas = 0.5 + 0.5 * torch.rand(70, generator=generator)
+    stored, by_residual = [], 0
+    for index in range(70):
+        residual, sigma = residuals[index], float(sigmas[index])
+        place = bank.put(0, residual, sigma, generator)
+        if index < 40:
+            stored.append((residual, sigma))
+            continue
+        clean = [float((level * error - sigma * residual).square().sum()) for error, level in stored]
+        assert place == min(range(40), key=clean.__getitem__)
+        by_residual += place == min(range(40), key=lambda at: float((stored[at][0] - residual).square().sum()))
+        stored[place] = (residual, sigma)
+        # What it holds is still the residual.
+        assert torch.equal(bank.get(0, place).residual, residual)
+    assert by_residual < 15
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_distances_are_sums_of_squares_given_up_beyond_a_limit(dtype):
     size = 2 * PART + 128
@@ -114,6 +139,7 @@ def test_distances_are_sums_of_squares_given_up_beyond_a_limit(dtype):
     # The first part alone is beyond it; a limit that is just reached is not.
     assert squared_distance(storage, 1, other, limit=4.0 * PART - 100) == pytest.approx(4.0 * PART, rel=1e-5)
     storage.write(0, torch.cat([torch.full((4,), 2.0), torch.zeros(size - 8), torch.full((4,), 2.0)]))
+    assert squared_distance(storage, 1, other, scale=0.5) == pytest.approx(0.25 * size, rel=1e-5)
     zeros = torch.zeros(size)
     assert (
         squared_distance(storage, 0, zeros, limit=16.0) == 32.0 and squared_distance(storage, 0, zeros, 15.9) == 16.0
@@ -186,6 +212,7 @@ def test_a_bank_the_machine_has_no_room_for_is_refused():
         ({"byte_budget": -1}, "`byte_budget` must be"),
         ({"replacement": "best"}, r"`replacement` must be one of \('l2', 'random', 'fifo'\), got 'best'"),
         ({"dtype": "float16"}, "`dtype` must be one of"),
+        ({"metric": "noise"}, r"`metric` must be one of \('residual', 'clean'\), got 'noise'"),
     ],
 )
 def test_wrong_values(values, message):

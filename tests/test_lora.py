@@ -452,6 +452,65 @@ def test_only_what_is_fused_stays_on_record(i2v):
     assert i2v.lora_conditioning is None
 
 
+def test_an_adapter_of_weight_zero_has_no_say(i2v):
+    i2v.load_lora_weights(make_lora(i2v.transformer), adapter_name="film", conditioning=PixelMotion(5))
+    i2v.load_lora_weights(make_lora(i2v.transformer, seed=1), adapter_name="shot", conditioning=PixelMotion(1))
+    i2v.set_adapters(["film", "shot"], [0.0, 1.0])
+    assert i2v.lora_conditioning == PixelMotion(1)
+
+
+# What the image encoder saw in training
+
+
+def test_published_loras_were_trained_on_whole_frames(i2v, tmp_path):
+    for name, metadata, expected in (
+        ("svi-shot.safetensors", None, "squash"),
+        ("unknown.safetensors", None, None),
+        ("svi-film.safetensors", lora_metadata(PixelMotion(5)), None),
+        ("mine.safetensors", lora_metadata(PixelMotion(5), clip_resize="squash"), "squash"),
+        ("svi-tom.safetensors", lora_metadata(PixelMotion(1), clip_resize="crop"), "crop"),
+    ):
+        save_file(make_lora(i2v.transformer), tmp_path / name, metadata=metadata)
+        assert read_lora(tmp_path / name).clip_resize == expected, name
+        i2v.load_lora_weights(tmp_path / name, adapter_name="svi")
+        assert i2v.lora_clip_resize == expected, name
+        i2v.unload_lora_weights()
+
+
+def test_loras_that_saw_different_things(i2v, tmp_path):
+    for name, value in (("a", "squash"), ("b", "crop"), ("c", None)):
+        file = tmp_path / f"{name}.safetensors"
+        save_file(make_lora(i2v.transformer), file, metadata=lora_metadata(PixelMotion(5), clip_resize=value))
+        i2v.load_lora_weights(file, adapter_name=name)
+    i2v.set_adapters(["a", "c"])
+    assert i2v.lora_clip_resize == "squash"
+    i2v.set_adapters(["a", "b"])
+    with pytest.raises(ValueError, match="different values of `clip_resize` .*'squash': 'a'"):
+        _ = i2v.lora_clip_resize
+
+
+def test_what_a_lora_saw_is_saved_with_it(i2v, tmp_path):
+    metadata = lora_metadata(PixelMotion(5), clip_resize="squash")
+    save_file(make_lora(i2v.transformer), tmp_path / "lora.safetensors", metadata=metadata)
+    i2v.load_lora_weights(tmp_path / "lora.safetensors", adapter_name="svi")
+    i2v.save_lora_weights(tmp_path, get_peft_model_state_dict(i2v.transformer, adapter_name="svi"))
+    assert read_lora(tmp_path, "pytorch_lora_weights.safetensors").clip_resize == "squash"
+    i2v.fuse_lora()
+    i2v.unload_lora_weights()
+    i2v.save_pretrained(tmp_path / "model")
+    loaded = SVIPipeline.from_pretrained(tmp_path / "model")
+    assert loaded.lora_clip_resize == "squash" and loaded.lora_conditioning == PixelMotion(5)
+
+
+def test_a_clip_resize_that_is_none(tmp_path, i2v):
+    metadata = lora_metadata(PixelMotion(5)) | {"svi_clip_resize": "pad"}
+    save_file(make_lora(i2v.transformer), tmp_path / "lora.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match="`svi_clip_resize` must be one of .*, got 'pad'"):
+        read_lora(tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="`clip_resize` must be one of .*, got 'pad'"):
+        lora_metadata(PixelMotion(5), clip_resize="pad")
+
+
 def test_a_fused_lora_is_saved_with_its_scheme(tmp_path, image, caplog, monkeypatch):
     """Both experts are fused; the folder says so to `SVIPipeline`, and nothing that disturbs to stock diffusers."""
     pipe = quiet(SVIPipeline(**make_components("a14b")))
@@ -883,3 +942,31 @@ def test_a_saved_lora_is_read_back(layout, tmp_path):
     # Where alpha has no place of its own it is in the second matrix.
     assert torch.equal(down, state_dict["blocks.0.attn1.to_out.0.lora_A.weight"])
     assert torch.equal(up, state_dict["blocks.0.attn1.to_out.0.lora_B.weight"] * (1 if layout == "diffusers" else 2))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_where_alpha_has_no_place_every_layer_has_its_own(use_rslora, tmp_path):
+    """Ranks and alphas by layer: the file makes the change that peft makes."""
+    transformer = make_transformer()
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["to_q", "to_k"],
+        rank_pattern={r"blocks\.1\.attn1\.to_q": 2},
+        alpha_pattern={"to_k": 3.0},
+        use_rslora=use_rslora,
+        init_lora_weights=False,
+    )
+    transformer.add_adapter(config)
+    save_lora(
+        tmp_path / "lora.safetensors",
+        get_peft_model_state_dict(transformer),
+        config,
+        LatentMotion(1),
+        layout="original",
+    )
+    weights = read_lora(tmp_path / "lora.safetensors").state_dict
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            down, up = (weights[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
+            torch.testing.assert_close(up @ down, layer.get_delta_weight("default"))

@@ -22,6 +22,9 @@ OWN_ARGUMENTS = {
     "seeds",
     "state",
     "ignore_lora_conditioning",
+    "ignore_state_settings",
+    "resize_mode",
+    "clip_resize",
 }
 # Of no meaning for a film: its images come from the chain.
 PARENT_ONLY = {"image_embeds", "last_image"}
@@ -37,7 +40,9 @@ def test_the_call_keeps_the_parents_names_and_defaults():
     ours = inspect.signature(SVIPipeline.__call__).parameters
     assert set(parent) - set(ours) == PARENT_ONLY
     assert set(ours) - set(parent) == OWN_ARGUMENTS
-    for name in set(parent) & set(ours) - {"self", "image"}:
+    # The size follows the image: 480 x 832, the parent's, for one of that aspect.
+    assert ours["height"].default is None and ours["width"].default is None
+    for name in set(parent) & set(ours) - {"self", "image", "height", "width"}:
         assert ours[name].default == parent[name].default, name
 
 

@@ -1,4 +1,8 @@
 import itertools
+import os
+import subprocess
+import sys
+import threading
 import weakref
 
 import numpy as np
@@ -340,6 +344,28 @@ def test_a_film_takes_the_memory_of_its_frames(i2v, image, output_type):
     assert len(whole) == 25 and max(seen) <= 1
 
 
+def test_a_film_that_is_left_when_python_ends():
+    """Torch cannot be called any more then, and nothing is said about it."""
+    script = """
+import numpy as np, PIL.Image
+from conftest import CLIP, make_components, quiet
+from diffusers_svi import SVIPipeline
+
+pipe = quiet(SVIPipeline(**make_components("i2v")))
+clips = pipe.stream(image=PIL.Image.new("RGB", (32, 32)), prompts=["a cat"] * 3, seeds=range(3), **CLIP)
+print(next(clips).index)
+"""
+    paths = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout == "0\n"
+    assert "Exception ignored" not in done.stderr and "Traceback" not in done.stderr
+
+
 def test_state_is_small(i2v, image):
     clips = i2v.stream(image=image, prompts=PROMPTS, conditioning=PixelMotion(5), generator=seeded(), **CLIP)
     sizes = [sum(t.nbytes for t in clip.state._tensors().values() if t is not None) for clip in clips]
@@ -428,6 +454,134 @@ def test_a_cache_does_not_leak_into_the_next_clip(i2v, image):
     fresh.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     rest = list(fresh.stream(prompts=PROMPTS, seeds=range(3), state=both[0].state, output_type="latent", **CLIP))
     assert all(torch.equal(a.frames, b.frames) for a, b in zip(both[1:], rest, strict=True))
+
+
+def test_a_cache_does_not_survive_a_clip_that_fails(i2v, image):
+    i2v.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    expected = film(i2v, image, prompts="a cat sits")
+
+    def fail(pipe, step, timestep, tensors):
+        raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        film(i2v, image, prompts="the dog jumps", generator=seeded(9), callback_on_step_end=fail)
+    assert np.array_equal(film(i2v, image, prompts="a cat sits"), expected)
+
+
+def test_two_threads_on_one_pipeline(i2v, image):
+    """The second one is refused, and the first one is not disturbed."""
+    expected = film(i2v, image)
+    refusals = []
+
+    def second(pipe, step, timestep, tensors):
+        def call():
+            try:
+                film(pipe, image)
+            except RuntimeError as error:
+                refusals.append(str(error))
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        return {}
+
+    assert np.array_equal(film(i2v, image, callback_on_step_end=second), expected)
+    assert len(refusals) == 6 and "This pipeline is generating a clip already" in refusals[0]
+    # Films that take turns are none of its business.
+    one, other = (
+        i2v.stream(image=image, prompts=PROMPTS, generator=seeded(), output_type="latent", **CLIP) for _ in range(2)
+    )
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_clip_that_is_not_finite_is_not_handed_on(i2v, image, part, tmp_path):
+    options = {"prompts": PROMPTS, "generator": seeded(), **CLIP}
+    clips, state = i2v.stream(image=image, **options), None
+    told = r"Clip 1 came out .* \(num_inference_steps=2, guidance_scale=5.0, transformer=torch.float32, vae="
+    with pytest.raises(FloatingPointError, match=told):
+        for clip in clips:
+            state = clip.state
+            weights = i2v.transformer.proj_out.weight if part == "transformer" else i2v.vae.decoder.conv_in.weight
+            kept = weights.detach().clone()
+            weights.data.fill_(torch.nan)
+    assert state.num_clips == 1
+    weights.data.copy_(kept)
+    rest = list(i2v.stream(state=state, **options))
+    whole = list(i2v.stream(image=image, **{**options, "generator": seeded()}))
+    assert all(np.array_equal(a.frames, b.frames) for a, b in zip(rest, whole[1:], strict=True))
+
+
+# What the image encoder sees
+
+
+def shown_to_clip(pipe, image, **options):
+    """The pictures of a film's clips as `encode_image` is given them."""
+    seen, encode = [], pipe.encode_image
+    pipe.encode_image = lambda image, device=None: seen.append(image) or encode(image, device)
+    clips = list(pipe.stream(image=image, prompts=PROMPTS, **{"generator": seeded(), **CLIP, **options}))
+    del pipe.encode_image
+    return seen, clips
+
+
+@pytest.mark.parametrize("form", ["image", "tensor", "array"])
+def test_clip_sees_the_first_frame_of_every_clip(form):
+    """As it is in the film, whatever the start image was given as."""
+    pipe = quiet(SVIPipeline(**make_components("wan2.1")))
+    picture = PIL.Image.fromarray(np.random.default_rng(1).integers(256, size=(50, 70, 3), dtype=np.uint8))
+    tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    given = {"image": picture, "tensor": tensor, "array": np.array(picture)}[form]
+    seen, clips = shown_to_clip(pipe, given, width=48)
+    resized = picture.resize((48, 32), PIL.Image.Resampling.LANCZOS)
+    assert [image.size for image in seen] == [(48, 32)] * 3
+    assert np.array_equal(seen[0], resized)
+    for image, clip in zip(seen[1:], clips, strict=False):
+        assert np.array_equal(image, clip.state.frames[0, :, 0].permute(1, 2, 0))
+
+
+def test_clip_sees_all_of_a_frame_where_the_lora_was_trained_so():
+    pipe = quiet(SVIPipeline(**make_components("wan2.1")))
+    image = PIL.Image.fromarray(np.random.default_rng(1).integers(256, size=(32, 64, 3), dtype=np.uint8))
+    wide = {"width": 64, "num_inference_steps": 1}
+    assert shown_to_clip(pipe, image, **wide)[0][0].size == (64, 32)
+    seen, clips = shown_to_clip(pipe, image, clip_resize="squash", **wide)
+    frames = [image, *(clip.state.frames[0, :, 0].permute(1, 2, 0).numpy() for clip in clips)]
+    for shown, frame in zip(seen, frames, strict=False):
+        pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None] / 127.5 - 1
+        expected = torch.nn.functional.interpolate(pixels, size=(32, 32), mode="bicubic")
+        expected = ((expected / 2 + 0.5) * 255).clamp(0, 255).round()
+        assert shown.size == (32, 32) and np.array_equal(shown, expected[0].permute(1, 2, 0))
+    name = "transformer.blocks.0.attn1.to_q"
+    zeros = {f"{name}.lora_A.weight": torch.zeros(4, 24), f"{name}.lora_B.weight": torch.zeros(24, 4)}
+    pipe.load_lora_weights(zeros, adapter_name="svi", conditioning=PixelMotion())
+    pipe.transformer.peft_config["svi"].svi_clip_resize = "squash"
+    assert shown_to_clip(pipe, image, **wide)[0][0].size == (32, 32)
+    assert shown_to_clip(pipe, image, clip_resize="crop", **wide)[0][0].size == (64, 32)
+
+
+def test_short_embeddings_are_filled_up_beside_those_of_an_image(image):
+    """A model with an image encoder takes the first 512 tokens for the prompt, whatever there are."""
+    pipe = quiet(SVIPipeline(**make_components("wan2.1")))
+    latents = {length: film(pipe, image, max_sequence_length=length, output_type="latent") for length in (16, 512)}
+    assert torch.equal(latents[16], latents[512])
+    embeds = pipe.encode_prompt(PROMPTS, None, False, max_sequence_length=16)[0]
+    assert embeds.shape[1] == 512 and embeds[:, 16:].abs().max() == 0 and embeds[:, :2].abs().min() > 0
+    by_embeds = film(pipe, image, prompts=None, prompt_embeds=embeds, output_type="latent", guidance_scale=1.0)
+    expected = film(pipe, image, output_type="latent", guidance_scale=1.0)
+    torch.testing.assert_close(by_embeds, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"`prompt_embeds` must have 512 tokens .* got \(3, 16, 16\)"):
+        film(pipe, image, prompts=None, prompt_embeds=embeds[:, :16])
+
+
+def test_the_size_of_a_film_follows_its_image(i2v):
+    image = PIL.Image.new("RGB", (300, 400))
+    one_step = {"num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    clip = next(i2v.stream(image=image, prompts=PROMPTS, generator=seeded(), **one_step))
+    assert clip.state.image.shape == (1, 3, 720, 544)
+    clip = next(i2v.stream(image=image, prompts=PROMPTS, generator=seeded(), width=96, **one_step))
+    assert clip.state.image.shape == (1, 3, 128, 96)
+    clip = next(i2v.stream(prompts=PROMPTS, generator=seeded(), state=clip.state, **one_step))
+    assert clip.index == 1 and clip.state.image.shape == (1, 3, 128, 96)
 
 
 def test_group_offload(i2v, image):
@@ -525,9 +679,12 @@ def bad(message, **options):
         bad("needs a model with `expand_timesteps=True`", conditioning=HeldLatents()),
         bad("`output_type` must be one of .* got 'mp4'", output_type="mp4"),
         bad("`image`, the start image, is missing", image=None),
-        bad("`image` must be a PIL image or a tensor, got str. Use `diffusers.utils.load_image`", image="cat.png"),
-        bad("`image` must be a PIL image or a tensor, got list", image=[PIL.Image.new("RGB", (32, 32))]),
-        bad("`image` must be an RGB image, got mode 'RGBA'", image=PIL.Image.new("RGBA", (32, 32))),
+        bad("`image` must be a PIL image, a tensor or an array, got str. Use `diffusers.utils.", image="cat.png"),
+        bad("`image` must be a PIL image, a tensor or an array, got list", image=[PIL.Image.new("RGB", (32, 32))]),
+        bad("`image` of mode 'RGBA' cannot be taken for RGB: it has transp", image=PIL.Image.new("RGBA", (32, 32))),
+        bad("`resize_mode` must be one of .*, got 'fill'", resize_mode="fill"),
+        bad("`clip_resize` must be one of .*, got 'pad'", clip_resize="pad"),
+        bad("`state` must be a `ChainState`, got str. Use `ChainState.load`", state="film.state"),
         bad(r"`image` as a tensor must be .* got \(2, 3, 32, 32\)", image=torch.zeros(2, 3, 32, 32)),
         bad("`generator` and `seeds` are given", seeds=[1, 2, 3]),
         bad("`seeds` must hold one seed for each of the 3 clips, got 2", generator=None, seeds=[1, 2]),

@@ -4,6 +4,8 @@ import threading
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from conftest import TEXT_DIM, make_transformer, seeded
 from diffusers_svi.erft import (
@@ -17,10 +19,10 @@ from diffusers_svi.erft import (
     recycled_velocity,
     save_bank,
 )
-from diffusers_svi.erft.injection import add_to_condition, draw_img_grids, draw_switches
+from diffusers_svi.erft.injection import add_to_condition, draw_factors, draw_img_grids, draw_switches
 from diffusers_svi.erft.snapshot import check_bank
 from diffusers_svi.flow import interpolate, shifted_sigmas
-from diffusers_svi.wan import first_frame_mask
+from diffusers_svi.wan import known_mask
 
 
 SHAPE = (16, 3, 4, 4)
@@ -70,6 +72,29 @@ def test_condition_errors_come_from_the_grids_in_range_that_hold_some():
     assert (
         draw_img_grids(InjectionConfig(), sigmas, torch.zeros(5, dtype=torch.bool), 3, seeded()).tolist() == [-1] * 3
     )
+
+
+def test_every_error_is_modulated_by_a_factor_of_its_own():
+    """Three errors a sample, scaled by what is drawn for each: uniform in [0.7, 1.3] of what they are."""
+    recycler = make_recycler(p_vid=1, p_noi=1, p_img=1, p_clean=0, modulation=0.3)
+    for grid in range(5):
+        recycler.bank.put(grid, torch.ones(SHAPE), 0.5, seeded())
+    zeros, factors = torch.zeros(8, *SHAPE), []
+    for _ in range(50):
+        injected = recycler.inject(zeros, zeros, zeros, torch.ones(8))
+        # Half of r to the noise and half of it, turned round, to latents and condition.
+        for values in (-injected.latents, injected.noise, -injected.condition):
+            factors += [2 * float(sample.flatten()[0]) for sample in values]
+            assert all(torch.equal(sample, torch.full_like(sample, sample.flatten()[0])) for sample in values)
+    factors = torch.tensor(factors)
+    assert len(factors.unique()) == len(factors) == 1200
+    assert factors.min() > 0.7 and factors.max() < 1.3
+    # Five standard deviations of the mean and of the spread of 1200 draws.
+    assert factors.mean().item() == pytest.approx(1, abs=5 * 0.005)
+    assert factors.std().item() == pytest.approx(0.6 / 12**0.5, abs=5 * 0.0023)
+    state = recycler.generator.get_state()
+    assert draw_factors(InjectionConfig(), 3, recycler.generator) == [1.0, 1.0, 1.0]
+    assert torch.equal(recycler.generator.get_state(), state)
 
 
 def test_a_run_of_the_error_lands_on_the_first_frames_of_the_condition():
@@ -156,7 +181,7 @@ def train(recycler: ErrorRecycler, steps: range) -> list[float]:
         noisy = interpolate(injected.latents, injected.noise, sigmas)
         with torch.no_grad():
             prediction = transformer(
-                torch.cat([noisy, first_frame_mask(injected.condition), injected.condition], dim=1),
+                torch.cat([noisy, known_mask(injected.condition), injected.condition], dim=1),
                 sigmas * 1000,
                 torch.zeros(2, 3, TEXT_DIM),
                 return_dict=False,
@@ -287,6 +312,14 @@ def test_a_bank_of_which_one_byte_was_changed_is_refused(tmp_path, dtype):
         load_bank(loaded, changed)
 
 
+def rewrite(source, target, metadata):
+    """The same tensors with other metadata; `None` takes an entry out."""
+    with safe_open(source, "pt") as file:
+        values = {**file.metadata(), **metadata}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, target, metadata={name: value for name, value in values.items() if value is not None})
+
+
 def test_a_bank_of_another_run_is_refused(tmp_path):
     recycler = make_recycler(capacity=3)
     recycler.bank.add(torch.zeros(3, *SHAPE), torch.ones(3), torch.ones(3, dtype=torch.bool), seeded())
@@ -297,6 +330,14 @@ def test_a_bank_of_another_run_is_refused(tmp_path):
     other = ErrorBank((1, 2), shifted_sigmas(5, 5.0), BankConfig(num_grids=5, capacity=3, dtype="float32"))
     with pytest.raises(ValueError, match=r"has error_shape \[16, 3, 4, 4\], but this run \[1, 2\]"):
         load_bank(other, path)
+    config = BankConfig(num_grids=5, capacity=3, dtype="float32", metric="clean")
+    other = ErrorBank(SHAPE, shifted_sigmas(5, 5.0), config)
+    # Banks were of residuals before they said so.
+    for metadata in ({}, {"metric": None}):
+        rewrite(path, tmp_path / "other.safetensors", metadata)
+        with pytest.raises(ValueError, match='has metric "residual", but this run "clean"'):
+            load_bank(other, tmp_path / "other.safetensors")
+        load_bank(make_recycler(capacity=3).bank, tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -312,6 +353,8 @@ def test_a_bank_of_another_run_is_refused(tmp_path):
         ({"img_sigmas": (-0.01, 0.5)}, "`img_sigmas` must be a range"),
         ({"img_sigmas": (0.5, 0.5)}, "`img_sigmas` must be a range"),
         ({"img_scale": (1, 0)}, "`img_scale` must be a range of factors"),
+        ({"modulation": 1.1}, r"`modulation` must be in \[0, 1\], .* got 1.1"),
+        ({"modulation": -0.1}, "`modulation` must be"),
     ],
 )
 def test_wrong_values(values, message):
@@ -323,7 +366,8 @@ def test_defaults_are_as_published_for_shot():
     injection, recycler, bank = InjectionConfig(), RecyclerConfig(), BankConfig()
     assert (injection.p_vid, injection.p_noi, injection.p_img, injection.p_clean) == (0.9, 0.01, 0.9, 0.2)
     assert (injection.n_img, injection.first_img, injection.first_error) == (3, 0, 0)
-    assert (injection.img_sigmas, injection.img_scale) == ((0.0, 1.0), (1.0, 1.0))
+    assert (injection.img_sigmas, injection.img_scale, injection.modulation) == ((0.0, 1.0), (1.0, 1.0), 0.0)
+    assert bank.metric == "residual"
     assert (recycler.clean_buffer_update_prob, recycler.buffer_warmup_iter) == (0.1, 50)
     assert (bank.num_grids, bank.capacity, bank.replacement, bank.dtype) == (50, 500, "l2", "bfloat16")
 

@@ -18,6 +18,7 @@ import av
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from conftest import load_script, make_components, make_transformer, quiet, seed
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.lora_file import read_lora
 from diffusers_svi.training.environment import own_folder
+from diffusers_svi.training.model_card import weight_name
 from small_videos import write_numbered, write_rows
 from svi_tiny import world
 from svi_tiny.videos import write_videos
@@ -134,6 +136,15 @@ def assert_same(first: Path, second: Path) -> None:
         ("wan2.1", "shot", {}, PixelMotion(1, "reference")),
         ("wan2.1", "film", {"p_motion": 0.5}, PixelMotion(5, "zeros")),
         ("wan2.1", "film-2.0", {"train_batch_size": 2}, PixelMotion(5, "reference")),
+        (
+            "wan2.1",
+            "film",
+            {
+                **{"p_motion": 0.5, "ref_pad_num": 3, "repeat_first_frame": True, "ref_pad_cfg": True},
+                **{"bank_metric": "clean", "error_modulate_factor": 0.2},
+            },
+            PixelMotion(5, "reference", num_references=3, repeat_first=True, mask_frames="all"),
+        ),
         ("a14b", "pro", {"expert": "high", "p_motion": 0.5}, LatentMotion(1)),
         ("a14b", "pro", {"expert": "low", "train_batch_size": 2}, LatentMotion(1)),
         ("ti2v-5b", "ti2v-5b", {"p_text_start": 0.4, "center_crop": True}, HeldLatents(1)),
@@ -144,14 +155,15 @@ def test_presets_train_what_the_pipeline_loads(models, tmp_path, kind, preset, o
     """Four steps, so that errors are banked and injected; the LoRA has learnt and brings its scheme along."""
     printed = train(models / kind, tmp_path, preset=preset, max_train_steps=4, learning_rate=1e-3, **options)
     assert str(scheme) in printed and "Error bank" in printed
-    lora = read_lora(tmp_path, LORA)
+    file = weight_name(options.get("expert"))
+    lora = read_lora(tmp_path, file)
     assert lora.conditioning == scheme and lora.expert == options.get("expert")
     assert len(lora.state_dict) == 2 * 2 * 10  # two matrices for each of ten layers of two blocks
     assert {value.dtype for value in lora.state_dict.values()} == {torch.float32}
     assert all(value.abs().max() > 0 for value in lora.state_dict.values())
 
     pipe = quiet(SVIPipeline.from_pretrained(models / kind))
-    pipe.load_lora_weights(str(tmp_path), weight_name=LORA, load_into_transformer_2=options.get("expert") == "low")
+    pipe.load_lora_weights(str(tmp_path), weight_name=file, load_into_transformer_2=options.get("expert") == "low")
     assert pipe.lora_conditioning == scheme
     image = PIL.Image.new("RGB", (64, 64), "teal")
     size = {"height": 64, "width": 64, "num_frames": 17}
@@ -426,6 +438,22 @@ def test_schedule_and_films_by_epochs(models, tmp_path, train_erft):
     assert state["_last_lr"][0] == pytest.approx((2e-3 - 1e-7) * (1 - 3 / 4) ** 2 + 1e-7)
 
 
+def test_a_validation_film_has_the_schedule_of_the_training(models, tmp_path, train_erft):
+    """That of the card, whatever scheduler the base model comes with."""
+    options = {"validation_prompt": ["a cat"], "validation_image": tmp_path / "start.png", "flow_shift": 4}
+    PIL.Image.new("RGB", (64, 64), "teal").save(tmp_path / "start.png")
+    options |= {"validation_inference_steps": 2}
+    args = train_erft.parse_args(command(models / "i2v", tmp_path, **options)[2:])
+    pipe = quiet(SVIPipeline.from_pretrained(models / "i2v"))
+    levels = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: levels.append(float(kwargs["timestep"].flatten()[0]) / 1000), with_kwargs=True
+    )
+    train_erft.log_validation(args, Accelerator(cpu=True), pipe, PixelMotion(1), 0)
+    # s * u / (1 + (s - 1) * u) at u = 1 and 1/2, each with and without the prompt.
+    assert levels == pytest.approx([1.0, 1.0, 0.8, 0.8], abs=1e-4)
+
+
 def test_it_goes_on_from_a_lora(models, tmp_path):
     options = {"max_train_steps": 1, "latent_cache_dir": tmp_path / "cache"}
     train(models / "i2v", tmp_path / "first", preset="none", **options)
@@ -506,6 +534,9 @@ def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, ca
         ({"conditioning": "latent"}, "`--reference`=inside"),
         ({"preset": "pro", "reference": "inside"}, "Use `--reference before`"),
         ({"p_text_start": 0.5}, "needs `--conditioning held`"),
+        ({"ref_pad_num": -2}, "`--ref_pad_num` must be -1 for all, 0 for none, or a number of frames, got -2."),
+        ({"preset": "pro", "mask_frames": "all"}, "are for `--conditioning pixel`, got latent."),
+        ({"error_modulate_factor": 1.5}, "`modulation` must be in [0, 1]"),
         ({"validation_prompt": ["a cat"]}, "needs both"),
         (
             {"validation_prompt": ["a cat"], "validation_image": "no.png"},
@@ -572,3 +603,6 @@ def test_names_known_from_elsewhere(train_erft):
     args = train_erft.parse_args([*base, *names])
     assert (args.p_img, args.p_vid, args.p_noi, args.p_clean, args.n_img) == (0.1, 0.2, 0.3, 0.4, 2)
     assert (args.bank_capacity, args.bank_replacement, args.p_motion) == (7, "l2", 0.5)
+    for count, padding in ((0, ("zeros", None)), (-1, ("reference", None)), (4, ("reference", 4))):
+        scheme = train_erft.make_scheme(train_erft.parse_args([*base, f"--ref_pad_num={count}"]))
+        assert (scheme.padding, scheme.num_references, scheme.mask_frames) == (*padding, "first")

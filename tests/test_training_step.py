@@ -174,7 +174,7 @@ def test_first_clips_are_mixed_in_sample_by_sample(train_erft):
     for _ in range(200):
         draws = seeded()
         draws.set_state(step.generator.get_state())
-        condition, image_embeds = step.choose_condition(batch)
+        condition, image_embeds, _ = step.choose_condition(batch)
         expected = torch.rand(2, BATCH, generator=draws, dtype=torch.float64)[0] < 0.7
         for sample, on in enumerate(expected.tolist()):
             prefix = "" if on else "first_"
@@ -183,6 +183,32 @@ def test_first_clips_are_mixed_in_sample_by_sample(train_erft):
         goes_on += expected.tolist()
     # Within five standard deviations of 600 draws.
     assert abs(sum(goes_on) / 600 - 0.7) < 5 * 0.0187
+
+
+@pytest.mark.parametrize("repeat_first", [False, True])
+def test_the_mask_of_a_sample_is_that_of_its_clip(train_erft, repeat_first):
+    """With `--mask_frames all`: five frames where a sample goes on, one where it begins, five if that is repeated."""
+    args = parse(train_erft, "film", p_motion=0.5)
+    args.mask_frames, args.repeat_first_frame = "all", repeat_first
+    step = make_step(train_erft, args, "i2v", torch.float32)
+    seen, marked = [], []
+    step.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    batch = {name: value.float() for name, value in make_batch("i2v", 16, None).items()}
+    for _ in range(4):
+        draws = seeded()
+        draws.set_state(step.generator.get_state())
+        marked.append(torch.rand(2, BATCH, generator=draws, dtype=torch.float64)[0] < 0.5)
+        with torch.no_grad():
+            step(batch)
+    assert 0 < torch.cat(marked).float().mean() < 1
+    for hidden, goes_on in zip(seen, marked, strict=True):
+        for sample, on in enumerate(goes_on.tolist()):
+            expected = torch.zeros(4, FRAMES, HEIGHT, WIDTH)
+            # Frame 0, and the four of the second latent frame.
+            expected[:, : 2 if on or repeat_first else 1] = 1
+            assert torch.equal(hidden[sample, 16:20], expected)
 
 
 def test_a_batch_of_held_latents_begins_in_one_way(train_erft):
@@ -194,7 +220,7 @@ def test_a_batch_of_held_latents_begins_in_one_way(train_erft):
     for _ in range(600):
         draws = seeded()
         draws.set_state(step.generator.get_state())
-        condition, image_embeds = step.choose_condition(batch)
+        condition, image_embeds, _ = step.choose_condition(batch)
         # The first sample decides for all.
         first, text = torch.rand(2, BATCH, generator=draws, dtype=torch.float64)[:, 0].tolist()
         lengths.append(condition.shape[2])

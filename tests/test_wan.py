@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from conftest import CLIP, make_vae, seeded
+from diffusers_svi import PixelMotion
 from diffusers_svi.wan import (
     decode_video,
     encode_video,
-    first_frame_mask,
+    known_mask,
     num_latent_frames,
     pipeline_condition,
     transformer_inputs,
@@ -34,16 +35,49 @@ def test_latents_come_back_in_the_dtype_of_the_pixels():
 
 
 def test_the_mask_marks_the_first_latent_frame_only():
-    mask = first_frame_mask(torch.randn(2, 16, 5, 4, 4))
+    mask = known_mask(torch.randn(2, 16, 5, 4, 4))
     assert mask.shape == (2, 4, 5, 4, 4)
     assert torch.equal(mask[:, :, 0], torch.ones(2, 4, 4, 4))
     assert mask[:, :, 1:].abs().max() == 0
 
 
+@pytest.mark.parametrize("known_frames", [1, 2, 5, 7, 17])
+def test_the_mask_marks_as_many_frames_as_are_known(known_frames):
+    """Frame by frame: four channels of the first latent frame are frame 0, those of the others a frame each."""
+    mask = known_mask(torch.randn(2, 16, 5, 4, 4), known_frames)
+    assert mask.shape == (2, 4, 5, 4, 4) and torch.equal(mask, mask[:1, :, :, :1, :1].expand_as(mask))
+    for latent_frame in range(5):
+        frames = [0] * 4 if latent_frame == 0 else range(4 * latent_frame - 3, 4 * latent_frame + 1)
+        assert mask[0, :, latent_frame, 0, 0].tolist() == [float(frame < known_frames) for frame in frames]
+
+
+def test_every_sample_of_a_batch_has_its_own_mask():
+    condition = torch.randn(3, 16, 5, 4, 4)
+    mask = known_mask(condition, torch.tensor([5, 1, 2]))
+    for sample, known_frames in enumerate((5, 1, 2)):
+        assert torch.equal(mask[sample], known_mask(condition, known_frames)[0])
+    hidden, _ = transformer_inputs(condition, condition, torch.ones(3), (1, 2, 2), False, torch.tensor([5, 1, 2]))
+    assert torch.equal(hidden[:, 16:20], mask)
+    assert torch.equal(pipeline_condition(condition, 5, False, 5)[0][:, :4], known_mask(condition, 5))
+
+
+def test_the_clips_of_a_film_have_the_mask_of_their_scheme(i2v, image):
+    """One frame in the first clip, five in the second; with the first frame repeated five in both."""
+    seen = []
+    i2v.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"][:1]), with_kwargs=True
+    )
+    options = {**CLIP, "num_inference_steps": 1, "guidance_scale": 1.0, "num_clips": 2}
+    for scheme in (PixelMotion(5, mask_frames="all"), PixelMotion(5, mask_frames="all", repeat_first=True)):
+        i2v(image, "a cat", conditioning=scheme, generator=seeded(), output_type="latent", **options)
+    marked = [known_mask(hidden, frames) for hidden, frames in zip(seen, (1, 5, 5, 5), strict=True)]
+    assert all(torch.equal(hidden[:, 16:20], mask) for hidden, mask in zip(seen, marked, strict=True))
+
+
 def test_a_condition_on_channels():
     condition = torch.randn(1, 16, 5, 4, 4)
     (both,) = pipeline_condition(condition, 5, expand_timesteps=False)
-    assert torch.equal(both[:, :4], first_frame_mask(condition)) and torch.equal(both[:, 4:], condition)
+    assert torch.equal(both[:, :4], known_mask(condition)) and torch.equal(both[:, 4:], condition)
 
 
 @pytest.mark.parametrize("held", [1, 2])

@@ -17,6 +17,10 @@ _MODULES = {
     "HeldLatents": "conditioning",
     "SVIEulerScheduler": "scheduler",
     "load_prompts": "prompts",
+    "NEGATIVE_PROMPT": "prompts",
+    "WAN_NEGATIVE_PROMPT": "prompts",
+    "FilmWriter": "film",
+    "save_video": "video",
 }
 __all__ = list(_MODULES)
 

@@ -2,18 +2,23 @@
 
 import json
 import os
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .checks import check_count
 from .conditioning import Carried, Scheme, scheme_from_dict
+from .files import written_whole
 from .pixels import from_uint8, to_uint8
+from .wan import TEMPORAL_FACTOR
 
 
 FORMAT = "diffusers_svi.chain"
+# More clips than anyone has made: what a file tells beyond it is damage.
+MAX_CLIPS = 10**7
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class ChainState:
             The last latents of the clip before, float32. `None` before the first clip and if frames are carried.
         num_clips (`int`, defaults to 0): Clips made so far.
         generator (`torch.Tensor`, *optional*): State of the `generator` after those clips, if there is one.
+        made_with (`dict[str, str]`, *optional*):
+            What the last clip was made with, by name: fingerprints of models and LoRAs, and settings.
     """
 
     conditioning: Scheme
@@ -41,6 +48,7 @@ class ChainState:
     latents: torch.Tensor | None = None
     num_clips: int = 0
     generator: torch.Tensor | None = None
+    made_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def start(self) -> int:
@@ -60,7 +68,11 @@ class ChainState:
         return Carried(self.image.to(device=device, dtype=dtype), frames, moved(self.latents))
 
     def after(
-        self, latents: torch.Tensor, video: torch.Tensor | None = None, generator: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        video: torch.Tensor | None = None,
+        generator: torch.Tensor | None = None,
+        made_with: Mapping[str, str] | None = None,
     ) -> "ChainState":
         """The state after one more clip.
 
@@ -70,55 +82,108 @@ class ChainState:
             video (`torch.Tensor` of shape `(1, 3, num_frames, height, width)`, *optional*):
                 The same decoded, in [-1, 1]; needed where the scheme carries frames.
             generator (`torch.Tensor`, *optional*): State of the generator of the noise.
+            made_with (`dict[str, str]`, *optional*): What the clip was made with.
         """
         scheme, last_frames, last_latents = self.conditioning, None, None
         if scheme.carried_frames:
             assert video is not None
-            # source: the authors' code hands the condition frames over as images of 8 bits a channel
+            # source: the authors' code hands the condition frames over as images of 8 bits a channel. It cuts decimals
+            # off, which makes every hand-over darker by 0.44 levels on average; `to_uint8` takes the nearest.
             last_frames = to_uint8(video[:, :, -scheme.carried_frames :]).cpu()
         if scheme.carried_latents:
             # A copy: a view would keep the latents of the whole clip.
             last = latents[:, :, -scheme.carried_latents :]
             last_latents = last.to(device="cpu", dtype=torch.float32, copy=True)
         return replace(
-            self, frames=last_frames, latents=last_latents, num_clips=self.num_clips + 1, generator=generator
+            self,
+            frames=last_frames,
+            latents=last_latents,
+            num_clips=self.num_clips + 1,
+            generator=generator,
+            made_with=made_with or {},
         )
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file. A crash while writing leaves the file that was there before."""
+    def save(self, path: str | os.PathLike, notes: Mapping[str, str] | None = None) -> None:
+        """Write a safetensors file. A crash while writing leaves the file that was there before.
+
+        Args:
+            path: Where to.
+            notes (`dict[str, str]`, *optional*): What else is to stand in its metadata, for [`read_notes`].
+        """
         tensors = {name: value.contiguous() for name, value in self._tensors().items() if value is not None}
         metadata = {
             "format": FORMAT,
             "conditioning": json.dumps(self.conditioning.to_dict()),
             "num_frames": str(self.num_frames),
             "num_clips": str(self.num_clips),
+            "made_with": json.dumps(dict(self.made_with)),
         }
-        path = Path(path)
-        unfinished = path.with_name(path.name + ".unfinished")
-        save_file(tensors, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
+        metadata = {**(notes or {}), **metadata}
+        with written_whole(path) as unfinished:
+            save_file(tensors, unfinished, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ChainState":
-        """Read what `save` wrote. Raises a `ValueError` if `path` is not such a file."""
+        """Read what `save` wrote. Raises a `ValueError` if `path` is not such a file, or is damaged."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"its metadata has no `format` {FORMAT!r}")
-                return cls(
+                state = cls(
                     conditioning=scheme_from_dict(json.loads(metadata["conditioning"])),
                     num_frames=int(metadata["num_frames"]),
                     num_clips=int(metadata["num_clips"]),
+                    made_with=json.loads(metadata.get("made_with", "{}")),
                     **{name: file.get_tensor(name) for name in file.keys()},
                 )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            state._check()
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"`path`={str(path)!r} is not a chain state ({error}). Give a file that `ChainState.save` wrote."
             ) from error
+        return state
+
+    def _check(self) -> None:
+        """Raise a `ValueError` unless the parts belong together, as those that `after` makes do."""
+        check_count("num_clips", self.num_clips, 0, MAX_CLIPS)
+        check_count("num_frames", self.num_frames, 1)
+        if self.num_frames % TEMPORAL_FACTOR != 1 or self.conditioning.overlap >= self.num_frames:
+            raise ValueError(f"clips of `num_frames`={self.num_frames} cannot be chained by {self.conditioning}")
+        if not isinstance(self.made_with, dict) or not all(isinstance(v, str) for v in self.made_with.values()):
+            raise ValueError("`made_with` is no dictionary of texts")
+        height, width = self.image.shape[-2:] if self.image.ndim == 4 else (0, 0)
+        began, scheme = self.num_clips > 0, self.conditioning
+        _check_tensor("image", self.image, torch.float32, (1, 3, height, width))
+        if self.image.abs().max() > 1:
+            raise ValueError("`image` leaves [-1, 1]")
+        frames = (1, 3, scheme.carried_frames, height, width) if began and scheme.carried_frames else None
+        _check_tensor("frames", self.frames, torch.uint8, frames)
+        size = self.latents.shape if self.latents is not None and self.latents.ndim == 5 else (0,) * 5
+        latents = (1, size[1], scheme.carried_latents, *size[3:]) if began and scheme.carried_latents else None
+        _check_tensor("latents", self.latents, torch.float32, latents)
+        if latents is not None and (height * size[4] != width * size[3] or height % size[3]):
+            raise ValueError(f"`latents` are {size[3]} x {size[4]} for an `image` of {height} x {width}")
+        state = self.generator
+        _check_tensor("generator", state, torch.uint8, None if state is None else (state.numel(),))
 
     def _tensors(self) -> dict[str, torch.Tensor | None]:
         return {"image": self.image, "frames": self.frames, "latents": self.latents, "generator": self.generator}
+
+
+def read_notes(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a file that `ChainState.save` wrote."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _check_tensor(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
+    """Raise a `ValueError` unless `tensor` is finite and of that type and shape, or `None` where that is `None`."""
+    found = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+    if found != (None if shape is None else (shape, dtype)) or 0 in (shape or ()):
+        raise ValueError(f"`{name}` is {found}, where {'nothing' if shape is None else f'{shape}, {dtype}'} belongs")
+    if tensor is not None and not tensor.isfinite().all():
+        raise ValueError(f"`{name}` holds values that are not finite")
 
 
 def kept_frames(conditioning: Scheme, num_frames: int, is_first: bool, is_last: bool) -> slice:

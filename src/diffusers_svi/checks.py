@@ -22,7 +22,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
 
 

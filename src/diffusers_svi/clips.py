@@ -82,10 +82,14 @@ def one_per_clip(prompts: Iterable[T], num_clips: int | None) -> Iterator[T | No
     yield from itertools.repeat(last, num_clips)
 
 
-def with_last(items: Iterable[T], look_ahead: bool) -> Iterator[tuple[T, bool]]:
-    """Every item, and whether it is the last one; without `look_ahead` nobody knows, and no item is."""
-    if not look_ahead:
-        yield from ((item, False) for item in items)
+def with_last(items: Iterable[T], num_items: int | None, look_ahead: bool) -> Iterator[tuple[T, bool]]:
+    """Every item, and whether it is the last one.
+
+    Where `num_items`, their number, is not known, the item after is asked for first; without `look_ahead` nobody then
+    knows, and no item is the last.
+    """
+    if num_items is not None or not look_ahead:
+        yield from ((item, number == num_items) for number, item in enumerate(items, start=1))
         return
     ahead = iter(items)
     held = list(itertools.islice(ahead, 1))

@@ -5,7 +5,7 @@ which frames are told twice where clips meet.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,7 +34,16 @@ class Carried:
     latents: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+def _later(default: Any) -> Any:
+    """A field that schemes have not always had: where it has its default, nothing tells of it."""
+    return field(default=default, kw_only=True, metadata={"later": True})
+
+
+def _told(scheme: "Scheme", of: Field) -> bool:
+    return not of.metadata.get("later") or getattr(scheme, of.name) != of.default
+
+
+@dataclass(frozen=True, repr=False)
 class Scheme(ABC):
     """Base of the schemes."""
 
@@ -59,6 +68,10 @@ class Scheme(ABC):
     @abstractmethod
     def overlap(self) -> int:
         """Frames shared by two consecutive clips."""
+
+    def known_frames(self, is_first: bool) -> int:
+        """Frames that the mask beside the condition latents marks, in the first clip of a film or in another."""
+        return 1
 
     def condition(
         self, vae: AutoencoderKLWan, carried: Carried, num_frames: int, expand_timesteps: bool
@@ -114,10 +127,16 @@ class Scheme(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for the metadata of a file. `scheme_from_dict` is its inverse."""
-        return {"scheme": type(self).__name__, **asdict(self)}
+        return {"scheme": type(self).__name__, **self._values()}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._values().items())})"
+
+    def _values(self) -> dict[str, Any]:
+        return {of.name: getattr(self, of.name) for of in fields(self) if _told(self, of)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PixelMotion(Scheme):
     r"""SVI 1.0 and 2.0: the last frames of the clip before are encoded again, followed by a padding.
 
@@ -129,10 +148,24 @@ class PixelMotion(Scheme):
         padding (`str`, defaults to `"zeros"`):
             What fills the rest of the clip before it is encoded: `"zeros"`, grey pixels (Film, Tom&Jerry, and plain
             Wan), or `"reference"`, the start image repeated (Shot and SVI 2.0).
+        num_references (`int`, *optional*):
+            With the padding `"reference"`, how many frames of it repeat the start image; grey pixels follow. All of
+            them if not given.
+        repeat_first (`bool`, defaults to `False`):
+            Whether a film's first clip has the start image K times in front of the padding, instead of once.
+        mask_frames (`str`, defaults to `"first"`):
+            What the mask beside the condition latents marks: one frame, `"first"`, as the published LoRAs were
+            trained, or `"all"` condition frames. Models with `expand_timesteps` have no such mask.
+
+    The last three are options of the authors' scripts (`ref_pad_num`, `repeat_first_frame`, `ref_pad_cfg`) that no
+    published LoRA was trained with.
     """
 
     num_frames: int = 1
     padding: str = "zeros"
+    num_references: int | None = _later(None)
+    repeat_first: bool = _later(False)
+    mask_frames: str = _later("first")
 
     trims: ClassVar[Literal["tail", "head"]] = "tail"
     concatenates = True
@@ -141,6 +174,15 @@ class PixelMotion(Scheme):
     def __post_init__(self) -> None:
         check_count("num_frames", self.num_frames, 1)
         check_choice("padding", self.padding, ("zeros", "reference"))
+        check_choice("mask_frames", self.mask_frames, ("first", "all"))
+        if not isinstance(self.repeat_first, bool):
+            raise ValueError(f"`repeat_first` must be `True` or `False`, got {self.repeat_first!r}.")
+        if self.num_references is not None:
+            check_count("num_references", self.num_references, 1)
+            if self.padding != "reference":
+                raise ValueError(
+                    f"`num_references`={self.num_references} is for `padding`='reference', got {self.padding!r}."
+                )
 
     @property
     def carried_frames(self) -> int:
@@ -150,20 +192,28 @@ class PixelMotion(Scheme):
     def overlap(self) -> int:
         return self.num_frames
 
+    def known_frames(self, is_first: bool) -> int:
+        return self.num_frames if self.mask_frames == "all" and (self.repeat_first or not is_first) else 1
+
     def _filled(self, vae: AutoencoderKLWan, carried: Carried, num_frames: int) -> torch.Tensor:
         motion = self._motion(carried)
         rest = num_frames - motion.shape[2]
+        count = 0
         if self.padding == "reference":
-            padding = carried.image.unsqueeze(2).expand(-1, -1, rest, -1, -1)
-        else:
-            padding = motion.new_zeros(*motion.shape[:2], rest, *motion.shape[3:])
-        return encode_video(vae, torch.cat([motion, padding], dim=2))
+            count = rest if self.num_references is None else min(self.num_references, rest)
+        references = carried.image.unsqueeze(2).expand(-1, -1, count, -1, -1)
+        zeros = motion.new_zeros(*motion.shape[:2], rest - count, *motion.shape[3:])
+        return encode_video(vae, torch.cat([motion, references, zeros], dim=2))
 
     def _held(self, vae: AutoencoderKLWan, carried: Carried) -> torch.Tensor:
         return encode_video(vae, self._motion(carried))
 
     def _motion(self, carried: Carried) -> torch.Tensor:
-        return carried.image.unsqueeze(2) if carried.frames is None else carried.frames[:, :, -self.num_frames :]
+        motion = carried.image.unsqueeze(2) if carried.frames is None else carried.frames[:, :, -self.num_frames :]
+        missing = self.num_frames - motion.shape[2]
+        if self.repeat_first and missing > 0:
+            motion = torch.cat([motion[:, :, :1].expand(-1, -1, missing, -1, -1), motion], dim=2)
+        return motion
 
     def with_frames(self, condition_frames: int) -> "PixelMotion":
         check_count("condition_frames", condition_frames, 1)
@@ -171,6 +221,11 @@ class PixelMotion(Scheme):
 
     def check(self, num_frames: int, expand_timesteps: bool) -> None:
         super().check(num_frames, expand_timesteps)
+        if expand_timesteps and self.mask_frames == "all":
+            raise ValueError(
+                f"`conditioning`={self} on a model with `expand_timesteps=True`, which has no mask: leave out "
+                "`mask_frames`."
+            )
         if expand_timesteps and self.num_frames % TEMPORAL_FACTOR != 1:
             raise ValueError(
                 f"`conditioning`={self} on a model with `expand_timesteps=True` holds whole latent frames: "
@@ -178,7 +233,7 @@ class PixelMotion(Scheme):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _AnchorAndMotion(Scheme):
     num_latents: int = 1
 
@@ -211,7 +266,7 @@ class _AnchorAndMotion(Scheme):
         return replace(self, num_latents=condition_frames // TEMPORAL_FACTOR)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatentMotion(_AnchorAndMotion):
     r"""SVI 2.0 Pro: an anchor latent and the last latents of the clip before; no frame is ever encoded twice.
 
@@ -229,7 +284,7 @@ class LatentMotion(_AnchorAndMotion):
         return F.pad(front, (0, 0, 0, 0, 0, num_latent_frames(num_frames) - front.shape[2]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HeldLatents(_AnchorAndMotion):
     r"""TI2V-5B: the anchor latent and the last latents of the clip before are held, clean, at timestep 0.
 

@@ -1,9 +1,8 @@
 """What a film is asked for with, all of it checked here, before anything is computed."""
 
-import itertools
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Set, Sized
+from collections.abc import Callable, Iterable, Mapping, Set, Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,7 +17,12 @@ from .chain import ChainState
 from .checks import check_choice, check_count, check_number
 from .clips import ClipSpec
 from .conditioning import PixelMotion, Scheme
+from .fingerprints import made_with
+from .noise import clip_noise
 from .options import FILM_DEFAULTS, FilmOptions
+from .pixels import CLIP_RESIZES
+from .resume import check_made_with, first_state
+from .start_image import RESIZE_MODES, film_size, read_image, to_pixels
 from .wan import num_latent_frames
 
 
@@ -27,8 +31,6 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 # What Wan was trained with.
 MAX_TOKENS = 512
-# What a generator takes.
-MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,6 @@ class Film:
     """A film as it was asked for, once everything about it is known to be right.
 
     Args:
-        image (`PIL.Image.Image` or `torch.Tensor`, *optional*): The start image as given.
         prompts (`Iterable`): Of strings, `ClipSpec`s, or rows of embeddings.
         num_clips (`int`, *optional*): How many, if it is known.
         noise (`Iterable[dict]`): For every clip the argument of the parent pipeline that makes its noise.
@@ -44,11 +45,13 @@ class Film:
         output_type (`str`): One of `OUTPUT_TYPES`.
         negative (`str` or `torch.Tensor`): Negative prompt, or its embeddings.
         max_sequence_length (`int`): Tokens of a prompt.
+        clip_resize (`str`): What the image encoder sees of a frame, one of `CLIP_RESIZES`.
         generator (`torch.Generator`, *optional*): The one that `noise` draws from.
+        settings (`dict`): What the chain will say that it was made with, beside models and LoRAs.
+        ignore_state_settings (`bool`): Whether that may differ from what `state` was made with.
         clip_options (`dict`): Arguments of the parent pipeline that are the same for every clip.
     """
 
-    image: PIL.Image.Image | torch.Tensor | None
     prompts: Iterable[str | ClipSpec | torch.Tensor]
     num_clips: int | None
     noise: Iterable[dict[str, Any]]
@@ -56,7 +59,10 @@ class Film:
     output_type: str
     negative: str | torch.Tensor
     max_sequence_length: int
+    clip_resize: str
     generator: torch.Generator | None
+    settings: dict[str, Any]
+    ignore_state_settings: bool
     clip_options: dict[str, Any]
 
     @property
@@ -71,11 +77,12 @@ class Film:
 def check_film(
     pipe: WanImageToVideoPipeline,
     trained: Scheme | None,
+    trained_clip_resize: str | None,
     image: PipelineImageInput | None,
     prompts: str | ClipSpec | Iterable[str | ClipSpec] | None,
     options: FilmOptions,
 ) -> Film:
-    """The film that `pipe` is asked for. `trained` is the scheme of the loaded LoRA.
+    """The film that `pipe` is asked for. `trained` is the scheme of the loaded LoRA, and so is what CLIP then saw.
 
     Raises:
         TypeError: for an option that does not exist.
@@ -85,36 +92,36 @@ def check_film(
     if unknown:
         raise TypeError(f"A film has no option {', '.join(sorted(unknown))}. There are: {', '.join(FILM_DEFAULTS)}.")
     given = {**FILM_DEFAULTS, **options}
-    if given["num_videos_per_prompt"] != 1:
-        raise ValueError(
-            f"`num_videos_per_prompt`={given['num_videos_per_prompt']!r}: a call makes one film, clip by clip. Call "
-            "again with another `generator` for another."
-        )
+    check_kinds(given)
     if given["prompt"] is not None:
         if prompts is not None:
             raise ValueError("`prompt` and `prompts` are the same; pass one of them, got both.")
         prompts = given["prompt"]
-    height, width, num_frames = check_sizes(pipe, given["height"], given["width"], given["num_frames"])
     state: ChainState | None = given["state"]
+    picture = None if image is None else read_image(image)
+    if picture is None and state is None:
+        raise ValueError("`image`, the start image, is missing. Without one, pass the `state` of a chain.")
+    height, width = check_size(pipe, given["height"], given["width"], picture, state)
+    num_frames = check_num_frames(pipe, given["num_frames"])
     scheme = choose_scheme(
         given["conditioning"], given["condition_frames"], state, trained, given["ignore_lora_conditioning"]
     )
-    num_steps = check_count("num_inference_steps", given["num_inference_steps"], 1)
+    # Noise levels are told apart by the timesteps of training.
+    most_steps = pipe.scheduler.config.num_train_timesteps
+    num_steps = check_count("num_inference_steps", given["num_inference_steps"], 1, most_steps)
     max_sequence_length = check_count("max_sequence_length", given["max_sequence_length"], 1, MAX_TOKENS)
     guidance_scale, guidance_scale_2 = check_guidance(given["guidance_scale"], given["guidance_scale_2"])
-    if given["negative_prompt"] is not None and not isinstance(given["negative_prompt"], str):
-        raise ValueError(f"`negative_prompt` must be one string for the whole film, got {given['negative_prompt']!r}.")
     scheme.check(num_frames, pipe.config.expand_timesteps)
-    check_choice("output_type", given["output_type"], OUTPUT_TYPES)
     items, num_clips = check_prompts(prompts, given["prompt_embeds"], given["num_clips"])
-    noise = clip_noise(
-        given["generator"], given["seeds"], given["latents"], num_clips, latent_shape(pipe, num_frames, height, width)
-    )
+    shape = latent_shape(pipe, num_frames, height, width)
+    noise = clip_noise(given["generator"], given["seeds"], given["latents"], num_clips, shape)
     tensor_inputs = given["callback_on_step_end_tensor_inputs"]
     if isinstance(given["callback_on_step_end"], (PipelineCallback, MultiPipelineCallbacks)):
         tensor_inputs = given["callback_on_step_end"].tensor_inputs
-    pixels = None if image is None else to_pixels(pipe, image, height, width)
-    state = first_state(pixels, state, scheme, num_frames, height, width, given["generator"])
+    pixels = None
+    if picture is not None:
+        pixels = to_pixels(pipe.video_processor, picture, height, width, given["resize_mode"])
+    state = first_state(pixels, state, scheme, num_frames, height, width, shape, given["generator"])
     pipe.check_inputs(
         prompt="" if given["prompt_embeds"] is None else None,
         negative_prompt=given["negative_prompt"],
@@ -131,17 +138,38 @@ def check_film(
             f"The VAE is in {pipe.vae.dtype}: over many clips its rounding errors add up. Load it with "
             "`torch_dtype=torch.float32`."
         )
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        # The model counts the tokens of the image from there on.
+        if given[name] is not None and pipe.image_encoder is not None and given[name].shape[1] != MAX_TOKENS:
+            raise ValueError(
+                f"`{name}` must have {MAX_TOKENS} tokens for a model with an image encoder, got "
+                f"{tuple(given[name].shape)}. Encode with `max_sequence_length={MAX_TOKENS}`, or fill up with zeros."
+            )
     negative_embeds = check_negative(given["negative_prompt_embeds"], num_clips)
+    negative = given["negative_prompt"] or "" if negative_embeds is None else negative_embeds
+    clip_resize = given["clip_resize"] or trained_clip_resize or CLIP_RESIZES[0]
+    settings = {
+        "noise": next((name for name in ("generator", "seeds", "latents") if given[name] is not None), "drawn"),
+        "num_inference_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_scale_2": guidance_scale_2,
+        "negative prompt": negative,
+        "max_sequence_length": max_sequence_length,
+        "clip_resize": clip_resize,
+    }
+    check_made_with(state, made_with(pipe, settings), given["ignore_state_settings"])
     return Film(
-        image=image,
         prompts=items,
         num_clips=num_clips,
         noise=noise,
         state=state,
         output_type=given["output_type"],
-        negative=given["negative_prompt"] or "" if negative_embeds is None else negative_embeds,
+        negative=negative,
         max_sequence_length=max_sequence_length,
+        clip_resize=clip_resize,
         generator=given["generator"],
+        settings=settings,
+        ignore_state_settings=given["ignore_state_settings"],
         clip_options={
             "height": height,
             "width": width,
@@ -154,6 +182,33 @@ def check_film(
             "callback_on_step_end_tensor_inputs": tensor_inputs,
         },
     )
+
+
+def check_kinds(given: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for an option that is of no use as it is, whatever the others are."""
+    if not isinstance(given["num_videos_per_prompt"], numbers.Integral) or given["num_videos_per_prompt"] != 1:
+        raise ValueError(
+            f"`num_videos_per_prompt`={given['num_videos_per_prompt']!r}: a call makes one film, clip by clip. Call "
+            "again with another `generator` for another."
+        )
+    check_choice("resize_mode", given["resize_mode"], RESIZE_MODES)
+    check_choice("output_type", given["output_type"], OUTPUT_TYPES)
+    if given["clip_resize"] is not None:
+        check_choice("clip_resize", given["clip_resize"], CLIP_RESIZES)
+    callbacks = Callable, PipelineCallback, MultiPipelineCallbacks
+    kinds: dict[str, tuple[Any, str]] = {
+        "state": (ChainState, "a `ChainState`; use `ChainState.load` for a file"),
+        "negative_prompt": (str, "one string for the whole film"),
+        "attention_kwargs": (dict, "a dictionary"),
+        "latents": (torch.Tensor, "a tensor, the noise of every clip"),
+        "callback_on_step_end": (callbacks, "a function or one of diffusers' callbacks"),
+        "callback_on_step_end_tensor_inputs": ((list, tuple), 'a list of names, such as ["latents"]'),
+        "ignore_lora_conditioning": (bool, "`True` or `False`"),
+        "ignore_state_settings": (bool, "`True` or `False`"),
+    }
+    for name, (kind, wanted) in kinds.items():
+        if given[name] is not FILM_DEFAULTS[name] and not isinstance(given[name], kind):
+            raise ValueError(f"`{name}` must be {wanted}, got {type(given[name]).__name__}: {given[name]!r}.")
 
 
 def choose_scheme(
@@ -196,82 +251,60 @@ def check_guidance(guidance_scale: Any, guidance_scale_2: Any) -> tuple[float, f
     return (math.nextafter(1, 2) if first <= 1 < second else first), second
 
 
-def check_sizes(pipe: WanImageToVideoPipeline, height: Any, width: Any, num_frames: Any) -> tuple[int, int, int]:
-    """Height, width and frames of a clip, if the model can make such clips."""
+def check_size(
+    pipe: WanImageToVideoPipeline,
+    height: Any,
+    width: Any,
+    picture: PIL.Image.Image | torch.Tensor | None,
+    state: ChainState | None,
+) -> tuple[int, int]:
+    """Height and width of the film, if the model can make it; those of `state` or `picture` where not given."""
     transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
     patch_size = transformer.config.patch_size
-    for name, value, patch in (("height", height, patch_size[1]), ("width", width, patch_size[2])):
+    sizes = {"height": (height, patch_size[1]), "width": (width, patch_size[2])}
+    multiples = []
+    for name, (value, patch) in sizes.items():
         multiple = math.lcm(16, pipe.vae_scale_factor_spatial * patch)
-        if not isinstance(value, numbers.Integral) or value < multiple or value % multiple:
+        multiples.append(multiple)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < multiple or value % multiple:
             is_size = isinstance(value, numbers.Real) and math.isfinite(value)
             nearest = max(round(float(value) / multiple), 1) * multiple if is_size else multiple
             raise ValueError(
                 f"`{name}` must be a multiple of {multiple} for this model, got {value!r}. The nearest is {nearest}."
             )
+        most = transformer.config.rope_max_seq_len * pipe.vae_scale_factor_spatial * patch
+        if value > most:
+            raise ValueError(f"`{name}` must be at most {most}: this model's positions end there, got {value!r}.")
+    height, width = (None if value is None else int(value) for value, _ in sizes.values())
+    if state is not None:
+        saved = state.image.shape[-2:]
+        return (saved[0] if height is None else height), (saved[1] if width is None else width)
+    assert picture is not None
+    return film_size(picture, height, width, (multiples[0], multiples[1]))
+
+
+def check_num_frames(pipe: WanImageToVideoPipeline, num_frames: Any) -> int:
+    """Frames of a clip, if the VAE can encode so many."""
     factor = pipe.vae_scale_factor_temporal
+    transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
     if not isinstance(num_frames, numbers.Integral) or num_frames < 1 or num_frames % factor != 1:
         raise ValueError(
             f"`num_frames` must be {factor}n + 1, such as {5 * factor + 1} or {20 * factor + 1}, got {num_frames!r}."
         )
-    return int(height), int(width), int(num_frames)
+    most = 1 + factor * (transformer.config.rope_max_seq_len * transformer.config.patch_size[0] - 1)
+    if num_frames > most:
+        raise ValueError(
+            f"`num_frames` must be at most {most}, as far as this model's positions go, got {num_frames}."
+        )
+    return int(num_frames)
 
 
 def latent_shape(pipe: WanImageToVideoPipeline, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """`(z_dim, latent_frames, latent_height, latent_width)` of a clip."""
     spatial = pipe.vae_scale_factor_spatial
     return pipe.vae.config.z_dim, num_latent_frames(num_frames), height // spatial, width // spatial
-
-
-def to_pixels(pipe: WanImageToVideoPipeline, image: PipelineImageInput, height: int, width: int) -> torch.Tensor:
-    """The start image as the parent will see it, `(1, 3, height, width)` in [-1, 1]."""
-    if isinstance(image, PIL.Image.Image):
-        if image.mode != "RGB":
-            raise ValueError(f"`image` must be an RGB image, got mode {image.mode!r}. Use `image.convert('RGB')`.")
-        try:
-            image.load()
-        except OSError as error:
-            raise ValueError(f"`image` cannot be read: {error}. The file may be cut short or damaged.") from error
-    elif isinstance(image, torch.Tensor):
-        if image.ndim not in (3, 4) or image.shape[-3] != 3 or (image.ndim == 4 and image.shape[0] != 1):
-            raise ValueError(
-                "`image` as a tensor must be (3, height, width) or (1, 3, height, width), got "
-                f"{tuple(image.shape)}. A film starts from one image."
-            )
-    else:
-        raise ValueError(
-            f"`image` must be a PIL image or a tensor, got {type(image).__name__}. Use "
-            "`diffusers.utils.load_image` for a path or an address."
-        )
-    return pipe.video_processor.preprocess(image, height=height, width=width).to("cpu", torch.float32)
-
-
-def first_state(
-    pixels: torch.Tensor | None,
-    state: ChainState | None,
-    scheme: Scheme,
-    num_frames: int,
-    height: int,
-    width: int,
-    generator: torch.Generator | None,
-) -> ChainState:
-    """What the first clip begins with: `state` if it fits, or a new one out of `pixels`, the start image."""
-    if state is None:
-        if pixels is None:
-            raise ValueError("`image`, the start image, is missing. Without one, pass the `state` of a chain.")
-        return ChainState(conditioning=scheme, num_frames=num_frames, image=pixels)
-    asked, saved = (num_frames, height, width), (state.num_frames, *state.image.shape[-2:])
-    if asked != saved:
-        raise ValueError(
-            f"`state` comes from a chain with `num_frames`, `height`, `width` = {saved}, but {asked} is asked for."
-        )
-    if pixels is not None and not torch.equal(pixels, state.image):
-        raise ValueError("`image` is not the start image of the chain that `state` comes from. Leave it out.")
-    if state.generator is not None and generator is None:
-        raise ValueError(
-            "`state` comes from a chain that drew its noise from a `generator`. Pass one, in any state, on the "
-            "same kind of device: it is set to where the chain stopped."
-        )
-    return state
 
 
 def check_prompts(
@@ -350,47 +383,3 @@ def check_clip(item: Any, index: int) -> ClipSpec:
                 "Leave it out, or set it for the whole film."
             )
     return spec
-
-
-def clip_noise(
-    generator: torch.Generator | None,
-    seeds: Iterable[int] | None,
-    latents: torch.Tensor | None,
-    num_clips: int | None,
-    shape: tuple[int, int, int, int],
-) -> Iterable[dict[str, Any]]:
-    """The arguments of the parent pipeline that make the noise, one dictionary a clip.
-
-    `generator` is drawn from again for every clip, `seeds` make a fresh generator for each, `latents` are the noise.
-    `shape` is that of a clip's latents.
-    """
-    sources = {"generator": generator, "seeds": seeds, "latents": latents}
-    given = [f"`{name}`" for name, value in sources.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"The noise comes from one source, but {' and '.join(given)} are given.")
-    if latents is not None:
-        wanted = (num_clips, *shape)
-        if tuple(latents.shape) != wanted:
-            raise ValueError(f"`latents` must hold the noise of every clip, {wanted}, got {tuple(latents.shape)}.")
-        if not latents.isfinite().all():
-            raise ValueError("`latents` holds values that are not finite. Draw them with `torch.randn`.")
-        return ({"latents": clip[None]} for clip in latents)
-    if seeds is not None:
-        _check_seeds(seeds, num_clips)
-        checked = (check_count(f"seeds[{index}]", seed, 0, MAX_SEED) for index, seed in enumerate(seeds))
-        return ({"generator": torch.Generator("cpu").manual_seed(seed)} for seed in checked)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"`generator` must be one `torch.Generator` for the whole film, got {generator!r}.")
-    return itertools.repeat({"generator": generator})
-
-
-def _check_seeds(seeds: Iterable[int], num_clips: int | None) -> None:
-    if isinstance(seeds, (str, bytes, Mapping, Set)) or not isinstance(seeds, Iterable):
-        raise ValueError(f"`seeds` must hold one seed a clip, as a list or an iterator, got {seeds!r}.")
-    if isinstance(seeds, Sized):
-        for index, seed in enumerate(seeds):
-            check_count(f"seeds[{index}]", seed, 0, MAX_SEED)
-        if num_clips is not None and len(seeds) < num_clips:
-            raise ValueError(f"`seeds` must hold one seed for each of the {num_clips} clips, got {len(seeds)}.")
-        if len(set(seeds)) < len(seeds):
-            logger.warning("`seeds` repeats itself: the same noise in several clips accumulates artifacts.")

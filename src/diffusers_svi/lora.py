@@ -18,12 +18,12 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import get_adapter_name, logging
 from diffusers.utils.torch_utils import unwrap_module
 from peft import get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .checks import check_choice
 from .conditioning import Scheme, scheme_from_dict
 from .lora_file import EXPERTS, LoraFile, check_scheme, read_lora, write_lora
 from .lora_keys import some_of
+from .lora_layers import at_work, check_fits, layer_of, lora_layers
 
 
 logger = logging.get_logger(__name__)
@@ -149,7 +149,8 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 hotswap=hotswap,
             )
-            getattr(self, component).peft_config[adapter_name].svi_conditioning = schemes[0]
+            noted = getattr(self, component).peft_config[adapter_name]
+            noted.svi_conditioning, noted.svi_clip_resize = schemes[0], lora.clip_resize
 
     @_ClassOrInstanceMethod
     def save_lora_weights(
@@ -204,10 +205,11 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
         weight_name, weight_name_2 = weight_name or LORA_WEIGHT_NAME_SAFE, weight_name_2 or WEIGHT_NAME_2
         if transformer_lora_layers and transformer_2_lora_layers and weight_name == weight_name_2:
             raise ValueError(f"`weight_name` and `weight_name_2` are both {weight_name!r}: name two files.")
-        two_experts = bool(transformer_2_lora_layers)
+        two_experts, clip_resize = bool(transformer_2_lora_layers), None
         if not isinstance(target, type):
             two_experts = target.transformer_2 is not None
             conditioning = target.lora_conditioning if conditioning is None else conditioning
+            clip_resize = target.lora_clip_resize
         if not is_main_process:
             return
         os.makedirs(save_directory, exist_ok=True)
@@ -218,7 +220,8 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
             if layers:
                 weights = target.pack_weights(layers, "transformer")
                 file = os.path.join(save_directory, name)
-                write_lora(file, weights, conditioning, expert if two_experts else None, adapter_metadata)
+                expert_of_file = expert if two_experts else None
+                write_lora(file, weights, conditioning, expert_of_file, adapter_metadata, clip_resize)
 
     def fuse_lora(
         self,
@@ -256,18 +259,8 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
             ValueError: if they were trained for different schemes.
         """
         schemes: dict[Scheme, str] = {}
-        for transformer in self._transformers:
-            in_use = (
-                name
-                for layer in _lora_layers(transformer)
-                if not layer.disable_adapters
-                # Beside one that is fused, peft applies no other.
-                for name in layer.merged_adapters or layer.active_adapters
-            )
-            for name, scheme in _noted(transformer, in_use).items():
-                schemes.setdefault(scheme, name)
-            for values in transformer.config.get(FUSED_KEY, []):
-                schemes.setdefault(scheme_from_dict(values), "fused")
+        for name, scheme, _ in self._in_use():
+            schemes.setdefault(scheme, name)
         if len(schemes) > 1:
             named = ", ".join(f"{name}: {scheme}" for scheme, name in schemes.items())
             raise ValueError(
@@ -275,6 +268,38 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                 "beside one that is fused, only LoRAs of its scheme can be used."
             )
         return next(iter(schemes), None)
+
+    @property
+    def lora_clip_resize(self) -> str | None:
+        """What the image encoder was shown when the SVI LoRAs in use were trained, if they say so.
+
+        Raises:
+            ValueError: if they were trained with different values.
+        """
+        values = {clip_resize: name for name, _, clip_resize in self._in_use() if clip_resize is not None}
+        if len(values) > 1:
+            raise ValueError(
+                f"The LoRAs in use were trained with different values of `clip_resize` ({values}). Choose one of the "
+                "LoRAs with `set_adapters`."
+            )
+        return next(iter(values), None)
+
+    def _in_use(self) -> Iterator[tuple[str, Scheme, str | None]]:
+        """Name, scheme and `clip_resize` of the SVI LoRAs that are active or fused, in any expert."""
+        for transformer in self._transformers:
+            in_use = (
+                name
+                for layer in lora_layers(transformer).values()
+                if not layer.disable_adapters
+                # Beside one that is fused, peft applies no other.
+                for name in layer.merged_adapters or at_work(layer)
+            )
+            for name, (scheme, clip_resize) in _noted(transformer, in_use).items():
+                yield name, scheme, clip_resize
+            for values in transformer.config.get(FUSED_KEY, []):
+                told = dict(values)
+                clip_resize = told.pop("clip_resize", None)
+                yield "fused", scheme_from_dict(told), clip_resize
 
     @property
     def _transformers(self) -> list[WanTransformer3DModel]:
@@ -285,11 +310,14 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
     def _keep_fused(self, adapter_names: Iterable[str] | None = None) -> None:
         """Note the schemes of fused adapters, of all or of those named, where they stay when the adapters go."""
         for transformer in self._transformers:
-            merged = {name for layer in _lora_layers(transformer) for name in layer.merged_adapters}
+            merged = {name for layer in lora_layers(transformer).values() for name in layer.merged_adapters}
             schemes = _noted(transformer, merged if adapter_names is None else merged.intersection(adapter_names))
             if schemes:
                 known = transformer.config.get(FUSED_KEY, [])
-                added = [scheme.to_dict() for scheme in schemes.values()]
+                added = [
+                    scheme.to_dict() | ({} if clip_resize is None else {"clip_resize": clip_resize})
+                    for scheme, clip_resize in schemes.values()
+                ]
                 transformer.register_to_config(**{FUSED_KEY: [*known, *added]})
 
     def _fitted(self, component: str, lora: LoraFile, expert: str | None) -> dict[str, torch.Tensor]:
@@ -320,7 +348,7 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
             )
         state_dict = self._maybe_expand_t2v_lora_for_i2v(transformer=transformer, state_dict=dict(lora.state_dict))
         # Layers of image embeddings, which not every model has; the rest of the LoRA works without them.
-        absent = [key for key in state_dict if _layer_of(key) not in layers and _OF_IMAGES.search(key)]
+        absent = [key for key in state_dict if layer_of(key) not in layers and _OF_IMAGES.search(key)]
         left_out = [key for key in absent if key in lora.state_dict]
         if len(absent) < len(state_dict):
             state_dict = {key: value for key, value in state_dict.items() if key not in absent}
@@ -329,54 +357,19 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                     f"Of the LoRA {lora.name!r}, this is left out, as `{component}` has no such layers: "
                     f"{some_of(left_out)}."
                 )
-        _check_fits(state_dict, layers, lora.name)
+        check_fits(state_dict, layers, lora.name)
         return state_dict
 
 
-def _lora_layers(transformer: WanTransformer3DModel) -> Iterator[BaseTunerLayer]:
-    return (layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer))
-
-
-def _noted(transformer: WanTransformer3DModel, adapter_names: Iterable[str]) -> dict[str, Scheme]:
-    """The schemes of those of the adapters that `load_lora_weights` knew one for, by name."""
+def _noted(transformer: WanTransformer3DModel, adapter_names: Iterable[str]) -> dict[str, tuple[Scheme, str | None]]:
+    """Scheme and `clip_resize` of those of the adapters that `load_lora_weights` knew a scheme for, by name."""
     configs = getattr(transformer, "peft_config", {})
-    schemes = {name: getattr(configs.get(name), "svi_conditioning", None) for name in adapter_names}
-    return {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    noted = {name: configs[name] for name in adapter_names if getattr(configs.get(name), "svi_conditioning", None)}
+    return {
+        name: (config.svi_conditioning, getattr(config, "svi_clip_resize", None)) for name, config in noted.items()
+    }
 
 
 def _refuse_unknown(options: dict[str, Any]) -> None:
     if options:
         raise TypeError(f"There are no options {sorted(options)}: diffusers takes them, and does nothing with them.")
-
-
-def _layer_of(key: str) -> str:
-    return key.removeprefix("transformer.").partition(".lora_")[0]
-
-
-def _check_fits(state_dict: dict[str, torch.Tensor], layers: dict[str, torch.nn.Module], name: str) -> None:
-    """Raise a `ValueError` unless every LoRA matrix of `state_dict` has its layer in `layers`."""
-    for key, value in state_dict.items():
-        layer = _layer_of(key)
-        if layer not in layers:
-            raise ValueError(
-                f"The LoRA {name!r} has weights for `{layer}`, which this transformer does not have. It was made for "
-                "another model: load the LoRA of this base model, or the base model of this LoRA."
-            )
-        rows, *columns = _shape(layers[layer])
-        side = key.split(".lora_")[1]
-        fits = value.shape[0] == rows if side.startswith("B") else list(value.shape[1:]) == columns
-        if not fits:
-            raise ValueError(
-                f"The LoRA {name!r} does not fit this transformer: `{layer}.lora_{side[0]}` is {tuple(value.shape)}, "
-                f"but the layer is {' x '.join(map(str, (rows, *columns)))}. It was made for a model of another size: "
-                "load the LoRA of this base model, or the base model of this LoRA."
-            )
-
-
-def _shape(layer: torch.nn.Module) -> tuple[int, ...]:
-    """What a weight of this layer has in full precision. Quantized ones are packed, so the layer itself is asked."""
-    # Adapters loaded before wrap their layers.
-    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    if isinstance(base, torch.nn.Conv3d):
-        return base.out_channels, base.in_channels, *base.kernel_size
-    return base.out_features, base.in_features

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, _fetch_state_dict
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, _fetch_state_dict
 from diffusers.utils import logging
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -18,14 +20,18 @@ from safetensors.torch import save_file
 
 from .checks import check_choice
 from .conditioning import HeldLatents, LatentMotion, PixelMotion, Scheme, scheme_from_dict
+from .files import written_whole
+from .hub import hub_trouble
 from .lora_keys import original_name, some_of, to_diffusers
+from .pixels import CLIP_RESIZES
 
 
 logger = logging.get_logger(__name__)
 
-# The keys under which scheme and expert stand in the metadata of a safetensors file.
+# The keys under which scheme, expert and what CLIP was shown stand in the metadata of a safetensors file.
 CONDITIONING_KEY = "svi_conditioning"
 EXPERT_KEY = "svi_expert"
+CLIP_RESIZE_KEY = "svi_clip_resize"
 EXPERTS = ("high", "low")
 _HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
 
@@ -67,6 +73,7 @@ class LoraFile:
         adapter_metadata (`dict`, *optional*): diffusers' own record of the LoRA configuration.
         conditioning (`Scheme`, *optional*): The scheme it was trained for, if the file or its name says so.
         expert (`str`, *optional*): "high" or "low" for LoRAs of one expert of Wan 2.2 A14B.
+        clip_resize (`str`, *optional*): What the image encoder saw in training, one of `CLIP_RESIZES`.
         name (`str`): What to call the file in messages.
     """
 
@@ -74,6 +81,7 @@ class LoraFile:
     adapter_metadata: dict | None
     conditioning: Scheme | None
     expert: str | None
+    clip_resize: str | None
     name: str
 
 
@@ -103,6 +111,8 @@ def read_lora(
     if not isinstance(source, dict):
         _refuse_pickles(source, weight_name)
     try:
+        if weight_name is None and not isinstance(source, dict) and not os.path.exists(source):
+            weight_name = _file_of_repository(os.fspath(source), hub_options)
         state_dict, adapter_metadata, file_metadata = _fetch_state_dict(
             source,
             weight_name=weight_name,
@@ -112,7 +122,10 @@ def read_lora(
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             **{option: hub_options.get(option) for option in _HUB_OPTIONS},
         )
-    except (OSError, IndexError, SafetensorError, HFValidationError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, HTTPError, IndexError, SafetensorError, ValueError, TypeError, RecursionError) as error:
+        trouble = hub_trouble(error, str(source))
+        if trouble is not None:
+            raise ValueError(f"No LoRA could be read from {name!r}. {trouble}") from None
         raise ValueError(
             f"No LoRA could be read from {name!r}: {error} Give a safetensors file, or a folder or Hub repository "
             "with `weight_name`, the file in it."
@@ -132,13 +145,18 @@ def read_lora(
     if adapter_metadata is not None:
         _check_config(name, adapter_metadata, state_dict)
     conditioning, expert = _published(name)
+    # source: the authors' code shows CLIP all of a frame, in training as well
+    clip_resize = None if conditioning is None else "squash"
     metadata = file_metadata or {}
     if CONDITIONING_KEY in metadata:
         conditioning = _scheme(name, metadata[CONDITIONING_KEY])
+        clip_resize = metadata.get(CLIP_RESIZE_KEY)
+        if clip_resize is not None:
+            check_choice(CLIP_RESIZE_KEY, clip_resize, CLIP_RESIZES)
     if EXPERT_KEY in metadata:
         expert = metadata[EXPERT_KEY]
         check_choice(EXPERT_KEY, expert, EXPERTS)
-    return LoraFile(state_dict, adapter_metadata, conditioning, expert, name)
+    return LoraFile(state_dict, adapter_metadata, conditioning, expert, clip_resize, name)
 
 
 def check_scheme(conditioning: Scheme | None) -> None:
@@ -150,17 +168,23 @@ def check_scheme(conditioning: Scheme | None) -> None:
         )
 
 
-def lora_metadata(conditioning: Scheme | None, expert: str | None = None) -> dict[str, str]:
-    """What to write into the metadata of a LoRA file so that [`read_lora`] finds its scheme and its expert.
+def lora_metadata(
+    conditioning: Scheme | None, expert: str | None = None, clip_resize: str | None = None
+) -> dict[str, str]:
+    """What to write into the metadata of a LoRA file so that [`read_lora`] finds what is known of it.
 
     Raises:
-        ValueError: if `conditioning` is no scheme, or `expert` neither "high" nor "low".
+        ValueError: if `conditioning` is no scheme, `expert` neither "high" nor "low", or `clip_resize` neither "crop"
+            nor "squash".
     """
     check_scheme(conditioning)
     metadata = {} if conditioning is None else {CONDITIONING_KEY: json.dumps(conditioning.to_dict())}
     if expert is not None:
         check_choice("expert", expert, EXPERTS)
         metadata[EXPERT_KEY] = expert
+    if clip_resize is not None:
+        check_choice("clip_resize", clip_resize, CLIP_RESIZES)
+        metadata[CLIP_RESIZE_KEY] = clip_resize
     return metadata
 
 
@@ -171,6 +195,7 @@ def save_lora(
     conditioning: Scheme,
     expert: str | None = None,
     layout: str = "diffusers",
+    clip_resize: str | None = None,
 ) -> None:
     """Write a LoRA with its scheme to a safetensors file that [`read_lora`] reads.
 
@@ -184,6 +209,7 @@ def save_lora(
         layout (`str`, defaults to `"diffusers"`):
             Or "original": the names of the original code after `diffusion_model.`, as ComfyUI and the authors' loader
             read them. They apply no alpha, so it is multiplied into the weights.
+        clip_resize (`str`, *optional*): What the image encoder saw in training, "crop" or "squash".
 
     Raises:
         ValueError: for another `layout`.
@@ -191,14 +217,13 @@ def save_lora(
     check_choice("layout", layout, ("diffusers", "original"))
     if layout == "diffusers":
         state_dict = {f"transformer.{key}": value for key, value in state_dict.items()}
-        write_lora(file, state_dict, conditioning, expert, config.to_dict())
+        write_lora(file, state_dict, conditioning, expert, config.to_dict(), clip_resize)
     else:
-        scale = config.lora_alpha / config.r
         state_dict = {
-            f"diffusion_model.{original_name(key)}": value * scale if ".lora_B." in key else value
+            f"diffusion_model.{original_name(key)}": value * _scale(config, key) if ".lora_B." in key else value
             for key, value in state_dict.items()
         }
-        write_lora(file, state_dict, conditioning, expert)
+        write_lora(file, state_dict, conditioning, expert, clip_resize=clip_resize)
 
 
 def write_lora(
@@ -207,21 +232,32 @@ def write_lora(
     conditioning: Scheme | None,
     expert: str | None,
     adapter_metadata: dict[str, Any] | None = None,
+    clip_resize: str | None = None,
 ) -> None:
     """Write weights under the names they have, with what is known of scheme, expert and LoRA configuration.
 
     Args:
         file: Where to.
         state_dict (`dict[str, torch.Tensor]`): Weights, such as `transformer.blocks.0.attn1.to_q.lora_A.weight`.
-        conditioning (`Scheme`, *optional*), expert (`str`, *optional*): As in [`lora_metadata`].
+        conditioning (`Scheme`, *optional*), expert, clip_resize (`str`, *optional*): As in [`lora_metadata`].
         adapter_metadata (`dict`, *optional*): What `PeftConfig.to_dict` gives.
     """
-    metadata = {"format": "pt", **lora_metadata(conditioning, expert)}
+    metadata = {"format": "pt", **lora_metadata(conditioning, expert, clip_resize)}
     if adapter_metadata is not None:
         adapter_metadata = {f"transformer.{key}": value for key, value in adapter_metadata.items()}
         # The sets of a `PeftConfig` are the one thing in it that JSON does not know.
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter_metadata, default=sorted, sort_keys=True)
-    save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, file, metadata=metadata)
+    with written_whole(file) as unfinished:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
+        save_file(tensors, unfinished, metadata=metadata)
+
+
+def _scale(config: PeftConfig, key: str) -> float:
+    """What peft multiplies the update of a layer by."""
+    layer = key.split(".lora_")[0]
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _published(name: str) -> tuple[Scheme | None, str | None]:
@@ -270,6 +306,20 @@ def _name(source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str 
     if isinstance(source, dict):
         return "state dict"
     return os.path.join(os.fspath(source), weight_name) if weight_name else os.fspath(source)
+
+
+def _file_of_repository(repo_id: str, hub_options: dict[str, Any]) -> str | None:
+    """The one LoRA of a repository. diffusers would look for it without token and revision."""
+    if hub_options.get("local_files_only") or HF_HUB_OFFLINE:
+        return None
+    folder = f"{hub_options['subfolder']}/" if hub_options.get("subfolder") else ""
+    files = HfApi(token=hub_options.get("token")).list_repo_files(repo_id, revision=hub_options.get("revision"))
+    names = [file.removeprefix(folder) for file in files if file.startswith(folder) and file.endswith(".safetensors")]
+    if LORA_WEIGHT_NAME_SAFE in names:
+        return LORA_WEIGHT_NAME_SAFE
+    if len(names) > 1:
+        raise ValueError(f"It has several files, {', '.join(map(repr, sorted(names)))}.")
+    return names[0] if names else None
 
 
 def _refuse_pickles(source: str | os.PathLike, weight_name: str | None) -> None:

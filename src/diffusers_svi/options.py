@@ -17,7 +17,7 @@ class FilmOptions(TypedDict, total=False):
 
     Args:
         negative_prompt (`str`, *optional*):
-            What the film should not show, in every clip. Only used with guidance.
+            What the film should not show, in every clip. Only used with guidance. `NEGATIVE_PROMPT` is the authors'.
         num_clips (`int`, *optional*, defaults to `len(prompts)`):
             Clips of the film, those before `state` included.
         condition_frames (`int`, *optional*):
@@ -25,8 +25,16 @@ class FilmOptions(TypedDict, total=False):
         conditioning (`Scheme`, *optional*):
             How a clip is conditioned on the one before. Defaults to the scheme the loaded SVI LoRA was trained for,
             without one to `PixelMotion(num_frames=1, padding="zeros")`, the plain chain.
-        height (`int`, defaults to 480), width (`int`, defaults to 832):
-            Size of the film in pixels, multiples of 16 and of what the VAE and the transformer's patches ask for.
+        height, width (`int`, *optional*):
+            Size of the film in pixels, multiples of 16 and of what the VAE and the transformer's patches ask for. By
+            default of the aspect of `image` and the area of 480 x 832, or as in `state`.
+        resize_mode (`str`, defaults to `"stretch"`):
+            What happens to an `image` of another aspect: `"stretch"` distorts it, as the parent pipeline does, with a
+            warning from 2% on; `"crop"` cuts off what does not fit; `"pad"` adds black.
+        clip_resize (`str`, *optional*):
+            What the image encoder of Wan 2.1 sees of a frame: `"crop"`, the square in the middle, as in diffusers, or
+            `"squash"`, all of it, squeezed, as the authors have it. Defaults to what the loaded SVI LoRA was trained
+            with (the published ones for Wan 2.1 with `"squash"`), without one to `"crop"`.
         num_frames (`int`, defaults to 81):
             Frames of a clip, 1 + 4n.
         num_inference_steps (`int`, defaults to 50):
@@ -55,10 +63,13 @@ class FilmOptions(TypedDict, total=False):
             As in the parent, called at every step of every clip. Setting `pipe._interrupt = True` ends the film with
             the last clip that was finished.
         max_sequence_length (`int`, defaults to 512):
-            Tokens of a prompt.
+            Tokens of a prompt, 1 to 512.
         state (`ChainState`, *optional*):
             Go on from here: `prompts`, `seeds` and `num_clips` are still those of the whole film, of which the clips
-            made before `state` are left out. What comes is, to the bit, what would have come without a stop.
+            made before `state` are left out. What comes is, to the bit, what would have come without a stop. If the
+            film was finished, `state.start` frames of it stay: its last clip is told again from there on.
+        ignore_state_settings (`bool`, defaults to `False`):
+            Do not warn where `state` was made with other models, LoRAs or settings.
         ignore_lora_conditioning (`bool`, defaults to `False`):
             Run a scheme other than the one the loaded LoRA was trained for.
         prompt (`str` or `Iterable[str]`, *optional*):
@@ -71,8 +82,10 @@ class FilmOptions(TypedDict, total=False):
     num_clips: int | None
     condition_frames: int | None
     conditioning: Scheme | None
-    height: int
-    width: int
+    height: int | None
+    width: int | None
+    resize_mode: str
+    clip_resize: str | None
     num_frames: int
     num_inference_steps: int
     guidance_scale: float
@@ -88,6 +101,7 @@ class FilmOptions(TypedDict, total=False):
     callback_on_step_end_tensor_inputs: list[str]
     max_sequence_length: int
     state: ChainState | None
+    ignore_state_settings: bool
     ignore_lora_conditioning: bool
     prompt: "str | ClipSpec | Iterable[str | ClipSpec] | None"
     num_videos_per_prompt: int
@@ -95,14 +109,14 @@ class FilmOptions(TypedDict, total=False):
 
 # What is not here defaults to `None`.
 _DEFAULTS: dict[str, Any] = {
-    "height": 480,
-    "width": 832,
+    "resize_mode": "stretch",
     "num_frames": 81,
     "num_inference_steps": 50,
     "guidance_scale": 5.0,
     "output_type": "np",
     "callback_on_step_end_tensor_inputs": ["latents"],
     "max_sequence_length": 512,
+    "ignore_state_settings": False,
     "ignore_lora_conditioning": False,
     "num_videos_per_prompt": 1,
 }

@@ -52,18 +52,28 @@ def _statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[torch.Ten
     return mean, inverse_std
 
 
-def first_frame_mask(condition: torch.Tensor) -> torch.Tensor:
-    """The mask beside `condition`: `(batch, 4, latent_frames, h, w)`, 1 on the first latent frame and 0 elsewhere.
+def known_mask(condition: torch.Tensor, known_frames: int | torch.Tensor = 1) -> torch.Tensor:
+    """The mask beside `condition`: `(batch, 4, latent_frames, h, w)`, 1 on the first `known_frames` frames, else 0.
 
-    It marks one frame whatever the number of condition frames: every member of the SVI family is trained this way.
+    A latent frame has a channel for each of its four frames; the first of a clip has all four for its one. One frame
+    is marked whatever the number of condition frames, unless the scheme says otherwise: every published member of the
+    SVI family is trained this way.
+
+    Args:
+        condition (`torch.Tensor` of shape `(batch, z_dim, latent_frames, h, w)`): Condition latents.
+        known_frames (`int`, or `torch.Tensor` of shape `(batch,)`, defaults to 1): Frames, 1 or more.
     """
-    mask = condition.new_zeros(condition.shape[0], TEMPORAL_FACTOR, *condition.shape[2:])
-    mask[:, :, 0] = 1
-    return mask
+    batch, _, latent_frames = condition.shape[:3]
+    # The frame that each channel of each latent frame is for.
+    frames = torch.arange(latent_frames * TEMPORAL_FACTOR) - (TEMPORAL_FACTOR - 1)
+    frames = frames.clamp(min=0).view(latent_frames, TEMPORAL_FACTOR).T
+    known = frames < torch.as_tensor(known_frames).cpu().view(-1, 1, 1)
+    mask = known.to(condition)[..., None, None]
+    return mask.expand(batch, -1, -1, *condition.shape[3:])
 
 
 def pipeline_condition(
-    condition: torch.Tensor, latent_frames: int, expand_timesteps: bool
+    condition: torch.Tensor, latent_frames: int, expand_timesteps: bool, known_frames: int = 1
 ) -> tuple[torch.Tensor, ...]:
     """What `WanImageToVideoPipeline.prepare_latents` returns behind the noise.
 
@@ -71,13 +81,14 @@ def pipeline_condition(
         condition (`torch.Tensor` of shape `(batch, z_dim, n, h, w)`): As in [`transformer_inputs`].
         latent_frames (`int`): Of the clip.
         expand_timesteps (`bool`): Whether the model holds the condition in place of the first latent frames.
+        known_frames (`int`, defaults to 1): As in [`known_mask`].
 
     Returns:
         Mask and condition on channels, `(batch, 4 + z_dim, latent_frames, h, w)`; with `expand_timesteps`, the held
         latents followed by zeros, `(batch, z_dim, latent_frames, h, w)`, and `(1, 1, latent_frames, h, w)`, 0 on them.
     """
     if not expand_timesteps:
-        return (torch.cat([first_frame_mask(condition), condition], dim=1),)
+        return (torch.cat([known_mask(condition, known_frames), condition], dim=1),)
     held = condition.shape[2]
     mask = condition.new_ones(1, 1, latent_frames, *condition.shape[3:])
     mask[:, :, :held] = 0
@@ -90,6 +101,7 @@ def transformer_inputs(
     sigmas: torch.Tensor,
     patch_size: tuple[int, int, int],
     expand_timesteps: bool,
+    known_frames: int | torch.Tensor = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""What a Wan transformer takes: its hidden states and its timesteps.
 
@@ -102,6 +114,7 @@ def transformer_inputs(
         sigmas (`torch.Tensor` of shape `(batch,)`): Noise levels.
         patch_size (`tuple[int, int, int]`): Of the transformer.
         expand_timesteps (`bool`): Whether the model holds the condition in place of the first latent frames.
+        known_frames (`int`, or `torch.Tensor` of shape `(batch,)`, defaults to 1): As in [`known_mask`].
 
     Returns:
         `(batch, z_dim + 4 + z_dim, latent_frames, h, w)` and `(batch,)`; with `expand_timesteps`,
@@ -110,7 +123,7 @@ def transformer_inputs(
     # source: the denoising loop of WanImageToVideoPipeline.__call__
     timesteps = 1000 * sigmas
     if not expand_timesteps:
-        return torch.cat([noisy, first_frame_mask(condition), condition], dim=1), timesteps
+        return torch.cat([noisy, known_mask(condition, known_frames), condition], dim=1), timesteps
     held = condition.shape[2]
     tokens = timesteps.view(-1, 1, 1).repeat(
         1, noisy.shape[2], noisy[0, 0, 0, :: patch_size[1], :: patch_size[2]].numel()

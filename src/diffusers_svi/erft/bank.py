@@ -17,6 +17,7 @@ from .storage import DTYPES, PART, make_storage, slot_bytes, squared_distance
 
 
 REPLACEMENTS = ("l2", "random", "fifo")
+METRICS = ("residual", "clean")
 # In a full grid at most so many errors, the nearest by their sketches, are compared in full ...
 CANDIDATES = 16
 # ... unless a sketch tells, by so many standard deviations, that one is further away than the nearest.
@@ -32,6 +33,9 @@ class BankConfig:
         capacity (`int`, defaults to 500): Errors a grid holds.
         replacement (`str`, defaults to `"l2"`):
             What a new error replaces in a full grid: the nearest ("l2"), any ("random"), or the oldest ("fifo").
+        metric (`str`, defaults to `"residual"`):
+            What the nearest is nearest by: the residual r ("residual"), or the error on the clean side, sigma * r
+            ("clean"): the errors of a grid are of neighbouring sigmas.
         dtype (`str`, defaults to `"bfloat16"`): "float32", "bfloat16" or "int8" (a scale for every 128 values).
         byte_budget (`int`, *optional*): Bytes the bank may take; lowers `capacity` to what fits.
         path (`str`, *optional*): A file to keep the errors in, mapped into memory, instead of memory itself.
@@ -43,6 +47,7 @@ class BankConfig:
     num_grids: int = 50
     capacity: int = 500
     replacement: str = "l2"
+    metric: str = "residual"
     dtype: str = "bfloat16"
     byte_budget: int | None = None
     path: str | None = None
@@ -52,6 +57,7 @@ class BankConfig:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)
         check_choice("replacement", self.replacement, REPLACEMENTS)
+        check_choice("metric", self.metric, METRICS)
         check_choice("dtype", self.dtype, DTYPES)
 
     def num_bytes(self, error_shape: tuple[int, ...], num_grids: int | None = None) -> int:
@@ -182,10 +188,11 @@ class ErrorBank:
     def put(self, grid: int, residual: torch.Tensor, sigma: float, generator: torch.Generator) -> int:
         """Take one residual into `grid` and return its place there."""
         error = residual.detach().reshape(-1).to(device="cpu", dtype=torch.float32)
-        sketch = self.sketch.of(error)
+        compared = error * sigma if self.config.metric == "clean" else error
+        sketch = self.sketch.of(compared)
         place = int(self.counts[grid])
         if place == self.config.capacity:
-            place = self._victim(grid, error, sketch, generator)
+            place = self._victim(grid, compared, sketch, generator)
         slot = self.first_slot[grid] + place
         # Read once: a writer that finishes takes it away at any moment.
         before_write = self.before_write
@@ -215,7 +222,7 @@ class ErrorBank:
         return {**self.storage.tensors, "sketches": self.sketch.rows, "sigmas": self.slot_sigmas}
 
     def _victim(self, grid: int, error: torch.Tensor, sketch: torch.Tensor, generator: torch.Generator) -> int:
-        """The place that a new error of a full grid takes."""
+        """The place that a new error of a full grid takes; `error` is what the metric compares."""
         capacity = self.config.capacity
         if self.config.replacement == "random":
             return int(torch.randint(capacity, (), generator=generator))
@@ -228,7 +235,8 @@ class ErrorBank:
         places: list[int] = nearest[estimates <= estimates[0] * (1 + DEVIATIONS * self.sketch.deviation)].tolist()
         victim, smallest = places[0], math.inf
         for place in places if len(places) > 1 else []:
-            distance = squared_distance(self.storage, first + place, error, limit=smallest)
+            scale = float(self.slot_sigmas[first + place]) if self.config.metric == "clean" else 1.0
+            distance = squared_distance(self.storage, first + place, error, smallest, scale)
             if distance < smallest:
                 victim, smallest = place, distance
         return victim

@@ -26,6 +26,8 @@ class InjectionConfig:
         img_sigmas (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
             Range of the grids that the errors of conditions come from. Those of high sigma are large.
         img_scale (`tuple[float, float]`, defaults to `(1.0, 1.0)`): Range of a random factor on them.
+        modulation (`float`, defaults to 0.0):
+            Every error, of latents, noise or condition, is scaled by a random factor in [1 - m, 1 + m] of its own.
 
     Raises:
         ValueError: for a value out of its range.
@@ -40,6 +42,7 @@ class InjectionConfig:
     first_error: int = 0
     img_sigmas: tuple[float, float] = (0.0, 1.0)
     img_scale: tuple[float, float] = (1.0, 1.0)
+    modulation: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("p_vid", "p_noi", "p_img", "p_clean"):
@@ -52,6 +55,11 @@ class InjectionConfig:
         low, high = self.img_scale
         if not 0 <= low <= high:
             raise ValueError(f"`img_scale` must be a range of factors, lower end first, got {self.img_scale}.")
+        if not 0 <= self.modulation <= 1:
+            raise ValueError(
+                f"`modulation` must be in [0, 1], or the factors 1 - m to 1 + m turn errors round, got "
+                f"{self.modulation}."
+            )
 
 
 class Switches(NamedTuple):
@@ -88,6 +96,15 @@ def draw_img_grids(
     if len(grids) == 0:
         return torch.full((batch_size,), -1)
     return grids[(shares * len(grids)).long()]
+
+
+def draw_factors(config: InjectionConfig, count: int, generator: torch.Generator) -> list[float]:
+    """A factor for each of `count` errors, uniform in [1 - modulation, 1 + modulation]; nothing is drawn for 0."""
+    if not config.modulation:
+        return [1.0] * count
+    # source: `error_modulate_factor` of the authors' training script
+    shares = torch.rand(count, generator=generator, dtype=torch.float64)
+    return (1 + config.modulation * (2 * shares - 1)).tolist()
 
 
 def add_to_condition(

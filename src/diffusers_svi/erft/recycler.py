@@ -8,7 +8,7 @@ from accelerate.utils import gather
 
 from ..checks import check_probability
 from .bank import ErrorBank
-from .injection import InjectionConfig, Switches, add_to_condition, draw_img_grids, draw_switches
+from .injection import InjectionConfig, Switches, add_to_condition, draw_factors, draw_img_grids, draw_switches
 from .objective import clean_side_error, noise_side_error
 
 
@@ -92,12 +92,14 @@ class ErrorRecycler:
             for switch, grid in ((switches.vid, grids), (switches.noi, grids), (switches.img, img_grids))
         ]
         errors = self.bank.draw(torch.cat(wanted), self.generator)
+        factors = draw_factors(self.injection, len(errors), self.generator)
         latents, noise, condition = latents.clone(), noise.clone(), condition.clone()
         for index, error in enumerate(errors):
             if error is None:
                 continue
             memory, sample = divmod(index, len(latents))
-            residual, sigma = error.residual.unsqueeze(0).to(latents.device), torch.tensor([error.sigma])
+            residual = error.residual.unsqueeze(0).to(latents.device) * factors[index]
+            sigma = torch.tensor([error.sigma])
             if memory == 0:
                 latents[sample] += clean_side_error(residual, sigma)[0]
             elif memory == 1:

@@ -22,7 +22,9 @@ from .bank import ErrorBank
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 # What must agree between a bank and the file it is to be filled from.
-_LAYOUT = ("error_shape", "num_grids", "dtype", "owned")
+_LAYOUT = ("error_shape", "num_grids", "dtype", "owned", "metric")
+# What a file that does not say so has.
+_BEFORE = {"metric": '"residual"'}
 
 
 class BankWriter:
@@ -115,14 +117,15 @@ def load_bank(bank: ErrorBank, path: str | os.PathLike) -> None:
     """Fill `bank` from a file of [`save_bank`].
 
     Raises:
-        ValueError: if the file holds errors of another shape, dtype, or grids, or more of them than the bank can take;
-            or if it is not what was written, which shows when all of it was read.
+        ValueError: if the file holds errors of another shape, dtype, grids or metric, or more of them than the bank
+            can take; or if it is not what was written, which shows when all of it was read.
     """
     metadata = _read_metadata(path)
     for name, value in _layout(bank).items():
-        if metadata.get(name) != value:
+        saved = metadata.get(name, _BEFORE.get(name))
+        if saved != value:
             raise ValueError(
-                f"The error bank {os.fspath(path)!r} has {name} {metadata.get(name)}, but this run {value}: go on "
+                f"The error bank {os.fspath(path)!r} has {name} {saved}, but this run {value}: go on "
                 "with the settings, and the number of processes, that it was saved with."
             )
     counts = torch.tensor(json.loads(metadata["counts"]))
@@ -185,7 +188,7 @@ def _header(header: dict[str, dict], checksums: dict[str, int]) -> bytes:
 
 def _metadata_checksum(metadata: dict[str, str]) -> int:
     # The order in a header is nobody's business.
-    known = {name: value for name, value in metadata.items() if name != "checksums"}
+    known = {**_BEFORE, **{name: value for name, value in metadata.items() if name != "checksums"}}
     return _checksum(json.dumps(known, sort_keys=True).encode())
 
 
@@ -203,5 +206,6 @@ def _slots(bank: ErrorBank, counts: torch.Tensor) -> list[int]:
 
 
 def _layout(bank: ErrorBank) -> dict[str, str]:
-    values = (bank.error_shape, bank.config.num_grids, bank.config.dtype, list(bank.first_slot))
+    config = bank.config
+    values = (bank.error_shape, config.num_grids, config.dtype, list(bank.first_slot), config.metric)
     return {name: json.dumps(value) for name, value in zip(_LAYOUT, values, strict=True)}

@@ -35,13 +35,21 @@ def make_storage(num_slots: int, size: int, dtype: str, path: str | None = None)
 
 
 def squared_distance(
-    storage: "FloatStorage | Int8Storage", slot: int, error: torch.Tensor, limit: float = math.inf
+    storage: "FloatStorage | Int8Storage",
+    slot: int,
+    error: torch.Tensor,
+    limit: float = math.inf,
+    scale: float = 1.0,
 ) -> float:
-    """From a stored error to `error`, flat, in float32; given up, for what it has come to, once beyond `limit`."""
+    """From a stored error, times `scale`, to `error`, flat, in float32.
+
+    It is given up, for what it has come to, once beyond `limit`.
+    """
     total = 0.0
     for index, part in enumerate(error.split(PART)):
         first = index * PART
-        total += float(torch.dist(storage.read(slot, first, first + len(part)), part)) ** 2
+        stored = storage.read(slot, first, first + len(part))
+        total += float(torch.dist(stored if scale == 1 else stored * scale, part)) ** 2
         if total > limit:
             break
     return total

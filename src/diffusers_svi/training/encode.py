@@ -16,8 +16,9 @@ from diffusers.training_utils import free_memory
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from ..checks import check_choice
 from ..conditioning import Carried, Scheme
-from ..pixels import to_pil, to_uint8
+from ..pixels import CLIP_RESIZES, squash, to_pil, to_uint8
 from ..wan import encode_video
 from .cache import CachedSamples, TensorCache, fingerprint
 from .samples import Samples
@@ -44,7 +45,12 @@ def fingerprint_encoders(folder: str | os.PathLike) -> str:
 
 @torch.no_grad()
 def encode_sample(
-    pipe: WanImageToVideoPipeline, sample: dict, scheme: Scheme, num_frames: int, first_clips: bool = False
+    pipe: WanImageToVideoPipeline,
+    sample: dict,
+    scheme: Scheme,
+    num_frames: int,
+    first_clips: bool = False,
+    clip_resize: str = "crop",
 ) -> dict[str, torch.Tensor]:
     """Latents of a sample's clip and what the model is given to go on from the clip before.
 
@@ -65,14 +71,15 @@ def encode_sample(
     clip, history = video[:, :, -num_frames:], video[:, :, :num_frames]
     # A film begins with its start image, which is the reference or anchor too.
     known, first = Carried(reference), Carried(frames[:, :, 0])
-    # source: the image that CLIP sees is the first condition frame; with an anchor latent, the anchor
+    # source: the image that CLIP sees is the first condition frame, never augmented; with an anchor latent, the anchor
+    begin = clip[:, :, 0]
     seen = reference
     if scheme.carried_latents:
         known = Carried(reference, latents=encode_video(pipe.vae, history))
     elif scheme.carried_frames:
-        known, first = Carried(reference, frames), Carried(clip[:, :, 0], frames[:, :, :1])
-        seen = frames[:, :, 0]
-    given = {"": (known, seen), **({"first_": (first, frames[:, :, 0])} if first_clips else {})}
+        known, first = Carried(reference, frames), Carried(begin, frames[:, :, :1])
+        seen = begin
+    given = {"": (known, seen), **({"first_": (first, begin)} if first_clips else {})}
 
     encoded = {"latents": encode_video(pipe.vae, clip)}
     for prefix, (carried, image) in given.items():
@@ -80,13 +87,16 @@ def encode_sample(
             pipe.vae, carried, num_frames, bool(pipe.config.expand_timesteps)
         )
         if pipe.image_encoder is not None:
-            encoded[f"{prefix}image_embeds"] = pipe.encode_image(to_pil(to_uint8(image[0])), device)
+            picture = to_pil(to_uint8(image[0]))
+            if clip_resize == "squash":
+                picture = squash(picture, pipe.image_encoder.config.image_size)
+            encoded[f"{prefix}image_embeds"] = pipe.encode_image(picture, device)
     return {name: value[0].float().cpu() for name, value in encoded.items()}
 
 
 @torch.no_grad()
 def encode_caption(pipe: WanImageToVideoPipeline, caption: str, max_sequence_length: int = 512) -> torch.Tensor:
-    """The embedding of a prompt, `(max_sequence_length, dim)`, on the CPU in float32."""
+    """The embedding of a prompt as the pipeline has it, `(tokens, dim)`, on the CPU in float32."""
     embeds = pipe.encode_prompt(caption, None, False, max_sequence_length=max_sequence_length)[0]
     return embeds[0].float().cpu()
 
@@ -101,6 +111,7 @@ def encode_samples(
     text_dtype: torch.dtype,
     max_sequence_length: int = 512,
     first_clips: bool = False,
+    clip_resize: str = "crop",
     num_workers: int = 0,
 ) -> tuple[CachedSamples, torch.Tensor]:
     """All samples, encoded; what the cache lacks is added to it, by every process its share.
@@ -113,15 +124,17 @@ def encode_samples(
         encoders (`str`): What they are, part of the keys: `fingerprint_encoders` of their folder.
         text_dtype (`torch.dtype`): What the text encoder computes in, part of the keys of captions.
         max_sequence_length (`int`, defaults to 512): Tokens of a prompt.
-        first_clips (`bool`, defaults to `False`): As in [`encode_sample`].
+        first_clips (`bool`, defaults to `False`), clip_resize (`str`, defaults to `"crop"`):
+            As in [`encode_sample`].
         num_workers (`int`, defaults to 0): Processes that read the videos.
 
     Returns:
         The samples, as [`encode_sample`] has them and with `prompt_embeds`, and the embedding of the empty prompt.
     """
+    check_choice("clip_resize", clip_resize, CLIP_RESIZES)
     state, layout = PartialState(), samples.layout
     captions = [samples.caption(index) for index in range(len(samples))]
-    kinds = ["first"] if first_clips else []
+    kinds = [*(["first"] if first_clips else []), *(["squash"] if clip_resize == "squash" else [])]
     keys = [fingerprint(samples.key(i), encoders, scheme.to_dict(), *kinds) for i in range(len(samples))]
     text_keys = {
         caption: fingerprint(encoders, str(text_dtype), max_sequence_length, caption) for caption in {*captions, ""}
@@ -139,7 +152,8 @@ def encode_samples(
         with state.split_between_processes(missing) as share:
             loader = DataLoader(Subset(samples, share), batch_size=None, num_workers=num_workers)
             for index, sample in zip(share, progress(loader, desc="Encoding clips"), strict=True):
-                cache.save(keys[index], encode_sample(pipe, sample, scheme, layout.num_frames, first_clips))
+                encoded = encode_sample(pipe, sample, scheme, layout.num_frames, first_clips, clip_resize)
+                cache.save(keys[index], encoded)
         del pipe
         free_memory()
     state.wait_for_everyone()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import export_to_video, make_image_grid
+from diffusers.utils import make_image_grid
 
+from ..video import save_video
 from .quality import drift_figures
 
 
@@ -24,7 +25,7 @@ def save_film(path: str | os.PathLike, clips: list[np.ndarray], fps: int = 16) -
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    export_to_video(list(np.concatenate(clips)), str(path), fps=fps)
+    save_video(path, np.concatenate(clips), fps)
     # To be looked at where no video plays.
     last = VaeImageProcessor.numpy_to_pil(np.stack([clip[-1] for clip in clips]))
     make_image_grid(last, rows=1, cols=len(last)).save(path.with_suffix(".png"))

@@ -17,7 +17,7 @@ from .samples import Samples
 # They say what the LoRA is, or are part of the optimizer's state or the bank: another value is refused.
 FIXED = (
     *("preset", "conditioning", "padding", "num_motion_frames", "num_motion_latents", "p_motion", "p_text_start"),
-    *("reference", "first_frame_augmentation", "ref_pad_num", "repeat_first_frame", "mask_frames"),
+    *("reference", "first_frame_augmentation", "ref_pad_num", "repeat_first_frame", "mask_frames", "clip_resize"),
     *("expert", "quantize_base", "rank", "lora_alpha", "lora_layers", "lora_dropout"),
     *("init_lora", "init_lora_weight_name"),
     *("height", "width", "num_frames", "fps", "center_crop", "random_flip", "samples_per_video", "enable_tiling"),

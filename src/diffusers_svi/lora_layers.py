@@ -1,0 +1,50 @@
+"""The layers of a transformer as LoRAs find them: which have one, and what fits on them."""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+def lora_layers(transformer: torch.nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers with adapters, by name."""
+    return {name: layer for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+def at_work(layer: BaseTunerLayer) -> list[str]:
+    """The adapters of a layer that are active, and not with a weight of 0."""
+    return [name for name in layer.active_adapters if layer.scaling.get(name)]
+
+
+def layer_of(key: str) -> str:
+    """The layer that a weight of a LoRA is for."""
+    return key.removeprefix("transformer.").partition(".lora_")[0]
+
+
+def check_fits(state_dict: dict[str, torch.Tensor], layers: dict[str, torch.nn.Module], name: str) -> None:
+    """Raise a `ValueError` unless every LoRA matrix of `state_dict` has its layer in `layers`."""
+    for key, value in state_dict.items():
+        layer = layer_of(key)
+        if layer not in layers:
+            raise ValueError(
+                f"The LoRA {name!r} has weights for `{layer}`, which this transformer does not have. It was made for "
+                "another model: load the LoRA of this base model, or the base model of this LoRA."
+            )
+        rows, *columns = shape_of(layers[layer])
+        side = key.split(".lora_")[1]
+        fits = value.shape[0] == rows if side.startswith("B") else list(value.shape[1:]) == columns
+        if not fits:
+            raise ValueError(
+                f"The LoRA {name!r} does not fit this transformer: `{layer}.lora_{side[0]}` is {tuple(value.shape)}, "
+                f"but the layer is {' x '.join(map(str, (rows, *columns)))}. It was made for a model of another size: "
+                "load the LoRA of this base model, or the base model of this LoRA."
+            )
+
+
+def shape_of(layer: torch.nn.Module) -> tuple[int, ...]:
+    """What a weight of this layer has in full precision. Quantized ones are packed, so the layer itself is asked."""
+    # Adapters loaded before wrap their layers.
+    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if isinstance(base, torch.nn.Conv3d):
+        return base.out_channels, base.in_channels, *base.kernel_size
+    return base.out_features, base.in_features
