@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import os
-import warnings
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,13 +28,11 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from diffusers import BitsAndBytesConfig, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import cast_training_params, free_memory
+from diffusers.training_utils import free_memory
 from diffusers.utils import load_image
-from diffusers.utils.torch_utils import is_compiled_module
-from peft import LoraConfig, convert_to_lora, prepare_model_for_kbit_training, set_peft_model_state_dict
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, set_peft_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
@@ -54,17 +52,41 @@ from diffusers_svi.erft import (
 )
 from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.flow import interpolate, shifted_sigmas
-from diffusers_svi.lora_file import TARGET_MODULES, read_lora, save_lora
+from diffusers_svi.lora_file import read_lora, save_lora
 from diffusers_svi.training.cache import TensorCache
-from diffusers_svi.training.checkpoints import Checkpoints
+from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
+from diffusers_svi.training.environment import check_file_writable, check_trackers, check_writable, own_folder
 from diffusers_svi.training.films import save_film
+from diffusers_svi.training.finite import all_finite
 from diffusers_svi.training.frames import Video
+from diffusers_svi.training.known_elsewhere import explain
+from diffusers_svi.training.layers import parse_layers
+from diffusers_svi.training.lora_model import load_transformer, lora_state_dict, read_init_lora, unwrap
 from diffusers_svi.training.model_card import TrainedLora, weight_name, write_model_card
+from diffusers_svi.training.offload import offload_encoders
+from diffusers_svi.training.optimizers import (
+    LEARNING_RATES,
+    OPTIMIZERS,
+    apply_learning_rate,
+    check_optimizer,
+    make_optimizer,
+)
 from diffusers_svi.training.push import PushError, download_model, open_repo, push
+from diffusers_svi.training.ranges import check_combinations, check_ranges
+from diffusers_svi.training.run_arguments import (
+    check_steps,
+    compare_arguments,
+    compare_content,
+    describe_arguments,
+    describe_content,
+    read_run,
+    write_run,
+)
 from diffusers_svi.training.samples import SampleLayout, Samples
 from diffusers_svi.training.sources import open_dataset, open_folder, usable_videos
-from diffusers_svi.wan import transformer_inputs
+from diffusers_svi.training.weighting import SCHEMES, timestep_pool, timestep_weights
+from diffusers_svi.wan import num_latent_frames, transformer_inputs
 
 
 logger = get_logger(__name__)
@@ -129,13 +151,21 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Wan I2V model for diffusers: Hub name or folder.")
     add("--revision", help="Revision of the model on the Hub.")
+    add("--variant", help="Of its weight files, fp16 say.")
     add("--cache_dir", help="Where downloads from the Hub are kept.")
     add("--expert", choices=("high", "low"), help="Wan 2.2 A14B: which expert to train, on its side of the boundary.")
     text = "Load the frozen base quantized by bitsandbytes (QLoRA). For long films use the LoRA on the full base."
     add("--quantize_base", choices=("4bit", "8bit"), help=text)
+    text = "Tiles in the VAE, for less memory. Not as published: over many clips, tiles leave traces."
+    add("--enable_tiling", "--tiled", action="store_true", help=text)
+    add("--offload", action="store_true", help="Keep encoders and VAE on the CPU but when they are used.")
 
     add = parser.add_argument_group("data, one of the two sources").add_argument
-    add("--train_data_dir", help="Folder of videos with a CSV or JSONL file of captions, the authors' CSV included.")
+    add(
+        "--train_data_dir",
+        "--dataset_path",
+        help="Folder of videos with a CSV or JSONL file of captions, the authors' CSV included.",
+    )
     add("--dataset_name", help="Hugging Face dataset with a video column: Hub name or folder.")
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--video_column", help="Column of the videos; found by its name if not given.")
@@ -179,7 +209,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--clip_resize", choices=("squash", "crop"), default="squash", help=text)
     text = "Where the reference frame is taken from: any frame of the clip, never one of it, or one before it."
     add("--reference", choices=("inside", "outside", "before"), help=text)
-    add("--first_frame_augmentation", action=argparse.BooleanOptionalAction, help="Jitter, blur and sharpen them.")
+    names = ("--first_frame_augmentation", "--use_first_aug")
+    add(*names, action=argparse.BooleanOptionalAction, help="Jitter, blur and sharpen them.")
 
     add = parser.add_argument_group("error recycling; the preset sets what is not given").add_argument
     add("--p_vid", "--latent_prob", "--svi_p_vid", "--latent_inject_prob", type=float, help="Errors on the latents.")
@@ -216,29 +247,55 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--buffer_warmup_iter", "--svi_warmup_iter", type=int, default=50, help=text)
 
     add = parser.add_argument_group("training").add_argument
-    add("--output_dir", required=True, help="Where the LoRA, checkpoints, logs and films go.")
+    add("--output_dir", "--output_path", required=True, help="Where the LoRA, checkpoints, logs and films go.")
     add("--seed", type=int, default=0, help="Of everything random.")
     add("--rank", "--lora_rank", type=int, default=128, help="Of the LoRA.")
     add("--lora_alpha", type=float, help="The rank if not given, so that the LoRA's scale is 1.")
-    add("--init_lora", help="LoRA to go on from, of the same rank: a file, or a folder or Hub repository with it.")
+    text = (
+        "Layers it is for, such as to_q,to_k,ffn.0. If not given those that were published: all in attention and ffn."
+    )
+    add("--lora_layers", "--lora_target_modules", help=text)
+    add("--lora_dropout", type=float, default=0.0, help="Share of its inputs that a step leaves out.")
+    text = "LoRA to go on from, of the same rank: a file, or a folder or Hub repository with it."
+    add("--init_lora", "--pretrained_lora_path", help=text)
     add("--init_lora_weight_name", help="The file in that folder or repository.")
     add("--train_batch_size", type=int, default=1, help="Samples a step and process.")
-    add("--gradient_accumulation_steps", type=int, default=1, help="Batches a step.")
-    add("--num_train_epochs", type=int, default=10, help="How often all samples are seen.")
+    names = ("--gradient_accumulation_steps", "--accumulate_grad_batches")
+    add(*names, type=int, default=1, help="Batches a step.")
+    add("--num_train_epochs", "--max_epochs", type=int, default=10, help="How often all samples are seen.")
     add("--max_train_steps", type=int, help="Instead of epochs.")
-    add("--learning_rate", type=float, default=1e-4, help="Of AdamW; the paper has 2e-5.")
+    text = "1e-4 if not given (the paper has 2e-5); for Prodigy, which finds its own, 1."
+    add("--learning_rate", type=float, help=text)
+    add("--scale_lr", action="store_true", help="Multiply it by the number of samples a step.")
     schedules = [scheduler.value for scheduler in SchedulerType if scheduler.value != "piecewise_constant"]
     add("--lr_scheduler", choices=schedules, default="constant", help="How it changes.")
     add("--lr_warmup_steps", type=int, default=0, help="Steps in which it rises.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Of polynomial.")
+    add("--optimizer", type=str.lower, choices=OPTIMIZERS, default="adamw", help="Prodigy needs prodigyopt.")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
     add("--adam_beta2", type=float, default=0.999, help="Decay of the mean of their squares.")
     add("--adam_weight_decay", type=float, default=1e-2, help="Of AdamW.")
     add("--adam_epsilon", type=float, default=1e-8, help="Of AdamW.")
-    add("--max_grad_norm", type=float, default=1.0, help="Larger gradients are scaled down to it.")
+    add(
+        "--max_grad_norm",
+        "--gradient_clip_val",
+        type=float,
+        default=1.0,
+        help="Larger gradients are scaled down to it.",
+    )
     add("--flow_shift", "--sigma_shift", type=float, default=5.0, help="Of the training timesteps.")
+    text = (
+        "How often noise levels are drawn and what they count. svi: as published; the others as in diffusers' scripts."
+    )
+    add("--weighting_scheme", choices=SCHEMES, default="svi", help=text)
+    add("--logit_mean", type=float, default=0.0, help="Of logit_normal.")
+    add("--logit_std", type=float, default=1.0, help="Of logit_normal.")
+    add("--mode_scale", type=float, default=1.29, help="Of mode.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="What accelerate is configured for if not given.")
-    add("--gradient_checkpointing", action="store_true", help="Less memory for more computing.")
+    names = ("--gradient_checkpointing", "--use_gradient_checkpointing")
+    add(*names, action="store_true", help="Less memory for more computing.")
     add("--allow_tf32", action="store_true", help="Faster float32 products on NVIDIA GPUs.")
 
     add = parser.add_argument_group("checkpoints, logs, validation").add_argument
@@ -254,6 +311,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--num_validation_clips", type=int, help="Clips of the film; the last prompt holds. One a prompt if not given."
     )
     add("--validation_steps", type=int, help="Make it every so many steps; it is always made at the end.")
+    add("--validation_epochs", type=int, help="Instead of steps.")
     add("--validation_inference_steps", type=int, default=50, help="Steps in which a clip is made.")
     add("--validation_guidance_scale", type=float, default=5.0, help="Weight of the prompt.")
     text = "original: beside diffusers' layout, a file for ComfyUI and the authors' loader."
@@ -265,12 +323,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--hub_model_id", help="Repository there; the name of `output_dir` if not given.")
     add("--hub_token", help="Token for it; that of `hf auth login` if not given.")
 
+    elsewhere = explain(sys.argv[1:] if arguments is None else arguments)
+    if elsewhere:
+        parser.exit(2, "\n".join((f"{parser.prog}: error: options that are not known here:", *elsewhere, "")))
     args = parser.parse_args(arguments)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.optimizer]
     try:
         check_args(args)
     except ValueError as error:
@@ -283,17 +346,12 @@ def check_args(args: argparse.Namespace) -> None:
     if bool(args.train_data_dir) == bool(args.dataset_name):
         given = "both" if args.train_data_dir else "none"
         raise ValueError(f"Give one of `--train_data_dir` and `--dataset_name`, got {given}.")
-    counts = ("rank", "train_batch_size", "gradient_accumulation_steps", "samples_per_video", "checkpointing_steps")
-    for name in counts:
-        if getattr(args, name) < 1:
-            raise ValueError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
+    check_ranges(vars(args))
+    check_combinations(vars(args))
     if args.export_rank is not None and not 1 <= args.export_rank <= args.rank:
         raise ValueError(
             f"`--export_rank` can only lower the rank: it must be between 1 and {args.rank}, got {args.export_rank}."
         )
-    for name in ("p_motion", "p_text_start", "proportion_empty_prompts"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"`--{name}` is a share in [0, 1], got {getattr(args, name)}.")
     if args.p_text_start and args.conditioning != "held":
         raise ValueError(f"`--p_text_start`={args.p_text_start} needs `--conditioning held`, got {args.conditioning}.")
     if args.conditioning != "pixel" and args.reference != "before":
@@ -310,6 +368,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"`--quantize_base={args.quantize_base}` needs a GPU: bitsandbytes quantizes nowhere else.")
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("`--hub_token` would be logged by wandb: use `hf auth login` instead.")
+    check_trackers(args.report_to)
+    check_optimizer(args.optimizer, args.use_8bit_adam)
+    parse_layers(args.lora_layers)
     make_injection(args)
     make_layout(args, make_scheme(args))
 
@@ -390,7 +451,9 @@ def find_videos(args: argparse.Namespace, layout: SampleLayout) -> list[Video]:
     return videos
 
 
-def load_pipeline(folder: Path, accelerator: Accelerator, **components: torch.nn.Module | None) -> SVIPipeline:
+def load_pipeline(
+    args: argparse.Namespace, folder: Path, accelerator: Accelerator, **components: torch.nn.Module | None
+) -> SVIPipeline:
     """The pipeline with `components` instead of its own, on this process's device."""
     weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
     dtypes = {"vae": torch.float32, "image_encoder": torch.float32, "default": weight_dtype}
@@ -399,100 +462,35 @@ def load_pipeline(folder: Path, accelerator: Accelerator, **components: torch.nn
         # Under ZeRO-3 transformers would deal its models out to the processes.
         unset_hf_deepspeed_config()
     try:
-        pipe = SVIPipeline.from_pretrained(folder, dtype=dtypes, **components)
+        pipe = SVIPipeline.from_pretrained(folder, dtype=dtypes, variant=args.variant, **components)
     finally:
         if plugin is not None:
             plugin.set_deepspeed_weakref()
-    return pipe.to(accelerator.device)
-
-
-def read_init_lora(args: argparse.Namespace) -> dict[str, torch.Tensor] | None:
-    """The weights to go on from, at the scale of this run."""
-    if args.init_lora is None:
-        return None
-    lora = read_lora(args.init_lora, args.init_lora_weight_name, cache_dir=args.cache_dir)
-    ranks = {value.shape[0] for name, value in lora.state_dict.items() if ".lora_A." in name}
-    if ranks != {args.rank}:
-        raise ValueError(
-            f"`--init_lora`: {lora.name!r} has rank {', '.join(map(str, sorted(ranks)))}, but `--rank` is {args.rank}."
-        )
-    # Files without settings are of scale 1.
-    alpha = (lora.adapter_metadata or {}).get("transformer.lora_alpha", args.rank)
-    return {
-        name.removeprefix("transformer."): value.float() * (alpha / args.lora_alpha if ".lora_B." in name else 1)
-        for name, value in lora.state_dict.items()
-    }
-
-
-def load_transformer(
-    args: argparse.Namespace,
-    folder: Path,
-    subfolder: str,
-    weight_dtype: torch.dtype,
-    init_lora: dict[str, torch.Tensor] | None,
-) -> WanTransformer3DModel:
-    """The frozen base with a float32 LoRA on it."""
-    quantization = None
-    if args.quantize_base == "4bit":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=weight_dtype
-        )
-    elif args.quantize_base == "8bit":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-    transformer = WanTransformer3DModel.from_pretrained(
-        folder, subfolder=subfolder, dtype=weight_dtype, quantization_config=quantization
-    )
-    transformer.requires_grad_(False)
-    if quantization is not None:
-        transformer = prepare_model_for_kbit_training(transformer, use_gradient_checkpointing=False)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=TARGET_MODULES))
-    cast_training_params(transformer, dtype=torch.float32)
-    if init_lora is not None:
-        own, given = get_peft_model_state_dict(transformer).keys(), init_lora.keys()
-        if own != given:
-            raise ValueError(
-                f"`--init_lora` does not fit: it lacks {len(own - given)} of {len(own)} weights of this model's LoRA, "
-                f"and has {len(given - own)} others."
-            )
-        set_peft_model_state_dict(transformer, init_lora)
-    return transformer
-
-
-def unwrap(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    model = accelerator.unwrap_model(model)
-    return model._orig_mod if is_compiled_module(model) else model
-
-
-def lora_state_dict(
-    accelerator: Accelerator, transformer: torch.nn.Module, rank: int | None = None
-) -> dict[str, torch.Tensor]:
-    """The LoRA's weights, or the nearest of a lower `rank`, with an alpha equal to it.
-
-    Under ZeRO-3 they are put together from all processes, which must all call this.
-    """
-    model, gathered = unwrap(accelerator, transformer), nullcontext()
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        import deepspeed
-
-        gathered = deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad])
-    with gathered, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Converting a PEFT adapter to LoRA that is already a LoRA")
-        state_dict = convert_to_lora(model, rank)[1] if rank else get_peft_model_state_dict(model)
-        return {name: value.detach().cpu().clone() for name, value in state_dict.items()}
+    if args.enable_tiling:
+        pipe.vae.enable_tiling()
+    if not args.offload:
+        return pipe.to(accelerator.device)
+    for transformer in filter(None, (pipe.transformer, pipe.transformer_2)):
+        transformer.to(accelerator.device)
+    offload_encoders(pipe, accelerator.device)
+    return pipe
 
 
 # 3. Error recycling
 
 
 def training_timesteps(args: argparse.Namespace, boundary: float | None) -> torch.Tensor:
-    """Indices into the 1000 training noise levels: all of them, or those on the expert's side of the boundary."""
-    sigmas = shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)
+    """Indices into the 1000 training noise levels to draw from, with an expert those on its side of the boundary."""
+    pool = timestep_pool(args.weighting_scheme, TRAIN_TIMESTEPS, args.logit_mean, args.logit_std, args.mode_scale)
     if args.expert is None:
-        return torch.arange(TRAIN_TIMESTEPS)
-    return ((sigmas >= boundary) == (args.expert == "high")).nonzero().flatten()
+        return pool
+    sigmas = shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[pool]
+    of_expert = pool[(sigmas >= boundary) == (args.expert == "high")]
+    if not len(of_expert):
+        raise ValueError(
+            f"`--weighting_scheme {args.weighting_scheme}` draws no noise level of the {args.expert}-noise expert."
+        )
+    return of_expert
 
 
 def make_recycler(
@@ -675,13 +673,12 @@ def save_model_card(
 
 
 def main(args: argparse.Namespace) -> None:
-    output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(output_dir / args.logging_dir)
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
         ),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
@@ -696,7 +693,31 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.state.deepspeed_plugin is not None:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
+    with own_folder("--output_dir", args.output_dir) if accelerator.is_main_process else nullcontext():
+        train(args, accelerator)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    output_dir, weight_dtype = Path(args.output_dir), WEIGHT_DTYPES[accelerator.mixed_precision]
+    # What is wanted, against what was begun
+    plugin = accelerator.state.deepspeed_plugin
+    launched = {"mixed_precision": accelerator.mixed_precision, "zero_stage": plugin and plugin.zero_stage}
+    arguments = describe_arguments({**vars(args), **launched})
+    arguments_file = output_dir / ("arguments.json" if args.expert is None else f"arguments_{args.expert}_noise.json")
+    resumed = find_checkpoint(output_dir, args.resume_from_checkpoint, accelerator.num_processes)
+    where, begun = (resumed[0], resumed[1].run) if resumed else (arguments_file, read_run(arguments_file))
+    if resumed:
+        check_steps(resumed[1].step, args.max_train_steps)
+    changes = compare_arguments(begun["arguments"], arguments, str(where)) if begun else []
+    if resumed:
+        for change in changes:
+            logger.warning(f"Going on, though {change}.")
+    elif begun:
+        logger.warning(f"{output_dir} has a LoRA of an earlier run: it will be replaced.")
+
+    if args.bank_path:
+        check_file_writable("--bank_path", f"{args.bank_path}.{accelerator.process_index}")
+    check_writable("--latent_cache_dir", args.latent_cache_dir or output_dir / "cache")
 
     # The model's settings
     folder = Path(args.pretrained_model_name_or_path)
@@ -719,23 +740,43 @@ def main(args: argparse.Namespace) -> None:
     subfolder = "transformer_2" if args.expert == "low" else "transformer"
     scheme = make_scheme(args)
     scheme.check(args.num_frames, expand_timesteps)
-    init_lora = read_init_lora(args)
+    init_lora = None
+    if args.init_lora:
+        init_lora = read_init_lora(
+            args.init_lora, args.init_lora_weight_name, args.rank, args.lora_alpha, args.cache_dir
+        )
     repo_id = args.hub_model_id or output_dir.name
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if args.push_to_hub:
-            repo_id = open_repo(repo_id, output_dir, scheme, args.expert, args.hub_token)
+    if accelerator.is_main_process and args.push_to_hub:
+        repo_id = open_repo(repo_id, output_dir, scheme, args.expert, args.hub_token)
     accelerator.wait_for_everyone()
+
+    # Error recycling
+    timesteps = training_timesteps(args, index.get("boundary_ratio"))
+    vae = AutoencoderKLWan.load_config(folder, subfolder="vae")
+    # Published configurations of Wan 2.1 leave out what is the default.
+    factor = vae.get("scale_factor_spatial", 8)
+    patch_size = tuple(WanTransformer3DModel.load_config(folder, subfolder=subfolder).get("patch_size", (1, 2, 2)))
+    for name, patch in (("height", patch_size[1]), ("width", patch_size[2])):
+        if getattr(args, name) % (factor * patch):
+            raise ValueError(
+                f"`--{name}` must be a multiple of {factor * patch} for this model, got {getattr(args, name)}."
+            )
+    size = args.height // factor, args.width // factor
+    latents_shape = (vae.get("z_dim", 16), num_latent_frames(args.num_frames), *size)
+    recycler = make_recycler(args, accelerator, latents_shape, timesteps)
 
     # Data: what the encoders make of the samples
     layout = make_layout(args, scheme)
     samples = Samples(find_videos(args, layout), layout, args.seed, args.samples_per_video)
+    run = {"arguments": arguments, "content": describe_content(folder, subfolder, samples)}
+    if resumed:
+        compare_content(begun["content"], run["content"], str(where))
     dataset, no_prompt = encode_samples(
         samples,
         scheme,
         TensorCache(args.latent_cache_dir or output_dir / "cache"),
-        lambda: load_pipeline(folder, accelerator, transformer=None, transformer_2=None),
-        fingerprint_encoders(folder),
+        lambda: load_pipeline(args, folder, accelerator, transformer=None, transformer_2=None),
+        fingerprint_encoders(folder) + (" tiled" if args.enable_tiling else ""),
         text_dtype=weight_dtype,
         max_sequence_length=args.max_sequence_length,
         first_clips=args.p_motion < 1,
@@ -745,14 +786,27 @@ def main(args: argparse.Namespace) -> None:
 
     # The transformer and its LoRA, which begins with the same random numbers whatever was encoded before
     set_seed(args.seed)
-    transformer = load_transformer(args, folder, subfolder, weight_dtype, init_lora)
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=parse_layers(args.lora_layers),
+    )
+    transformer = load_transformer(
+        folder, subfolder, weight_dtype, config, init_lora, args.quantize_base, args.variant
+    )
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
     if not args.quantize_base:
         transformer.to(accelerator.device)
     config = next(iter(transformer.peft_config.values()))
-    patch_size = transformer.config.patch_size
 
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:
-        save_lora(file, state_dict, config, scheme, args.expert, layout, args.clip_resize)
+        if not all_finite(state_dict.values()):
+            raise FloatingPointError(f"The LoRA is not finite any more: {file} is not written.")
+        unfinished = file.with_name(f"{file.name}.unfinished")
+        save_lora(unfinished, state_dict, config, scheme, args.expert, layout, args.clip_resize)
+        unfinished.replace(file)
 
     def save_model_hook(models, weights, folder):
         state_dict = lora_state_dict(accelerator, models[0])
@@ -774,19 +828,16 @@ def main(args: argparse.Namespace) -> None:
     # Optimizer, data loader, learning rate
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     num_parameters = sum(parameter.numel() for parameter in parameters)
-    optimizer_class = torch.optim.AdamW
-    if args.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise ImportError("`--use_8bit_adam` needs bitsandbytes: `pip install bitsandbytes`.") from error
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    optimizer = optimizer_class(
+    batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    learning_rate = args.learning_rate * (batch_size if args.scale_lr else 1)
+    optimizer = make_optimizer(
+        args.optimizer,
         parameters,
-        lr=args.learning_rate,
+        learning_rate,
+        eight_bit=args.use_8bit_adam,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        epsilon=args.adam_epsilon,
     )
     dataloader = DataLoader(
         dataset,
@@ -806,29 +857,35 @@ def main(args: argparse.Namespace) -> None:
         optimizer,
         num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=args.max_train_steps * accelerator.num_processes,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
     )
     transformer, optimizer, dataloader, lr_scheduler = accelerator.prepare(
         transformer, optimizer, dataloader, lr_scheduler
     )
     assert len(dataloader) == batches
+    if resumed:
+        check_steps(resumed[1].step, args.max_train_steps)
 
-    # Error recycling
-    timesteps = training_timesteps(args, index.get("boundary_ratio"))
-    recycler = make_recycler(args, accelerator, tuple(dataset[0]["latents"].shape), timesteps)
+    # The step
+    assert dataset[0]["latents"].shape == latents_shape
     generator = torch.Generator().manual_seed(args.seed * 1000 + 500 + accelerator.process_index)
     training_step = TrainingStep(
         args, transformer, recycler, generator, timesteps, no_prompt, patch_size, expand_timesteps, weight_dtype
     )
+    training_step.weights = timestep_weights(args.weighting_scheme, TRAIN_TIMESTEPS, args.flow_shift)
 
     # Resume
-    checkpoints = Checkpoints(output_dir, accelerator, recycler, generator, args.checkpoints_total_limit)
-    global_step = checkpoints.resume(args.resume_from_checkpoint) if args.resume_from_checkpoint else 0
+    checkpoints = Checkpoints(output_dir, accelerator, recycler, generator, args.checkpoints_total_limit, run)
+    global_step = 0
+    if resumed:
+        global_step = checkpoints.resume(str(resumed[0]))
+        apply_learning_rate(lr_scheduler.scheduler, learning_rate)
     if accelerator.is_main_process and accelerator.log_with:
         values = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers(args.tracker_name, config={k: v for k, v in values.items() if k != "hub_token"})
 
     # Train
-    batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     logger.info("***** Running training *****")
     logger.info(f"  LoRA = rank {args.rank}, {num_parameters:,} parameters")
     logger.info(f"  Data = {len(dataset)} samples of {len(samples.videos)} videos")
@@ -842,16 +899,25 @@ def main(args: argparse.Namespace) -> None:
     def validate() -> tuple[Path, dict[str, list[float]]] | None:
         """The film, and its figures, on the main process."""
         film = None
+        transformer.eval()
         if accelerator.is_main_process:
-            pipe = load_pipeline(folder, accelerator, **{subfolder: unwrap(accelerator, transformer)})
+            pipe = load_pipeline(args, folder, accelerator, **{subfolder: unwrap(accelerator, transformer)})
             film = log_validation(args, accelerator, pipe, scheme, global_step)
             del pipe
             free_memory()
         accelerator.wait_for_everyone()
         return film
 
+    def must_be_finite(what: str, *values: torch.Tensor) -> None:
+        if not all_finite(values):
+            raise FloatingPointError(
+                f"Step {global_step + 1}: {what} is not finite any more. Training ends here, and no such LoRA is "
+                f"saved; a lower `--learning_rate` may help. {checkpoints.newest()}"
+            )
+
     transformer.train()
     validation, film_step = None, None
+    validation_steps = args.validation_steps or (args.validation_epochs or 0) * steps_per_epoch
     seen = {"clean": [], "corrupted": []}
     while global_step < args.max_train_steps:
         epoch, done = divmod(global_step, steps_per_epoch)
@@ -860,10 +926,14 @@ def main(args: argparse.Namespace) -> None:
         for batch in batches if done else dataloader:
             with accelerator.accumulate(transformer):
                 losses, clean = training_step(batch)
+                must_be_finite("the loss", losses)
                 accelerator.backward(losses.mean())
                 norm = None
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    # In fp16 gradients may overflow: then the step is left out and their scale lowered.
+                    if norm is not None and accelerator.mixed_precision != "fp16":
+                        must_be_finite("the gradient", torch.as_tensor(norm))
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
@@ -872,6 +942,7 @@ def main(args: argparse.Namespace) -> None:
             if not accelerator.sync_gradients:
                 continue
 
+            must_be_finite("the LoRA", *parameters)
             global_step += 1
             progress.update()
             all_losses = seen["clean"] + seen["corrupted"]
@@ -885,7 +956,7 @@ def main(args: argparse.Namespace) -> None:
             checkpoints.poll()
             if global_step % args.checkpointing_steps == 0:
                 checkpoints.save(global_step)
-            if args.validation_prompt and args.validation_steps and global_step % args.validation_steps == 0:
+            if args.validation_prompt and validation_steps and global_step % validation_steps == 0:
                 validation, film_step = validate(), global_step
                 transformer.train()
             if global_step >= args.max_train_steps:
@@ -906,6 +977,7 @@ def main(args: argparse.Namespace) -> None:
     if args.validation_prompt and film_step != global_step:
         validation = validate()
     if accelerator.is_main_process:
+        write_run(arguments_file, run)
         logger.info(f"Saved {file}.")
         save_model_card(args, scheme, repo_id, validation)
         if args.push_to_hub:

@@ -1,5 +1,7 @@
 """The replay memory: what it holds, what it forgets, what it takes."""
 
+import os
+
 import pytest
 import torch
 
@@ -218,3 +220,11 @@ def test_wrong_values(values, message):
         BankConfig(**values)
     with pytest.raises(ValueError, match=r"`grid_sigmas` must be \(50,\), got \(3,\)"):
         ErrorBank(SHAPE, torch.zeros(3), BankConfig())
+
+
+def test_the_file_of_an_earlier_run_counts_as_room(tmp_path):
+    """A run that goes on writes over it."""
+    (tmp_path / "bank").write_bytes(os.urandom(2**26))
+    (tmp_path / "bank.scales").write_bytes(os.urandom(2**25))
+    (other, _), (free, _) = (BankConfig(path=str(tmp_path / name))._free_bytes() for name in ("other", "bank"))
+    assert free - other > 2**26 + 2**24

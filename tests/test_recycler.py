@@ -20,6 +20,7 @@ from diffusers_svi.erft import (
     save_bank,
 )
 from diffusers_svi.erft.injection import add_to_condition, draw_factors, draw_img_grids, draw_switches
+from diffusers_svi.erft.snapshot import check_bank
 from diffusers_svi.flow import interpolate, shifted_sigmas
 from diffusers_svi.wan import known_mask
 
@@ -289,6 +290,26 @@ def test_a_bank_of_one_place(tmp_path):
     save_bank(bank, tmp_path / "bank.safetensors").wait()
     load_bank(loaded, tmp_path / "bank.safetensors")
     assert loaded.get(0, 0).residual.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_bank_of_which_one_byte_was_changed_is_refused(tmp_path, dtype):
+    """Wherever in the file that is: rows, their order in the header, counts, or checksums."""
+    config = BankConfig(num_grids=2, capacity=2, dtype=dtype)
+    bank = ErrorBank((2, 3), shifted_sigmas(2, 5.0), config)
+    for value in (1.0, 2.0, 3.0):
+        bank.put(int(value) % 2, torch.full((2, 3), value), 0.5, seeded())
+    path, changed = tmp_path / "bank.safetensors", tmp_path / "changed.safetensors"
+    save_bank(bank, path).wait()
+    check_bank(path)
+    content = path.read_bytes()
+    for position in range(len(content)):
+        changed.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        with pytest.raises(ValueError, match="changed.safetensors' is damaged"):
+            check_bank(changed)
+    loaded = ErrorBank((2, 3), shifted_sigmas(2, 5.0), config)
+    with pytest.raises(ValueError, match="changed.safetensors' is damaged: its sigmas have another checksum"):
+        load_bank(loaded, changed)
 
 
 def rewrite(source, target, metadata):

@@ -21,11 +21,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from conftest import load_script, make_components, quiet, seeded
+from conftest import load_script, make_components, make_transformer, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.lora_file import read_lora
+from diffusers_svi.training.environment import own_folder
 from diffusers_svi.training.model_card import weight_name
 from small_videos import write_numbered, write_rows
 from svi_tiny import world
@@ -214,6 +215,75 @@ def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, bank):
     assert not list(killed.glob("*.unfinished"))
 
 
+def test_a_run_goes_back_to_an_earlier_checkpoint(models, tmp_path, train_erft):
+    """And comes to the same end; what it had come to before is set aside, and another new run is refused."""
+    options = {"max_train_steps": 3, "checkpointing_steps": 1, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "run", **options)
+    (tmp_path / "run" / LORA).rename(tmp_path / LORA)
+    with pytest.raises(
+        ValueError, match="checkpoints of an earlier run, checkpoint-1, checkpoint-2, checkpoint-3: go on"
+    ):
+        train_erft.main(train_erft.parse_args(command(models / "i2v", tmp_path / "run", **options)[2:]))
+
+    options |= {"resume_from_checkpoint": "checkpoint-1", "checkpoints_total_limit": 2}
+    told = train(models / "i2v", tmp_path / "run", **options)
+    assert "checkpoint-2, checkpoint-3 of the earlier branch: moved to" in told
+    assert_same(tmp_path / LORA, tmp_path / "run" / LORA)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    aside = tmp_path / "run" / "abandoned-1"
+    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert_same(aside / "checkpoint-3" / LORA, tmp_path / "run" / "checkpoint-3" / LORA)
+
+
+def test_a_run_goes_on_with_the_settings_it_was_begun_with(models, tmp_path, train_erft):
+    """Others are refused before anything is loaded; the learning rate changes; models and data may move."""
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    options = {"max_train_steps": 2, "checkpointing_steps": 2, "latent_cache_dir": cache, "hub_token": "secret"}
+    train(models / "i2v", run, **options)
+    lora = load_file(run / LORA)
+    assert "secret" not in (run / "checkpoint-2" / "manifest.json").read_text() + (run / "arguments.json").read_text()
+    write_videos(tmp_path / "others", 3, num_clips=3)
+    SVIPipeline(**make_components("i2v") | {"transformer": make_transformer(seed=7)}).save_pretrained(tmp_path / "i2v")
+    resume = {**options, "resume_from_checkpoint": "latest"}
+    cases = [
+        (
+            models / "i2v",
+            {"preset": "film"},
+            "`--preset` was 'shot', now 'film'; `--padding` was 'reference', now 'zeros'",
+        ),
+        (models / "i2v", {"lora_alpha": 8, "seed": 1}, "`--seed` was 0, now 1; `--lora_alpha` was 4, now 8.0"),
+        (models / "i2v", {"max_train_steps": 1}, "`--max_train_steps`=1, but the checkpoint is of step 2"),
+        (tmp_path / "i2v", {}, "`--pretrained_model_name_or_path` had other weights"),
+        (models / "i2v", {"train_data_dir": tmp_path / "others"}, "the data were others (4 samples, now 3)"),
+    ]
+    for model, changes, message in cases:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train_erft.main(
+                train_erft.parse_args(
+                    command(model, run, **{"train_data_dir": models / "world", **resume, **changes})[2:]
+                )
+            )
+
+    shutil.copytree(models / "i2v", tmp_path / "moved" / "i2v")
+    shutil.copytree(models / "world", tmp_path / "moved" / "world")
+    told = train(tmp_path / "moved" / "i2v", run, **resume | {"max_train_steps": 3, "learning_rate": 0.0})
+    assert "Going on, though `--learning_rate` was 0.0001, now 0.0." in told
+    # At a learning rate of 0 nothing more is learnt.
+    assert all(torch.equal(value, lora[name]) for name, value in load_file(run / LORA).items())
+
+
+def test_a_run_of_another_preset_is_refused_where_a_lora_lies(models, tmp_path, train_erft):
+    options = {"max_train_steps": 1, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "run", **options)
+    assert json.loads((tmp_path / "run" / "arguments.json").read_text())["arguments"]["preset"] == "shot"
+    with pytest.raises(
+        ValueError, match="arguments.json is of a run with other settings: `--preset` was 'shot', now 'film'"
+    ):
+        arguments = command(models / "i2v", tmp_path / "run", preset="film", **options)
+        train_erft.main(train_erft.parse_args(arguments[2:]))
+    assert "has a LoRA of an earlier run: it will be replaced" in train(models / "i2v", tmp_path / "run", **options)
+
+
 @pytest.mark.parametrize("mode", ["local", "sharded"])
 def test_two_processes(models, tmp_path, mode):
     """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same."""
@@ -284,6 +354,89 @@ def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
     assert dtypes == [{torch.bfloat16}, {torch.bfloat16}, {torch.float32}]
     with safe_open(run / "pytorch_lora_weights_original.safetensors", "pt") as file:
         assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in file.keys()
+
+
+def test_a_run_that_breaks_ends_at_that_step(models, tmp_path):
+    """With a status, and the checkpoint to go on from; what was saved before is left alone."""
+    options = {"max_train_steps": 2, "checkpointing_steps": 2, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "run", **options)
+    before = (tmp_path / "run" / LORA).read_bytes()
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        tensors = load_file(file)
+        if "latents" in tensors:
+            tensors["latents"].fill_(float("nan"))
+            save_file(tensors, file)
+    told = failed(
+        models / "i2v", tmp_path / "run", **options | {"max_train_steps": 5, "resume_from_checkpoint": "latest"}
+    )
+    assert "Step 3: the loss is not finite any more. Training ends here, and no such LoRA is saved" in told
+    assert "The newest good checkpoint is checkpoint-2: `--resume_from_checkpoint checkpoint-2`." in told
+    assert (tmp_path / "run" / LORA).read_bytes() == before
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_lora_that_breaks_is_never_saved(models, tmp_path):
+    """The loss of this step is still finite: it is the optimizer that breaks the LoRA."""
+    options = {"max_train_steps": 1, "checkpointing_steps": 1, "learning_rate": 1.0, "adam_weight_decay": 1e38}
+    told = failed(models / "i2v", tmp_path / "run", latent_cache_dir=tmp_path / "cache", **options)
+    assert "Step 1: the LoRA is not finite any more." in told and "There is no good checkpoint in" in told
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_layers_and_dropout_of_the_lora(models, tmp_path):
+    """What it is for is in the file, and loads; a run with dropout goes on bit for bit."""
+    options = {"lora_layers": "self_attn.q,ffn.net.2", "lora_dropout": 0.5, "weighting_scheme": "logit_normal"}
+    options |= {"max_train_steps": 3, "checkpointing_steps": 2, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "run", export_format="original", **options)
+    lora = read_lora(tmp_path / "run", LORA)
+    layers = {name.split(".", 3)[3].rsplit(".lora_")[0] for name in lora.state_dict}
+    assert layers == {"attn1.to_q", "ffn.net.2"} and lora.adapter_metadata["transformer.lora_dropout"] == 0.5
+    assert (
+        read_lora(tmp_path / "run", "pytorch_lora_weights_original.safetensors").state_dict.keys()
+        == lora.state_dict.keys()
+    )
+    quiet(SVIPipeline.from_pretrained(models / "i2v")).load_lora_weights(str(tmp_path / "run"), weight_name=LORA)
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    train(models / "i2v", tmp_path / "again", resume_from_checkpoint="latest", **options)
+    assert_same(tmp_path / "run" / LORA, tmp_path / "again" / LORA)
+    message = failed(models / "i2v", tmp_path / "third", **options | {"lora_layers": "q,k_img"})
+    assert "`--lora_layers`: this model has no add_k_proj. Leave it out." in message
+
+
+def test_a_variant_with_its_encoders_offloaded(models, tmp_path):
+    """The same LoRA, bit for bit, as with everything in place; tiles make latents of their own."""
+    SVIPipeline.from_pretrained(models / "wan2.1").save_pretrained(tmp_path / "fp32", variant="fp32")
+    assert (tmp_path / "fp32" / "vae" / "diffusion_pytorch_model.fp32.safetensors").is_file()
+    image = tmp_path / "start.png"
+    PIL.Image.fromarray(world.render(world.State("blue sky", 0))).save(image)
+    film = {"validation_prompt": ["a cat sits"], "validation_image": image, "validation_inference_steps": 1}
+    options = {"max_train_steps": 1, "train_data_dir": models / "world", **film}
+    train(models / "wan2.1", tmp_path / "plain", **options)
+    train(tmp_path / "fp32", tmp_path / "offloaded", variant="fp32", offload=True, **options)
+    assert_same(tmp_path / "plain" / LORA, tmp_path / "offloaded" / LORA)
+    figures = [(tmp_path / name / "validation" / "step-1.json").read_text() for name in ("plain", "offloaded")]
+    assert figures[0] == figures[1]
+    cache = tmp_path / "plain" / "cache"
+    entries = len(list(cache.rglob("*.safetensors")))
+    options |= {"latent_cache_dir": cache, "validation_prompt": None, "validation_image": None}
+    train(models / "wan2.1", tmp_path / "tiled", enable_tiling=True, **options)
+    assert len(list(cache.rglob("*.safetensors"))) == 2 * entries
+
+
+def test_schedule_and_films_by_epochs(models, tmp_path, train_erft):
+    """Four samples an epoch: films at its end. The learning rate is that of all samples of a step, and decays."""
+    image = tmp_path / "start.png"
+    PIL.Image.fromarray(world.render(world.State("blue sky", 0))).save(image)
+    options = {"lr_scheduler": "polynomial", "lr_power": 2.0, "learning_rate": 1e-3, "scale_lr": True}
+    options |= {"train_batch_size": 2, "num_train_epochs": 2, "validation_epochs": 1, "checkpointing_steps": 3}
+    options |= {"validation_prompt": ["a cat"], "validation_image": image, "validation_inference_steps": 1}
+    train(models / "i2v", tmp_path / "run", report_to="none", **options)
+    films = sorted(path.name for path in (tmp_path / "run" / "validation").glob("*.mp4"))
+    assert films == ["step-2.mp4", "step-4.mp4"]
+    state = torch.load(tmp_path / "run" / "checkpoint-3" / "scheduler.bin", weights_only=True)
+    # source: get_polynomial_decay_schedule_with_warmup, which ends at 1e-7
+    assert state["base_lrs"] == [2e-3]
+    assert state["_last_lr"][0] == pytest.approx((2e-3 - 1e-7) * (1 - 3 / 4) ** 2 + 1e-7)
 
 
 def test_a_validation_film_has_the_schedule_of_the_training(models, tmp_path, train_erft):
@@ -376,6 +529,9 @@ def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, ca
         ({"p_vid": 1.5}, "`p_vid` is a probability"),
         ({"p_motion": -1}, "`--p_motion` is a share in [0, 1], got -1.0."),
         ({"rank": 0}, "`--rank` must be at least 1, got 0."),
+        ({"learning_rate": 1e30}, "`--learning_rate` must be between 0 and 1, got 1e+30."),
+        ({"report_to": "wandbb"}, "`--report_to` must be one of"),
+        ({"checkpoints_total_limit": -1}, "`--checkpoints_total_limit` must be at least 1, got -1."),
         ({"export_rank": 5}, "must be between 1 and 4, got 5."),
         ({"conditioning": "latent"}, "`--reference`=inside"),
         ({"preset": "pro", "reference": "inside"}, "Use `--reference before`"),
@@ -411,10 +567,28 @@ def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_er
         ("i2v", {"train_data_dir": tmp_path / "nothing"}, "nothing"),
         ("i2v", {"resume_from_checkpoint": "checkpoint-7"}, "is no checkpoint"),
         ("i2v", {"bank_capacity": 10**12}, "What would fit"),
+        ("i2v", {"height": 72}, "`--height` must be a multiple of 16 for this model, got 72."),
+        ("ti2v-5b", {"preset": "ti2v-5b", "width": 48}, "`--width` must be a multiple of 32 for this model, got 48."),
+        ("i2v", {"bank_capacity": 10**9, "bank_path": tmp_path / "bank"}, "a `path` on a larger disk"),
+        (
+            "i2v",
+            {"bank_path": models / "i2v" / "model_index.json" / "bank"},
+            "`--bank_path`: nothing can be written to",
+        ),
+        ("i2v", {"latent_cache_dir": models / "i2v" / "model_index.json"}, "`--latent_cache_dir`: nothing can be"),
     ]
     for kind, options, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
             train_erft.main(train_erft.parse_args(command(models / kind, tmp_path / "run", **options)[2:]))
+    with (
+        own_folder("--output_dir", tmp_path / "run"),
+        pytest.raises(ValueError, match=re.escape(f"`--output_dir`='{tmp_path / 'run'}' is used by another run")),
+    ):
+        train_erft.main(train_erft.parse_args(command(models / "i2v", tmp_path / "run")[2:]))
+    # None of them has come as far as the data.
+    assert not list((tmp_path / "run" / "cache").iterdir())
+    with pytest.raises(ValueError, match="`--output_dir`: nothing can be written to"):
+        train_erft.main(train_erft.parse_args(command(models / "i2v", models / "i2v" / "model_index.json")[2:]))
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,10 @@ class BankConfig:
             return psutil.virtual_memory().available, "memory"
         folder = Path(self.path).absolute().parent
         folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        return shutil.disk_usage(folder).free, f"the disk of {os.fspath(self.path)!r}"
+        # Files of an earlier run are written over.
+        files = [file for file in (Path(self.path), Path(f"{self.path}.scales")) if file.is_file()]
+        taken = sum(file.stat().st_blocks * 512 for file in files)
+        return shutil.disk_usage(folder).free + taken, f"the disk of {os.fspath(self.path)!r}"
 
 
 class StoredError(NamedTuple):

@@ -1,0 +1,80 @@
+"""What numbers the arguments of the training script may be, and which go together."""
+
+import math
+from collections.abc import Mapping
+
+
+COUNTS = (
+    *("rank", "train_batch_size", "gradient_accumulation_steps", "samples_per_video", "checkpointing_steps"),
+    *("checkpoints_total_limit", "max_train_steps", "num_train_epochs", "lr_num_cycles", "validation_steps"),
+    *("validation_epochs", "num_validation_clips", "validation_inference_steps", "max_sequence_length"),
+    *("num_grids", "bank_capacity"),
+)
+NOT_NEGATIVE = (
+    *("lr_warmup_steps", "buffer_warmup_iter", "dataloader_num_workers", "adam_weight_decay"),
+    *("validation_guidance_scale", "mode_scale"),
+)
+POSITIVE = ("lora_alpha", "flow_shift", "adam_epsilon", "max_grad_norm", "bank_max_gb", "lr_power", "logit_std")
+SHARES = ("p_motion", "p_text_start", "proportion_empty_prompts", "max_skipped_share", "clean_buffer_update_prob")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
+# What is for one choice of another option only, and its value where it is left alone.
+OPTIONS_OF = {
+    "lr_num_cycles": ("lr_scheduler", "cosine_with_restarts", 1),
+    "lr_power": ("lr_scheduler", "polynomial", 1.0),
+    "logit_mean": ("weighting_scheme", "logit_normal", 0.0),
+    "logit_std": ("weighting_scheme", "logit_normal", 1.0),
+    "mode_scale": ("weighting_scheme", "mode", 1.29),
+}
+
+
+def check_ranges(values: Mapping[str, object]) -> None:
+    """Raise a `ValueError`, which names argument, value and range, for a number that an argument must not be.
+
+    Args:
+        values (`Mapping[str, object]`): Arguments by name; what is no number, `None` say, is left alone.
+    """
+    for name, value in values.items():
+        for number in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                wanted = _outside(name, number)
+                if wanted is not None:
+                    raise ValueError(f"`--{name}` {wanted}, got {number}.")
+
+
+def _outside(name: str, value: float) -> str | None:
+    """What `name` is to be, if `value` is not that."""
+    if not math.isfinite(value):
+        return "must be a finite number"
+    if name in COUNTS and value < 1:
+        return "must be at least 1"
+    if name in NOT_NEGATIVE and value < 0:
+        return "must not be negative"
+    if name in POSITIVE and value <= 0:
+        return "must be above 0"
+    if name in SHARES and not 0 <= value <= 1:
+        return "is a share in [0, 1]"
+    if name in BELOW_ONE and not 0 <= value < 1:
+        return "must be at least 0 and below 1"
+    if name == "learning_rate" and not 0 <= value <= 1:
+        return "must be between 0 and 1"
+    if name == "seed" and not 0 <= value < 2**32:
+        return "must be a whole number from 0 to 4294967295"
+    return None
+
+
+def check_combinations(values: Mapping[str, object]) -> None:
+    """Raise a `ValueError` for an argument that would do nothing beside the others.
+
+    Args:
+        values (`Mapping[str, object]`): All arguments by name.
+    """
+    for name, (option, choice, default) in OPTIONS_OF.items():
+        if values[name] != default and values[option] != choice:
+            raise ValueError(f"`--{name}`={values[name]} is for `--{option} {choice}`, got {values[option]}.")
+    if values["lr_warmup_steps"] and values["lr_scheduler"] == "constant":
+        raise ValueError(
+            f"`--lr_warmup_steps`={values['lr_warmup_steps']} needs another `--lr_scheduler` than constant, such as "
+            "constant_with_warmup."
+        )
+    if values["validation_steps"] and values["validation_epochs"]:
+        raise ValueError("Give one of `--validation_steps` and `--validation_epochs`, got both.")

@@ -1,0 +1,105 @@
+"""Numbers that an argument must not be are refused by name, value and range."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import load_script
+from diffusers_svi.training import ranges
+from diffusers_svi.training.finite import all_finite
+from diffusers_svi.training.ranges import check_ranges
+
+
+BASE = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--train_data_dir=z", "--report_to=none"]
+
+
+@pytest.fixture(scope="module")
+def parse_args():
+    return load_script(Path(__file__).parents[1] / "examples" / "train_erft.py").parse_args
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999"])
+def test_every_number_must_be_finite(parse_args, capsys, value):
+    """All options of the parser that take a float are tried, those of two numbers at both."""
+    floats = [name for name, default in vars(parse_args(BASE)).items() if isinstance(default, float)]
+    assert len(floats) > 15
+    options = [[f"--{name}={value}"] for name in (*floats, "lora_alpha", "bank_max_gb")]
+    options += [[f"--{name}", *pair] for name in ("img_sigmas", "img_scale") for pair in ((value, "1"), ("0", value))]
+    for option in options:
+        with pytest.raises(SystemExit) as exit:
+            parse_args([*BASE, *option])
+        told = capsys.readouterr().err
+        name = option[0].split("=")[0]
+        assert exit.value.code == 1
+        assert f"`{name}` must be a finite number, got {float(value)}." in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        *((name, 0, "must be at least 1") for name in ranges.COUNTS),
+        *((name, -1, "must not be negative") for name in ranges.NOT_NEGATIVE),
+        *((name, 0.0, "must be above 0") for name in ranges.POSITIVE),
+        *((name, 1.01, "is a share in [0, 1]") for name in ranges.SHARES),
+        *((name, -0.01, "is a share in [0, 1]") for name in ranges.SHARES),
+        *((name, 1.0, "must be at least 0 and below 1") for name in ranges.BELOW_ONE),
+        ("learning_rate", 1e30, "must be between 0 and 1"),
+        ("learning_rate", -1e-5, "must be between 0 and 1"),
+        ("seed", -1, "must be a whole number from 0 to 4294967295"),
+        ("seed", 2**32, "must be a whole number from 0 to 4294967295"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused(name, value, wanted):
+    with pytest.raises(ValueError, match=re.escape(f"`--{name}` {wanted}, got {value}.")):
+        check_ranges({"other": None, name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr_num_cycles=2"], "`--lr_num_cycles`=2 is for `--lr_scheduler cosine_with_restarts`, got constant."),
+        (
+            ["--lr_power=2", "--lr_scheduler=linear"],
+            "`--lr_power`=2.0 is for `--lr_scheduler polynomial`, got linear.",
+        ),
+        (["--logit_mean=1"], "`--logit_mean`=1.0 is for `--weighting_scheme logit_normal`, got svi."),
+        (["--logit_std=2", "--weighting_scheme=mode"], "`--logit_std`=2.0 is for `--weighting_scheme logit_normal`"),
+        (["--mode_scale=1"], "`--mode_scale`=1.0 is for `--weighting_scheme mode`, got svi."),
+        (["--lr_warmup_steps=5"], "`--lr_warmup_steps`=5 needs another `--lr_scheduler` than constant"),
+        (
+            ["--validation_steps=1", "--validation_epochs=1"],
+            "Give one of `--validation_steps` and `--validation_epochs`",
+        ),
+        (["--optimizer=prodigy", "--use_8bit_adam"], "`--use_8bit_adam` is for `--optimizer adamw`, got prodigy."),
+        (["--lora_layers=to_z"], "`--lora_layers`: 'to_z' is none of"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(parse_args, capsys, options, message):
+    with pytest.raises(SystemExit) as exit:
+        parse_args([*BASE, *options])
+    assert exit.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_what_goes_together_is_taken(parse_args):
+    parse_args([*BASE, "--lr_scheduler=cosine_with_restarts", "--lr_num_cycles=2", "--lr_warmup_steps=5"])
+    parse_args([*BASE, "--lr_scheduler=polynomial", "--lr_power=2", "--weighting_scheme=mode", "--mode_scale=1"])
+    args = parse_args([*BASE, "--weighting_scheme=logit_normal", "--logit_mean=1", "--optimizer=AdamW"])
+    assert (args.optimizer, args.learning_rate) == ("adamw", 1e-4)
+
+
+def test_the_ends_of_ranges_and_what_is_no_number_are_taken():
+    check_ranges(dict.fromkeys(ranges.COUNTS, 1) | dict.fromkeys(ranges.NOT_NEGATIVE, 0))
+    check_ranges(dict.fromkeys(ranges.BELOW_ONE, 0.0) | {"learning_rate": 0.0, "seed": 0})
+    check_ranges(dict.fromkeys(ranges.SHARES, 1.0) | {"learning_rate": 1.0, "seed": 2**32 - 1})
+    check_ranges({"rank": None, "seed": "none", "lora_alpha": True, "img_sigmas": (0.0, 1.0), "prompts": ["a cat"]})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_found(dtype, value):
+    tensors = [torch.ones(3, 4, dtype=dtype), torch.zeros(0), torch.full((5,), 60000.0, dtype=dtype)]
+    assert all_finite(tensors) and all_finite([])
+    tensors[0][2, 1] = value
+    assert not all_finite(tensors)
