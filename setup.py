@@ -32,6 +32,7 @@ extras = {
         "bitsandbytes>=0.45",
         "gguf>=0.10",
         "optimum-quanto>=0.2.6",
+        "prodigyopt>=1.0",
     ],
     "quality": ["ruff>=0.11", "mypy>=1.15", "import-linter>=2.10", "types-psutil", "types-tqdm"],
 }

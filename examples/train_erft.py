@@ -47,7 +47,6 @@ from diffusers_svi.erft import (
     RecyclerConfig,
     ShardedErrorBank,
     erft_loss,
-    loss_weights,
     recycled_velocity,
 )
 from diffusers_svi.erft.bank import nearest_grid
@@ -537,7 +536,7 @@ class TrainingStep:
 
     def __post_init__(self):
         self.sigmas = shifted_sigmas(TRAIN_TIMESTEPS, self.args.flow_shift)
-        self.weights = loss_weights(TRAIN_TIMESTEPS, self.args.flow_shift)
+        self.weights = timestep_weights(self.args.weighting_scheme, TRAIN_TIMESTEPS, self.args.flow_shift)
         scheme = make_scheme(self.args)
         self.known_frames = torch.tensor([scheme.known_frames(is_first) for is_first in (True, False)])
 
@@ -804,9 +803,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:
         if not all_finite(state_dict.values()):
             raise FloatingPointError(f"The LoRA is not finite any more: {file} is not written.")
-        unfinished = file.with_name(f"{file.name}.unfinished")
-        save_lora(unfinished, state_dict, config, scheme, args.expert, layout, args.clip_resize)
-        unfinished.replace(file)
+        save_lora(file, state_dict, config, scheme, args.expert, layout, args.clip_resize)
 
     def save_model_hook(models, weights, folder):
         state_dict = lora_state_dict(accelerator, models[0])
@@ -873,7 +870,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     training_step = TrainingStep(
         args, transformer, recycler, generator, timesteps, no_prompt, patch_size, expand_timesteps, weight_dtype
     )
-    training_step.weights = timestep_weights(args.weighting_scheme, TRAIN_TIMESTEPS, args.flow_shift)
 
     # Resume
     checkpoints = Checkpoints(output_dir, accelerator, recycler, generator, args.checkpoints_total_limit, run)
