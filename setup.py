@@ -12,6 +12,7 @@ install_requires = [
     "huggingface-hub>=1.5",
     "safetensors>=0.5",
     "av>=14.1",
+    "click>=8.1",
     "filelock>=3.12",
     "psutil>=5.9",
     "numpy>=1.26",
@@ -51,6 +52,7 @@ setup(
     python_requires=">=3.11",
     install_requires=install_requires,
     extras_require=extras,
+    entry_points={"console_scripts": ["diffusers-svi=diffusers_svi.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

@@ -121,6 +121,11 @@ class FilmWriter:
         return self._state
 
     @property
+    def fps(self) -> Fraction:
+        """Frames a second."""
+        return Fraction(self._record.fps)
+
+    @property
     def num_frames(self) -> int:
         """Frames of the film so far."""
         return self._record.num_frames
