@@ -183,6 +183,24 @@ FilmWriter("film.mp4", fps=8).append(make_clips(PixelMotion(5), 3)[2])
     assert write(tmp_path / "film.mp4", make_clips(PixelMotion(5), 3, first=2)) == whole
 
 
+def test_a_clip_whose_state_could_not_be_written_can_be_appended_again(tmp_path, monkeypatch):
+    clips = make_clips(PixelMotion(5), 3)
+    whole = write(tmp_path / "whole.mp4", clips)
+
+    def fail(*_, **__) -> None:
+        raise OSError("no space left")
+
+    with FilmWriter(tmp_path / "film.mp4", fps=8) as film:
+        film.append(clips[0])
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+            patch.setattr("diffusers_svi.chain.save_file", fail)
+            film.append(clips[1])
+        assert film.num_frames == 8 and film.state is clips[0].state
+        film.append(clips[1])
+        film.append(clips[2])
+    assert (tmp_path / "film.mp4").read_bytes() == whole
+
+
 def test_how_its_clips_were_made_stands_in_the_film(tmp_path):
     write(tmp_path / "film.mp4", make_clips(PixelMotion(5), 3))
     clips = read_clips(tmp_path / "film.mp4")

@@ -161,7 +161,7 @@ class FilmWriter:
             with written_whole(self._state_path) as unfinished:
                 save_file({}, unfinished, metadata={RECORD_KEY: json.dumps(asdict(record))})
         _replace_end(self.path, place, told + held)
-        self._record = replace(
+        record = replace(
             record,
             size=place + len(told) + len(held),
             num_frames=clip.start + len(frames),
@@ -171,8 +171,8 @@ class FilmWriter:
             last_digest=_digest(told),
             held_digest=_digest(held),
         )
-        self._state = state
-        state.save(self._state_path, {RECORD_KEY: json.dumps(asdict(self._record))})
+        state.save(self._state_path, {RECORD_KEY: json.dumps(asdict(record))})
+        self._record, self._state = record, state
 
     def finalize(self, path: str | os.PathLike) -> None:
         """Write the film so far as an ordinary MP4 whose index comes first, as editors and web servers want it.
