@@ -48,16 +48,16 @@ def commands() -> None:
 @click.option("--lora_weight_name_2", help="The file for the low-noise expert of Wan 2.2 A14B.")
 @click.option("--height", type=int, help="In pixels; from the image's aspect if not given.")
 @click.option("--width", type=int, help="In pixels; from the image's aspect if not given.")
-@click.option("--resize_mode", default="stretch", show_default=True, help="stretch, crop or pad.")
+@click.option("--resize_mode", help="An image of another aspect: stretch (if not given), crop or pad.")
 @click.option("--num_frames", type=int, help="Frames of a clip, 1 + 4n; the preset's if not given.")
 @click.option("--num_inference_steps", type=int, help="Steps of a clip; the preset's if not given.")
 @click.option("--guidance_scale", type=float, help="Weight of the prompt; the preset's if not given.")
 @click.option("--guidance_scale_2", type=float, help="That of the low-noise expert.")
 @click.option("--negative_prompt", help="What it should not show; the authors' if not given.")
-@click.option("--max_sequence_length", type=int, default=512, show_default=True, help="Tokens of a prompt.")
+@click.option("--max_sequence_length", type=int, help="Tokens of a prompt; as many as Wan takes if not given.")
 @click.option("--seed", type=int, default=0, show_default=True, help=f"Of the first clip; then {SEED_STEP} more each.")
 @click.option("--fps", type=float, help="Frames a second; the preset's if not given.")
-@click.option("--crf", type=int, default=18, show_default=True, help="Of H.264: smaller is better and larger.")
+@click.option("--crf", type=int, help="Of H.264: smaller is better and larger.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the model; float32 on a CPU, else bfloat16.")
 @click.option("--device", help="Where it runs; the accelerator if there is one.")
 @click.option(
@@ -77,7 +77,7 @@ def generate(
     preset: str,
     dry_run: bool,
     fps: float | None,
-    crf: int,
+    crf: int | None,
     **options: Any,
 ) -> None:
     """Make a film, clip by clip, in one file."""
@@ -92,7 +92,8 @@ def generate(
     if num_clips < len(prompts):
         raise click.UsageError(f"`--num_clips {num_clips}` leaves out some of the {len(prompts)} prompts.")
     start = None if image is None else _open_image(image)
-    with FilmWriter(out, family.fps if fps is None else fps, crf=crf) as film:
+    quality: dict[str, Any] = {} if crf is None else {"crf": crf}
+    with FilmWriter(out, family.fps if fps is None else fps, **quality) as film:
         done = 0 if film.state is None else film.state.num_clips
         if start is None and not done:
             raise click.UsageError(f"{out} is not begun: give `--image`, its first frame.")
@@ -125,7 +126,7 @@ def _make(
         num_frames=options["num_frames"] or family.num_frames,
         num_inference_steps=options["num_inference_steps"] or family.num_inference_steps,
         guidance_scale=family.guidance_scale if options["guidance_scale"] is None else options["guidance_scale"],
-        **{name: options[name] for name in names},
+        **{name: options[name] for name in names if options[name] is not None},
     )
     began = time.monotonic()
     try:

@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .chain import ChainState, read_notes
-from .checks import check_choice, check_count, check_number
+from .checks import check_choice, check_count
 from .clips import Clip
 from .files import written_whole
-from .video import encode_frames, remux, to_8_bits
+from .video import CONSTANT_RATE_FACTOR, encode_frames, frame_rate, remux, to_8_bits
 
 
 CODECS = ("libx264", "libx265", "libsvtav1")
@@ -90,17 +90,14 @@ class FilmWriter:
         fps: float = 16,
         *,
         codec: str = "libx264",
-        crf: int = 18,
+        crf: int = CONSTANT_RATE_FACTOR,
         pixel_format: str = "yuv420p",
     ):
         self.path = Path(path)
         check_choice("suffix of `path`", self.path.suffix, (".mp4",))
         check_choice("codec", codec, CODECS)
         check_choice("pixel_format", pixel_format, PIXEL_FORMATS)
-        if check_number("fps", fps) <= 0:
-            raise ValueError(f"`fps` must be above 0, got {fps!r}.")
-        rate = Fraction(fps).limit_denominator(1001)
-        self._record = _Record(str(rate), codec, check_count("crf", crf, 0, 51), pixel_format)
+        self._record = _Record(str(frame_rate(fps)), codec, check_count("crf", crf, 0, 51), pixel_format)
         self._state: ChainState | None = None
         self._lock = FileLock(f"{self.path}.lock", timeout=0)
         try:

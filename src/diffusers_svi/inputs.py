@@ -262,8 +262,8 @@ def check_size(
     state: ChainState | None,
 ) -> tuple[int, int]:
     """Height and width of the film, if the model can make it; those of `state` or `picture` where not given."""
-    transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
-    patch_size = transformer.config.patch_size
+    config = _transformer_config(pipe)
+    patch_size = config.patch_size
     sizes = {"height": (height, patch_size[1]), "width": (width, patch_size[2])}
     multiples = []
     for name, (value, patch) in sizes.items():
@@ -277,7 +277,7 @@ def check_size(
             raise ValueError(
                 f"`{name}` must be a multiple of {multiple} for this model, got {value!r}. The nearest is {nearest}."
             )
-        most = transformer.config.rope_max_seq_len * pipe.vae_scale_factor_spatial * patch
+        most = config.rope_max_seq_len * pipe.vae_scale_factor_spatial * patch
         if value > most:
             raise ValueError(f"`{name}` must be at most {most}: this model's positions end there, got {value!r}.")
     height, width = (None if value is None else int(value) for value, _ in sizes.values())
@@ -288,15 +288,20 @@ def check_size(
     return film_size(picture, height, width, (multiples[0], multiples[1]))
 
 
+def _transformer_config(pipe: WanImageToVideoPipeline) -> Any:
+    """Of either expert: they are of one form."""
+    return (pipe.transformer if pipe.transformer is not None else pipe.transformer_2).config
+
+
 def check_num_frames(pipe: WanImageToVideoPipeline, num_frames: Any) -> int:
     """Frames of a clip, if the VAE can encode so many."""
     factor = pipe.vae_scale_factor_temporal
-    transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+    config = _transformer_config(pipe)
     if not isinstance(num_frames, numbers.Integral) or num_frames < 1 or num_frames % factor != 1:
         raise ValueError(
             f"`num_frames` must be {factor}n + 1, such as {5 * factor + 1} or {20 * factor + 1}, got {num_frames!r}."
         )
-    most = 1 + factor * (transformer.config.rope_max_seq_len * transformer.config.patch_size[0] - 1)
+    most = 1 + factor * (config.rope_max_seq_len * config.patch_size[0] - 1)
     if num_frames > most:
         raise ValueError(
             f"`num_frames` must be at most {most}, as far as this model's positions go, got {num_frames}."

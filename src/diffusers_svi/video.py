@@ -37,12 +37,18 @@ def save_video(
     """
     path = Path(path)
     check_choice("suffix of `path`", path.suffix, tuple(FORMATS))
-    if check_number("fps", fps) <= 0:
-        raise ValueError(f"`fps` must be above 0, got {fps!r}.")
+    rate = frame_rate(fps)
     pixels = [to_8_bits(frame) for frame in frames]
     _check_frames(pixels)
     with written_whole(path) as unfinished:
-        encode_frames(unfinished, pixels, Fraction(fps).limit_denominator(1001), container=FORMATS[path.suffix])
+        encode_frames(unfinished, pixels, rate, container=FORMATS[path.suffix])
+
+
+def frame_rate(fps: float) -> Fraction:
+    """`fps` as video files have it. Raises a `ValueError` unless it is a finite number above 0."""
+    if check_number("fps", fps) <= 0:
+        raise ValueError(f"`fps` must be above 0, got {fps!r}.")
+    return Fraction(fps).limit_denominator(1001)
 
 
 def encode_frames(

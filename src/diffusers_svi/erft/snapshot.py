@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..files import UNFINISHED
 from .bank import ErrorBank
 
 
@@ -81,7 +82,7 @@ class BankWriter:
             shape = [len(self._slots), *rows.shape[1:]]
             header[name] = {"dtype": _DTYPES[rows.dtype], "shape": shape, "data_offsets": [begin, end]}
         checksums = {**dict.fromkeys(tensors, 0), "metadata": _metadata_checksum(self._metadata)}
-        unfinished = self._path.with_name(self._path.name + ".unfinished")
+        unfinished = self._path.with_name(self._path.name + UNFINISHED)
         with open(unfinished, "wb") as file:
             # Checksums have a fixed width: when they are known, the header is written again in its place.
             file.write(_header(header, checksums))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ..checks import check_count
 from ..erft import ErrorRecycler, load_bank, save_bank
 from ..erft.snapshot import BankWriter
+from ..files import UNFINISHED
 from .manifest import DamagedError, Manifest, check_checkpoint, read_manifest, write_manifest
 
 
@@ -22,7 +23,6 @@ logger = get_logger(__name__)
 
 # Folders of any other name are the user's own.
 NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")
-UNFINISHED = ".unfinished"
 
 
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
