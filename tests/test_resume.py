@@ -136,7 +136,7 @@ def test_other_seeds_are_named(i2v, image, said):
     go_on(i2v, state, generator=None, seeds=itertools.count(40, 2))
     assert "something else" not in said.text
     go_on(i2v, state, generator=None, seeds=itertools.count(41, 2))
-    assert "made with something else (`seeds`: 40 then, 41 now, for clip 0)" in said.text
+    assert "made with something else (seed: 40 then, 41 now)" in said.text
     said.clear()
     go_on(i2v, state, generator=None, seeds=itertools.count(41, 2), ignore_state_settings=True)
     assert "something else" not in said.text
