@@ -1,4 +1,4 @@
-"""What a `ClipSpec` says of its clip, in every scheme: cuts, anchors, end frames, LoRA weights; and what comes of it."""
+"""What a `ClipSpec` says of its clip, in every scheme: cuts, anchors, end frames, LoRA weights."""
 
 import itertools
 import threading
