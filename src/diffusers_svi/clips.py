@@ -1,9 +1,9 @@
 """A clip as it is asked for, [`ClipSpec`], and as it comes, [`Clip`]."""
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -46,6 +46,10 @@ class ClipSpec:
     last_image: PIL.Image.Image | None = None
     cut: PIL.Image.Image | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is set, as values that JSON knows."""
+        return {part.name: value for part in fields(self) if (value := getattr(self, part.name)) != part.default}
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -59,6 +63,9 @@ class Clip:
             `output_type="latent"` all its latents, `(z_dim, latent_frames, latent_height, latent_width)`.
         start (`int`): The film frame it begins with.
         state (`ChainState`): What the next clip needs. Save it to be able to go on from here.
+        tail: Frames that the next clip tells again, of the kind of `frames`; the film's, if it ends here.
+        spec (`ClipSpec`, *optional*): What it was made from, with its seed.
+        recipe (`dict`): How the film is made, as plain values; empty where that is not known.
     """
 
     index: int
@@ -66,6 +73,9 @@ class Clip:
     frames: np.ndarray | torch.Tensor | list[PIL.Image.Image]
     start: int
     state: ChainState
+    tail: np.ndarray | torch.Tensor | Sequence[PIL.Image.Image] = ()
+    spec: ClipSpec | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 def one_per_clip(prompts: Iterable[T], num_clips: int | None) -> Iterator[T | None]:
