@@ -164,11 +164,15 @@ def check_film(
     negative = given["negative_prompt"] or "" if negative_embeds is None else negative_embeds
     clip_resize = given["clip_resize"] or trained_clip_resize or CLIP_RESIZES[0]
     settings = {
+        "height": height,
+        "width": width,
+        "resize_mode": given["resize_mode"],
+        "num_frames": num_frames,
         "noise": source,
         "num_inference_steps": num_steps,
         "guidance_scale": guidance_scale,
         "guidance_scale_2": guidance_scale_2,
-        "negative prompt": negative,
+        "negative_prompt": negative,
         "max_sequence_length": max_sequence_length,
         "clip_resize": clip_resize,
         "color_match": given["color_match"],

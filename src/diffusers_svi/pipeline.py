@@ -28,6 +28,7 @@ from .lora_layers import restore_weights, set_weight, weights_of
 from .options import FILM_DEFAULTS, FilmOptions
 from .pixels import from_uint8
 from .progress import Progress
+from .recipe import film_recipe
 from .resume import SEED, warn_of_changes
 from .scheduler import SVIEulerScheduler  # noqa: F401 - diffusers finds it in a saved pipeline once it is imported
 from .specs import EXPERTS
@@ -160,6 +161,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
         if film.generator is not None and state.generator is not None:
             film.generator.set_state(state.generator)
         noise, weights_before = iter(film.noise), ExitStack()
+        recipe = film_recipe(self, film.settings, state.image, state.conditioning)
         progress = Progress(film.num_clips, first, self._bar_config)
         try:
             for index, item in enumerate(one_per_clip(film.prompts, film.num_clips)):
@@ -185,7 +187,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
                 latents = self._generate(begun, last, film.clip_resize, progress.config, **clip.options)
                 if self.interrupt:
                     return
-                finished = self._finish(latents, before, begun, film, clip)
+                finished = replace(self._finish(latents, before, begun, film, clip), recipe=recipe)
                 state = finished.state
                 progress.clip_done()
                 if film.callback_on_clip_end is not None:

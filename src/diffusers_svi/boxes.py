@@ -1,0 +1,54 @@
+"""MP4 as a film grows in it: boxes, of which every clip adds its own."""
+
+import io
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+
+def muxer_options(number: int) -> dict[str, str]:
+    """FFmpeg's, for a clip by itself: what a player needs to know, then one fragment, the `number`-th of the film."""
+    return {
+        "movflags": "empty_moov+default_base_moof+frag_discont+frag_custom+skip_trailer",
+        "fragment_index": str(number + 1),
+        "avoid_negative_ts": "disabled",
+    }
+
+
+def parts(content: bytes) -> tuple[bytes, bytes]:
+    """Of what was written with these options: what begins a film, and what is added to it."""
+    found = {kind: content[place : place + size] for kind, place, size in boxes(io.BytesIO(content))}
+    return found["ftyp"] + found["moov"], found["moof"] + found["mdat"]
+
+
+def boxes(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """Four letters, first byte and size of every box. What is in them is skipped, not read.
+
+    One that is cut short is left out, and all behind it.
+    """
+    end, place = file.seek(0, 2), 0
+    while place + 8 <= end:
+        file.seek(place)
+        size, kind = struct.unpack(">I4s", file.read(8))
+        if size == 1 and place + 16 <= end:
+            (size,) = struct.unpack(">Q", file.read(8))
+        if size < 8 or place + size > end:
+            return
+        yield kind.decode("latin-1"), place, size
+        place += size
+
+
+def note(mark: bytes, content: bytes) -> bytes:
+    """A box that players skip. `mark` has 16 bytes, which tell whose it is."""
+    return struct.pack(">I4s", 24 + len(content), b"uuid") + mark + content
+
+
+def notes(file: BinaryIO, mark: bytes, limit: int) -> Iterator[bytes]:
+    """What stands in the boxes of that mark. Raises a `ValueError` for one of more than `limit` bytes."""
+    for kind, place, size in boxes(file):
+        if kind == "uuid" and size >= 24:
+            file.seek(place + 8)
+            if file.read(16) == mark:
+                if size > limit:
+                    raise ValueError(f"the note at byte {place} has {size} bytes, more than {limit}")
+                yield file.read(size - 24)
