@@ -2,8 +2,9 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -41,10 +42,30 @@ class ClipSpec:
     guidance_scale: float | None = None
     guidance_scale_2: float | None = None
     num_clips: int = 1
-    lora_weights: dict[str, float] | None = None
+    lora_weights: dict[str, float | dict[str, float]] | None = None
     anchor: PIL.Image.Image | None = None
     last_image: PIL.Image.Image | None = None
     cut: PIL.Image.Image | None = None
+
+    @classmethod
+    def from_dict(cls, values: Any, folder: Any = None) -> "ClipSpec":
+        """Stand-in."""
+        names = [field.name for field in fields(cls)]
+        values = dict(values)
+        for name in values:
+            if name not in names:
+                raise ValueError(f"`{name}` is no field of a clip: those are {', '.join(names)}.")
+        if "prompt" not in values:
+            raise ValueError("there is no `prompt`.")
+        for name in ("anchor", "last_image", "cut"):
+            if values.get(name) is not None:
+                if folder is None or not isinstance(values[name], str):
+                    raise ValueError(f"`{name}`={values[name]!r} is a path, and there is no folder.")
+                try:
+                    values[name] = PIL.Image.open(Path(folder) / values[name])
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"`{name}`={values[name]!r} cannot be read as an image: {error}") from error
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from .noise import MAX_SEED
 
 
 # Fields that a call does not know what to do with yet.
-_WITHOUT_EFFECT = ("lora_weights", "anchor", "last_image", "cut")
+_WITHOUT_EFFECT: tuple[str, ...] = ()
 
 
 def check_clip(item: Any, index: int) -> ClipSpec:
