@@ -166,7 +166,9 @@ def own_films(setting: str, args) -> Iterator[Film]:
     """Films of one's own, of which nobody knows the truth: clips are measured against the first."""
     lines = load_prompts(args.prompts)
     if not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"`--prompts`: {args.prompts} says more of a clip than its prompt, which is not compared here.")
+        raise ValueError(
+            f"`--prompts`: {args.prompts} says more of a clip than its prompt, which is not compared here."
+        )
     prompts = [lines[0 if setting == "consistent" else clip % len(lines)] for clip in range(args.num_clips)]
     for number, image in enumerate(args.images):
         yield Film(number, load_image(image), prompts, FromFirst())

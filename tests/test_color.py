@@ -66,7 +66,7 @@ def test_a_cast_of_each_channel_is_taken_out_of_every_frame(method):
 def test_pixel_by_pixel_any_affine_cast_is_taken_out():
     clip = make_clip()
     assert off(between_channels(clip), clip) > 12
-    assert off(match_colors(between_channels(clip), shown(clip), "mvgd"), clip) < 0.15
+    assert off(match_colors(between_channels(clip), shown(clip), "mvgd"), clip) < 0.5
 
 
 @pytest.mark.parametrize(("method", "levels"), [("mkl", 0.8), ("reinhard", 1.0)])
@@ -86,9 +86,9 @@ def test_the_first_frame_has_the_colours_of_what_it_tells_again(method):
         assert (told - found).abs().max() / LEVEL < (0.05 if method != "reinhard" else 1)
 
 
-@pytest.mark.parametrize(("method", "levels"), [("mkl", 0.05), ("mvgd", 0.05), ("reinhard", 1.5)])
+@pytest.mark.parametrize(("method", "levels"), [("mkl", 0.5), ("mvgd", 0.5), ("reinhard", 1.5)])
 def test_it_is_the_map_of_the_package(method, levels):
-    """That of `"reinhard"` goes back to RGB by a matrix that is rounded."""
+    """Which takes noise for colour; that of `"reinhard"` goes back to RGB by a matrix that is rounded."""
     clip = between_channels(make_clip())
     frame, target = (clip[0, :, 0] / 2 + 0.5).double(), shown(make_clip()).double() / 255
     arrays = [pixels.permute(1, 2, 0).numpy().copy() for pixels in (frame, target)]
@@ -117,10 +117,22 @@ def test_frames_of_one_colour_are_shifted(method, colour):
     clip = torch.full((1, 3, 3, 32, 48), ONE_COLOUR[colour])
     told = to_uint8(clip[0, :, 0] * 0.9)
     matched = match_colors(clip, told, method)
-    assert matched.isfinite().all() and off(matched, (told / 127.5 - 1)[None, :, None]) < 1.5
+    # Of what is darker than 8 levels, logarithms are not asked.
+    levels = 9 if (method, colour) == ("reinhard", "black") else 1
+    assert matched.isfinite().all() and off(matched, (told / 127.5 - 1)[None, :, None]) < levels
     # What comes later keeps its own difference.
     clip[0, :, 2] *= 0.5
     assert off(match_colors(clip, shown(clip), method), clip) < 0.5
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_dark_beginning_leaves_contrast_as_it_is(method):
+    """Fading in: its noise, half a level, is not what the clip's contrast is to be measured by."""
+    clip = make_clip()
+    clip[0, :, 0] = -1 + 0.5 * LEVEL * torch.randn(3, 32, 48, generator=torch.Generator().manual_seed(0)).abs()
+    black = torch.zeros(3, 32, 48, dtype=torch.uint8)
+    matched = match_colors(clip, black, method)
+    assert matched[0, :, 1].std() / clip[0, :, 1].std() > 0.97
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
@@ -128,7 +140,7 @@ def test_frames_without_colour_leave_colour_as_it_is(method):
     """A black-and-white beginning: what has colour later keeps it."""
     clip = make_clip()
     clip[0, :, 0] = clip[0, :1, 0]
-    assert off(match_colors(clip, shown(clip), method), clip) < 5  # what it says of colour is rounding, of few pixels
+    assert off(match_colors(clip, shown(clip), method), clip) < 1
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
@@ -136,8 +148,9 @@ def test_frames_without_colour_leave_colour_as_it_is(method):
 def test_whatever_is_shown_the_pixels_are_finite(method, told):
     clip = make_clip()
     constant = torch.full((3, 32, 48), told, dtype=torch.uint8)
+    noise = torch.randint(0, 256, (3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     for video in (clip, torch.full_like(clip, -1.0), torch.cat([torch.full_like(clip[:, :, :1], 0.3), clip], dim=2)):
-        for target in (constant, shown(clip)):
+        for target in (constant, shown(clip), noise):
             matched = match_colors(video, target, method)
             assert matched.isfinite().all() and matched.abs().max() <= 1 and matched.shape == video.shape
 

@@ -6,7 +6,10 @@ import torch
 
 # By the names of the package `color-matcher`.
 METHODS = ("none", "mkl", "mvgd", "reinhard")
-_LEVEL = 1 / 255
+# Colours that are nearer than this, four levels of 8 bits, are alike: it may as well be the noise of a model.
+_NOISE = 4 / 255
+# What is darker is moved as this is: there logarithms are far apart.
+_DARK = 2 * _NOISE
 
 
 def check_color_match(method: str) -> None:
@@ -32,7 +35,8 @@ def match_colors(video: torch.Tensor, shown: torch.Tensor, method: str) -> torch
 
     The map of colours that takes frame 0 to `shown` is found by the package `color-matcher` and put on every frame: it
     is affine in RGB (`"mkl"`, `"mvgd"`) or in the logarithms of LMS (`"reinhard"`), so that one frame tells all of it,
-    for the colours of the others too. What is alike in both to within the rounding of 8 bits is left as it is.
+    for the colours of the others too. What differs within frame 0 by a few of 255 levels at most, as in a dark frame
+    or one without colour, is noise as well as colour: of that the contrast is left as it is.
 
     - `"mkl"`: moves mean and covariance (Monge-Kantorovich). What is where does not matter.
     - `"mvgd"`: the affine map that brings frame 0 nearest to `shown`, pixel by pixel. The better the two agree in
@@ -72,11 +76,11 @@ def _fit(video: torch.Tensor, shown: torch.Tensor, method: str) -> tuple[np.ndar
         pixels.double().permute(1, 2, 0).cpu().numpy() for pixels in (_unit(video[0, :, 0]), shown / 255)
     )
     if method == "reinhard":
-        source, target = (pixels.clip(_LEVEL, 1) for pixels in (source, target))
-    # Both are given the same rounding errors: colours that differ by less say nothing, and without any a frame of one
-    # colour, or without colour, has no map.
-    errors = _LEVEL * (np.random.default_rng(0).random(source.shape) - 0.5)
-    source, target = source + errors, target + errors
+        source, target = (pixels.clip(_DARK, 1) for pixels in (source, target))
+    # The same noise on both. Without it a frame of one colour, or without colour, has no map, and one that is nearly
+    # so has the contrast of its own noise, which the rest of the clip would get.
+    noise = np.random.default_rng(0).uniform(-_NOISE, _NOISE, source.shape)
+    source, target = source + noise, target + noise
     # It takes its solver from here alone, and writes into what it is given.
     result = ColorMatcher(method=method).transfer(source.copy(), target.copy(), method).reshape(-1, 3)
     source = source.reshape(-1, 3)
@@ -104,7 +108,7 @@ def _moved_in_lms(pixels: torch.Tensor, matrix: torch.Tensor, offset: torch.Tens
     from color_matcher.reinhard_matcher import LMS_MAT
 
     lms = torch.from_numpy(LMS_MAT).to(pixels)
-    before = torch.einsum("ij,jhw->ihw", lms, pixels.clamp(_LEVEL, 1))
+    before = torch.einsum("ij,jhw->ihw", lms, pixels.clamp(_DARK, 1))
     after = 10 ** _moved(before.log10(), matrix, offset).clamp(max=1)  # more is white in any case
-    # As a change of the pixels: those too dark for a logarithm are moved as well, and not lifted.
+    # As a change of the pixels, so that the dark ones are not lifted.
     return pixels + torch.einsum("ij,jhw->ihw", lms.inverse(), after - before)
