@@ -76,7 +76,7 @@ def test_sentences_are_no_code(file, line):
         ("prompts = ['a cat', '']", r"`prompts\[1\]` is empty"),
         ('{"prompt": ["a cat"]}', r"`prompts\[0\]` must be a string, got list"),
         ('{"prompts": "a cat"}', "holds no prompts"),
-        ('{"prompts": ["a cat"], "seed": 3}', r"`prompts\[0\]`: .*`prompts`"),
+        ('{"prompts": ["a cat"], "seed": 3}', r"`prompts\[0\]`: .*prompts"),
         ("{'prompt': 'a cat'}", "line 1: this is no JSON"),
         ('# film\n{"prompt": "a cat"}\n{"prompt": "a dog"', "line 3: this is no JSON"),
         ("{" * 100_000, "line 1: this is no JSON"),
@@ -133,18 +133,19 @@ def test_clips_have_their_fields(file, text):
 
 
 def test_images_of_clips_are_found_beside_the_file(file):
-    images = {name: PIL.Image.new("RGB", (2, 2), (shade, 0, 0)) for shade, name in enumerate(("cut", "anchor"), 1)}
+    names = ("cut", "anchor", "last_image")
     (file.parent / "stills").mkdir()
-    for name, image in images.items():
-        image.save(file.parent / "stills" / f"{name}.png")
-    text = json.dumps({"prompt": "a cat sits", **{name: f"stills/{name}.png" for name in images}})
+    for shade, name in enumerate(names, 1):
+        PIL.Image.new("RGB", (2, 2), (shade, 0, 0)).save(file.parent / "stills" / f"{name}.png")
+    text = "\n".join(json.dumps({"prompt": "a", name: f"stills/{name}.png"}) for name in names)
     file.write_text(text)
-    for (clip,) in (load_prompts(file), parse_prompts(text, file.parent)):
-        assert {name: getattr(clip, name).getpixel((0, 0))[0] for name in images} == {"cut": 1, "anchor": 2}
-    with pytest.raises(ValueError, match=r"`text`: `prompts\[0\]`: .*(cut|anchor).*folder"):
+    for clips in (load_prompts(file), parse_prompts(text, file.parent)):
+        images = [getattr(clip, name) for clip, name in zip(clips, names, strict=True)]
+        assert [image.getpixel((0, 0)) for image in images] == [(1, 0, 0), (2, 0, 0), (3, 0, 0)]
+    with pytest.raises(ValueError, match=r"^`text`: `prompts\[0\]`: .*`cut`.*stills/cut.png"):
         parse_prompts(text)
-    (file.parent / "stills" / "cut.png").unlink()
-    with pytest.raises(ValueError, match=r"prompts.txt'.*`prompts\[0\]`: .*cut.png"):
+    (file.parent / "stills" / "anchor.png").unlink()
+    with pytest.raises(ValueError, match=r"prompts.txt': `prompts\[1\]`: `anchor`.*anchor.png"):
         load_prompts(file)
 
 
@@ -270,6 +271,7 @@ def test_bars_part_the_clips_of_a_single_line():
         ("a;;; 2 : b", None, "aab"),
         ("3:b;;;1:a", None, "aaab"),
         ("-1:b;;;-2:a", 4, "aaab"),
+        ("-1:c;;;0-3:a", 4, "aaac"),
         ("0-3:a;;;1:b;;;1:c", None, "acaa"),
         ("# film\n0:a;;;\n\n1:b\n;;;2:c", None, "abc"),
     ],
