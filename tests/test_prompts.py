@@ -136,7 +136,7 @@ def test_images_of_clips_are_found_beside_the_file(file):
     names = ("cut", "anchor", "last_image")
     (file.parent / "stills").mkdir()
     for shade, name in enumerate(names, 1):
-        PIL.Image.new("RGB", (2, 2), (shade, 0, 0)).save(file.parent / "stills" / f"{name}.png")
+        PIL.Image.new("RGB", (16, 16), (shade, 0, 0)).save(file.parent / "stills" / f"{name}.png")
     text = "\n".join(json.dumps({"prompt": "a", name: f"stills/{name}.png"}) for name in names)
     file.write_text(text)
     for clips in (load_prompts(file), parse_prompts(text, file.parent)):
@@ -153,6 +153,7 @@ def test_images_of_clips_are_found_beside_the_file(file):
     ("clip", "message"),
     [
         ({"prompt": "a", "speed": 2}, r"`prompts\[1\]`: .*speed"),
+        ({"prompt": None}, r"`prompts\[1\]`.*"),
         ({"seed": 2}, r"`prompts\[1\]`: .*prompt"),
         ({"prompt": "a", "seed": -2}, r"`prompts\[1\].*seed` must be a whole number .* got -2"),
         ({"prompt": " "}, r"`prompts\[1\]` is empty"),
