@@ -1,7 +1,5 @@
 """How a film is made, all of it, as plain values that stand in the film's file: made out of a pipeline, and read."""
 
-import base64
-import io
 import json
 import os
 import re
@@ -17,6 +15,7 @@ from diffusers.utils.torch_utils import unwrap_module
 
 from . import __version__
 from .conditioning import Scheme
+from .data_uri import to_data_uri
 from .lora import FUSED_KEY
 from .lora_layers import lora_layers
 from .notes import read_notes
@@ -57,7 +56,7 @@ def film_recipe(
         "loras": _loras(pipe),
         "scheme": scheme.to_dict(),
         "scheduler": {"class": type(pipe.scheduler).__name__, **scheduler},
-        "image": _data_uri(image),
+        "image": to_data_uri(to_pil(to_uint8(image)[0])),
         "settings": dict(settings),
     }
     # What JSON has no form for is told in words.
@@ -174,12 +173,6 @@ def _weight(module: torch.nn.Module, adapter: str) -> float | dict[str, float]:
         weights[name] = float(f"{layer.scaling[adapter] / at_weight_1:.9g}") if active else 0.0
     values = set(weights.values())
     return weights if len(values) > 1 else next(iter(values), 0.0)
-
-
-def _data_uri(image: torch.Tensor) -> str:
-    buffer = io.BytesIO()
-    to_pil(to_uint8(image)[0]).save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _in_words(value: Any) -> str:
