@@ -26,6 +26,8 @@ from conftest import CLIP, seeded
 from diffusers_svi import ChainState, Clip, ClipSpec, FilmWriter, HeldLatents, LatentMotion, PixelMotion, matroska
 from diffusers_svi import boxes as mp4
 from diffusers_svi.boxes import boxes
+from diffusers_svi.conditioning import scheme_from_dict
+from diffusers_svi.data_uri import from_data_uri
 from diffusers_svi.film import read_clips
 from diffusers_svi.notes import note, read_notes
 from diffusers_svi.recipe import read_recipe
@@ -209,13 +211,16 @@ def test_a_clip_of_which_all_is_told_again(suffix, tmp_path):
     assert [clip["index"] for clip in read_clips(tmp_path / f"film.{suffix}")] == [-1, 0, 1]
 
 
-def killed(path: Path, clips: list[Clip], moment: str) -> None:
+def killed(path: Path, clips: list[Clip], moment: str, background: bool = False) -> None:
     """Append `clips` in this process, which dies at a moment of the last one."""
     from diffusers_svi import chain, files, growing
 
-    writer = FilmWriter(path, fps=8, codec="ffv1" if path.suffix == ".mkv" else "libx264")
+    codec = "ffv1" if path.suffix == ".mkv" else "libx264"
+    writer = FilmWriter(path, fps=8, codec=codec, background=background)
     for clip in clips[:-1]:
         writer.append(clip)
+    if background:
+        writer._wait()
 
     def die(*_) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -238,6 +243,20 @@ def killed(path: Path, clips: list[Clip], moment: str) -> None:
         case "before the state has its name":
             files.os.replace = die
     writer.append(clips[-1])
+    writer.close()
+
+
+def test_a_kill_in_the_background_loses_no_clip_that_is_on_disk(tmp_path):
+    whole = write(tmp_path / "whole.mp4", make_clips(PixelMotion(5), 4))
+    process = get_context("fork").Process(
+        target=killed, args=(tmp_path / "film.mp4", make_clips(PixelMotion(5), 3), "in the middle of it", True)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    with FilmWriter(tmp_path / "film.mp4", fps=8) as film:
+        assert film.state.num_clips == 2
+    assert write(tmp_path / "film.mp4", make_clips(PixelMotion(5), 4, first=2)) == whole
 
 
 @pytest.mark.parametrize(("scheme", "suffix"), [*((scheme, "mp4") for scheme in SCHEMES), (PixelMotion(5), "mkv")])
@@ -280,14 +299,16 @@ def test_a_kill_loses_no_finished_clip(scheme, suffix, finished, moment, tmp_pat
     assert write(path, make_clips(scheme, 4, first=2)) == whole
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_full_disk_leaves_the_film_as_it_was(finished, tmp_path):
+def test_a_full_disk_leaves_the_film_as_it_was(finished, background, tmp_path):
     write(tmp_path / "film.mp4", make_clips(PixelMotion(5), 2, finished))
     before = (tmp_path / "film.mp4").read_bytes()
-    script = """
+    script = f"""
 from diffusers_svi import FilmWriter
 from test_film import make_clips, PixelMotion
-FilmWriter("film.mp4", fps=8).append(make_clips(PixelMotion(5), 3)[2])
+with FilmWriter("film.mp4", fps=8, background={background}) as film:
+    film.append(make_clips(PixelMotion(5), 3)[2])
 """
 
     def limit() -> None:
@@ -339,6 +360,33 @@ def test_how_its_clips_were_made_stands_in_the_film(tmp_path):
     (tmp_path / "other.mp4").write_bytes(b"text")
     with pytest.raises(ValueError, match="`path`=.*cannot be read as a film: it is no video"):
         read_clips(tmp_path / "other.mp4")
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_film_that_begins_with_a_video(suffix, tmp_path):
+    """Its frames are those of the video, of which the first clip tells the last again; stopped after it or not."""
+    scheme, video = PixelMotion(5), np.random.default_rng(0).integers(0, 256, (20, SIZE, SIZE, 3), np.uint8)
+    begun = replace(
+        ChainState(scheme, NUM_FRAMES, torch.zeros(1, 3, SIZE, SIZE)),
+        frames=torch.from_numpy(video[-5:]).permute(3, 0, 1, 2)[None],
+        start=15,
+        continues=True,
+    )
+    clips = [Clip(-1, None, iter(video), 0, begun)]
+    for clip in make_clips(scheme, 2):
+        after = begun.after(torch.zeros(1, 16, 4, 4, 4), torch.zeros(1, 3, NUM_FRAMES, SIZE, SIZE))
+        clips.append(replace(clip, start=begun.start, state=after))
+        begun = after
+    whole = write(tmp_path / f"whole.{suffix}", clips)
+    clips[0] = replace(clips[0], frames=list(video))
+    write(tmp_path / f"film.{suffix}", clips[:1])
+    assert len(read(tmp_path / f"film.{suffix}")[0]) == 20
+    assert write(tmp_path / f"film.{suffix}", clips[1:]) == whole
+    frames, times = read(tmp_path / f"film.{suffix}")
+    assert len(frames) == 15 + 8 + 13 and np.allclose(np.diff(times), 1 / 8, atol=0.001)
+    if suffix == "mkv":
+        assert np.array_equal(frames[:15], video[:15])
+    assert [clip["index"] for clip in read_clips(tmp_path / f"film.{suffix}")] == [-1, 0, 1]
 
 
 RECIPE = {"format": "diffusers_svi.recipe", "image": "data:image/png;base64,AAAA", "settings": {"seed": 1}}
@@ -580,6 +628,55 @@ def test_one_run_a_film(tmp_path):
     with FilmWriter(tmp_path / "film.mp4"), pytest.raises(ValueError, match="is being written by another run"):
         FilmWriter(tmp_path / "film.mp4")
     FilmWriter(tmp_path / "film.mp4").close()
+
+
+def test_where_no_file_can_be_is_said_at_once(tmp_path):
+    with pytest.raises(OSError):
+        FilmWriter("/proc/film.mp4")
+    FilmWriter(tmp_path / "film.mp4").close()
+
+
+def test_a_film_can_be_made_again_from_its_recipe(i2v, image, tmp_path):
+    """The same bytes, but for where the noise comes from; all that is needed is the file and the model."""
+    size = {name: CLIP[name] for name in ("height", "width")}
+    specs = [
+        "a cat sits",
+        ClipSpec("the dog jumps", guidance_scale=3.0),
+        ClipSpec("a cat sleeps", cut=image.rotate(90)),
+    ]
+    with FilmWriter(tmp_path / "film.mkv", fps=8, codec="ffv1") as film:
+        options = {"seeds": [3, 4, 5], "negative_prompt": "bad", "num_frames": 9, "num_inference_steps": 2, **size}
+        for clip in i2v.stream(image=image, prompts=specs, conditioning=PixelMotion(5), **options):
+            film.append(clip)
+        film.finalize(tmp_path / "done.mkv")
+    recipe = read_recipe(tmp_path / "done.mkv")
+    assert recipe == read_recipe(tmp_path / "film.mkv") and [clip["seed"] for clip in recipe.clips] == [3, 4, 5]
+    settings = {
+        name: value for name, value in recipe.film["settings"].items() if name != "noise" and value is not None
+    }
+    again = i2v(
+        image=from_data_uri(recipe.film["image"]),
+        prompts=[ClipSpec.from_dict(clip) for clip in recipe.clips],
+        conditioning=scheme_from_dict(recipe.film["scheme"]),
+        output_type="pil",
+        **settings,
+    ).frames[0]
+    assert np.array_equal(read(tmp_path / "film.mkv")[0], np.stack(again))
+
+
+def test_the_pipelines_tails_and_cuts_make_the_same_film_known_or_not(i2v, image, tmp_path):
+    """A film of a list, and one of an iterator whose end nobody knows: the same bytes."""
+    specs = ["a cat sits", ClipSpec("the dog jumps", cut=image.rotate(90)), "a cat sleeps"]
+    contents = []
+    for prompts in (specs, iter(specs)):
+        path = tmp_path / f"{len(contents)}.mkv"
+        options = {"image": image, "conditioning": PixelMotion(5), "generator": seeded(), "output_type": "pil", **CLIP}
+        with FilmWriter(path, fps=8, codec="ffv1") as film:
+            for clip in i2v.stream(prompts=prompts, **options):
+                film.append(clip)
+        contents.append(path.read_bytes())
+    expected = i2v(prompts=specs, **{**options, "generator": seeded()}).frames[0]
+    assert contents[0] == contents[1] and np.array_equal(read(path)[0], np.stack(expected))
 
 
 def test_the_pipeline_writes_a_film_and_goes_on_with_it(i2v, image, tmp_path):

@@ -81,6 +81,8 @@ class FilmWriter:
         self._form = Form.checked(self.path.suffix, fps, codec, crf, pixel_format)
         if not self.path.parent.is_dir():
             raise ValueError(f"`path`={str(path)!r}: there is no folder {str(self.path.parent)!r}. Make it first.")
+        # What cannot be written looks to the lock as if another held it.
+        open(f"{self.path}.lock", "ab").close()
         self._lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
             self._lock.acquire()
