@@ -71,8 +71,11 @@ class ClipSpec:
             folder (*optional*): Where pictures that are told by their paths are looked for.
 
         Raises:
-            ValueError: if there is no `prompt`, a field that there is not, or a picture that cannot be read.
+            ValueError: if it is no dictionary, there is no `prompt`, a field that there is not, or a picture that cannot
+                be read.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a clip is told by a dictionary of its fields, got {values!r}.")
         known = [of.name for of in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown or "prompt" not in values:

@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from .chain import ChainState
 from .checks import check_choice, check_count
 from .clips import ClipSpec
+from .color import check_color_match
 from .conditioning import PixelMotion, Scheme
 from .fingerprints import made_with
 from .lora_layers import adjustable
@@ -32,7 +33,6 @@ from .wan import num_latent_frames
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-COLOR_MATCHES = ("none",)
 # What Wan was trained with.
 MAX_TOKENS = 512
 
@@ -215,8 +215,8 @@ def check_kinds(given: Mapping[str, Any]) -> None:
         )
     check_choice("resize_mode", given["resize_mode"], RESIZE_MODES)
     check_choice("output_type", given["output_type"], OUTPUT_TYPES)
-    check_choice("color_match", given["color_match"], COLOR_MATCHES)
-    if given["output_type"] == "latent" and given["color_match"] != COLOR_MATCHES[0]:
+    check_color_match(given["color_match"])
+    if given["output_type"] == "latent" and given["color_match"] != "none":
         raise ValueError(
             f"`color_match`={given['color_match']!r} changes pixels, but `output_type`='latent' gives none. Leave one "
             "of them out."
