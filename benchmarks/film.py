@@ -1,0 +1,333 @@
+"""What a film of any length costs, and whether it survives: the file, the memory, and the time beside the clips.
+
+    python benchmarks/film.py --output_dir docs/results/film
+
+All with svi-tiny, each by itself with `--only`:
+
+- memory: peak resident memory of `diffusers-svi generate`, the whole process, of a long film over a short one. Aim: at
+  most 1.05.
+- append: bytes and time of `FilmWriter.append`, the last ten clips over the first ten, whose frames are the same. Aim:
+  at most 1.1. The state, which it writes too, is timed by itself.
+- kills: runs killed by SIGKILL at random moments and run again (see `kills.py`). Aim: the bytes of a film that was
+  never stopped, each time, with ten kills at least while the file is written.
+- stream: time of a clip of `SVIPipeline.stream` over that of diffusers' pipeline called by hand on the last frame,
+  with the same components, in turn. Aim: at most 1.00. `embedded` is by hand with the prompt encoded once.
+- overlap: time of a film with `FilmWriter(background=True)` over one without, with a thread each.
+
+Writes `film.json` and a plot. What is there already is kept: a run that was interrupted goes on.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import PIL.Image
+import torch
+from contestants import SVI_TINY, WORLD_OPTIONS, load_fused
+from diffusers import WanImageToVideoPipeline
+from kills import PROMPT, START, WRITING, generate_command, kill_films
+from report import provenance, write_json
+
+from diffusers_svi import Clip, FilmWriter, PixelMotion, SVIPipeline
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+# Prints the peak resident memory of a command. It is small itself: what a process had before it became another counts.
+PEAK = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+if done.returncode:
+    sys.exit(done.stderr)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+AIMS = {"memory": 1.05, "append bytes": 1.1, "append time": 1.1, "stream": 1.0}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="Default: all.")
+    parser.add_argument("--num_clips", type=int, default=200, help="Of the long films. Default: %(default)s.")
+    parser.add_argument("--num_kills", type=int, default=40, help="Default: %(default)s.")
+    parser.add_argument("--num_pairs", type=int, default=20, help="Clips by either way. Default: %(default)s.")
+    parser.add_argument("--num_films", type=int, default=3, help="Of 20 clips, by either way. Default: %(default)s.")
+    parser.add_argument("--num_inference_steps", type=int, default=10, help="Of timed clips. Default: %(default)s.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/film"), help="Default: %(default)s.")
+    parser.add_argument("--json", action="store_true", help="Print all figures as one line of JSON, the last one.")
+    parser.add_argument("--quick", action="store_true", help="As little as shows that it runs, for a test.")
+    args = parser.parse_args()
+    if args.quick:
+        args.num_clips, args.num_kills, args.num_pairs, args.num_films, args.num_inference_steps = 20, 4, 2, 1, 1
+    return args
+
+
+def measure_memory(args, figures: dict, keep: Callable[[], None]) -> None:
+    """Films of one step a clip: the steps leave nothing behind."""
+    peaks = figures.setdefault("peak_resident_bytes", {})
+    for num_clips in (5, args.num_clips):
+        if str(num_clips) not in peaks:
+            options = {**WORLD_OPTIONS, "num_inference_steps": 1, "prompt": PROMPT}
+            with tempfile.TemporaryDirectory() as folder:
+                command = generate_command(Path(folder, "film.mp4"), num_clips, **options)
+                done = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"`diffusers-svi generate` failed: {done.stderr}")
+            peaks[str(num_clips)] = int(done.stdout)
+            keep()
+    figures["ratio"] = peaks[str(args.num_clips)] / peaks["5"]
+
+
+def measure_append(args, figures: dict, keep: Callable[[], None]) -> None:
+    """The same ten clips again and again, so that the last ten have the frames of the first."""
+    clips = list(stream(pipeline(), 10, 1))[:10]
+    sizes: list[list[int]] = []
+    seconds: dict[str, list[list[float]]] = {"wall": [], "cpu": [], "state": []}
+    for _ in range(args.num_films):
+        with tempfile.TemporaryDirectory() as folder, FilmWriter(Path(folder, "film.mp4")) as film:
+            for values in (sizes, *seconds.values()):
+                values.append([])
+            for clip in again_and_again(clips, args.num_clips):
+                before, wall, cpu = size(film.path), time.perf_counter(), time.process_time()
+                film.append(clip)
+                seconds["wall"][-1].append(time.perf_counter() - wall)
+                seconds["cpu"][-1].append(time.process_time() - cpu)
+                sizes[-1].append(size(film.path) - before)
+                wall = time.perf_counter()
+                clip.state.save(Path(folder, "alone.state"))
+                seconds["state"][-1].append(time.perf_counter() - wall)
+    figures["num_clips"], figures["num_films"] = args.num_clips, args.num_films
+    figures["bytes"] = ends(sizes)
+    figures["seconds"] = {name: ends(values) for name, values in seconds.items()}
+    figures["curves"] = {"bytes": sizes[0], "seconds": np.median(seconds["wall"], axis=0).round(5).tolist()}
+    keep()
+
+
+def again_and_again(clips: list[Clip], num_clips: int) -> Iterator[Clip]:
+    """Ten clips of a film as the clips of a longer one."""
+    new = clips[1].start
+    for index in range(num_clips):
+        clip = clips[index % len(clips)]
+        state = replace(clip.state, num_clips=index + 1, start=new * (index + 1))
+        yield replace(clip, index=index, start=new * index, state=state)
+
+
+def ends(values: list[list[Any]]) -> dict[str, float]:
+    """Medians of the first and the last ten of every film, and their ratio."""
+    first, last = (float(np.median(np.array(values)[:, part])) for part in (slice(10), slice(-10, None)))
+    return {"first": first, "last": last, "ratio": last / first}
+
+
+def measure_kills(args, figures: dict, keep: Callable[[], None]) -> None:
+    runs = figures.setdefault("runs", [])
+    with tempfile.TemporaryDirectory() as folder:
+        kill_films(Path(folder), args.num_kills, runs, keep)
+    hit = Counter(moment for run in runs for moment in run["hit"])
+    figures |= {
+        "films": len(runs),
+        "equal": sum(run["equal"] for run in runs),
+        "kills": sum(hit.values()),
+        "while_writing": sum(hit[moment] for moment in WRITING),
+        "hit": dict(sorted(hit.items())),
+    }
+
+
+def measure_stream(args, figures: dict, keep: Callable[[], None]) -> None:
+    """All ways in turn, each time in another order; a clip's frames are compared as they are made."""
+    torch.set_num_threads(1)
+    pipe, steps, number = pipeline(), args.num_inference_steps, args.num_pairs + 1
+    ways = {
+        "stream": (clip.frames for clip in stream(pipe, number + 1, steps)),
+        "by hand": by_hand(pipe, number, steps, embedded=False),
+        "embedded": by_hand(pipe, number, steps, embedded=True),
+    }
+    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in ways}
+    orders = itertools.cycle(itertools.permutations(ways))
+    equal = True
+    for index in range(number):
+        made = {}
+        for name in next(orders):
+            wall, cpu = time.perf_counter(), time.process_time()
+            made[name] = next(ways[name])
+            if index > 0:  # the first clip warms up
+                seconds[name]["wall"].append(time.perf_counter() - wall)
+                seconds[name]["cpu"].append(time.process_time() - cpu)
+        # The last frame by hand is the first of the next clip, which the film has once.
+        kept = made["stream"]
+        equal &= all(np.array_equal(frames[: len(kept)], kept) for frames in made.values())
+    figures |= {
+        "num_clips": args.num_pairs,
+        "num_inference_steps": steps,
+        "frames_equal": bool(equal),
+        "median_seconds": {
+            name: {kind: statistics.median(values) for kind, values in kinds.items()}
+            for name, kinds in seconds.items()
+        },
+        "ratio": {
+            f"{kind}, over {other}": ratio_of(seconds["stream"][kind], seconds[other][kind])
+            for other in ("by hand", "embedded")
+            for kind in ("wall", "cpu")
+        },
+    }
+    keep()
+
+
+def ratio_of(values: list[float], others: list[float]) -> dict[str, float]:
+    """The median of the ratios of pairs, and the middle half of them: what slows the machine slows both of a pair."""
+    low, middle, high = np.quantile(np.array(values) / np.array(others), [0.25, 0.5, 0.75])
+    return {"median": float(middle), "quarter": float(low), "three_quarters": float(high)}
+
+
+def by_hand(pipe: SVIPipeline, num_clips: int, steps: int, embedded: bool) -> Iterator[np.ndarray]:
+    """Clip after clip by the parent, each of the last frame of the one before, as people do it."""
+    parent = WanImageToVideoPipeline(**pipe.components)
+    parent.set_progress_bar_config(disable=True)
+    told = {"prompt": PROMPT, "max_sequence_length": 32}
+    if embedded:
+        with torch.no_grad():
+            told = {"prompt_embeds": parent.encode_prompt(PROMPT, None, False, max_sequence_length=32)[0]}
+    image = PIL.Image.open(START)
+    for index in range(num_clips):
+        generator = torch.Generator().manual_seed(index)
+        options = {**WORLD_OPTIONS, "num_inference_steps": steps, **told}
+        frames = parent(image=image, generator=generator, output_type="np", **options).frames[0]
+        image = PIL.Image.fromarray((frames[-1] * 255).round().astype(np.uint8))
+        yield frames
+
+
+def measure_overlap(args, figures: dict, keep: Callable[[], None]) -> None:
+    torch.set_num_threads(1)
+    pipe, steps, num_clips = pipeline(), args.num_inference_steps, min(20, args.num_clips)
+    seconds = figures.setdefault("seconds", {"background": [], "in turn": []})
+    contents = []
+    while len(seconds["in turn"]) < args.num_films:
+        # Each is the first one every second time.
+        order = list(seconds) if len(seconds["in turn"]) % 2 else list(seconds)[::-1]
+        took = {}
+        for name in order:
+            with tempfile.TemporaryDirectory() as folder:
+                path, began = Path(folder, "film.mp4"), time.perf_counter()
+                with FilmWriter(path, background=name == "background") as film:
+                    for clip in stream(pipe, num_clips, steps):
+                        film.append(clip)
+                took[name] = time.perf_counter() - began
+                contents.append(path.read_bytes())
+        for name, value in took.items():
+            seconds[name].append(value)
+        figures["bytes_equal"] = figures.get("bytes_equal", True) and len(set(contents)) == 1
+        keep()
+    figures |= {
+        "num_clips": num_clips,
+        "num_inference_steps": steps,
+        "ratio": ratio_of(seconds["background"], seconds["in turn"])["median"],
+    }
+
+
+def pipeline() -> SVIPipeline:
+    return load_fused(SVI_TINY, None)
+
+
+def stream(pipe: SVIPipeline, num_clips: int, steps: int) -> Iterator[Clip]:
+    """The clips of a film whose noise is that of `by_hand`."""
+    return pipe.stream(
+        image=PIL.Image.open(START),
+        prompts=PROMPT,
+        num_clips=num_clips,
+        conditioning=PixelMotion(1),
+        seeds=itertools.count(),
+        max_sequence_length=32,
+        **{**WORLD_OPTIONS, "num_inference_steps": steps},
+    )
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace, dict, Callable[[], None]], None]] = {
+    "memory": measure_memory,
+    "append": measure_append,
+    "kills": measure_kills,
+    "stream": measure_stream,
+    "overlap": measure_overlap,
+}
+
+
+def plot(results: dict, path: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3))
+    if "append" in results:
+        curves = results["append"]["curves"]
+        axes[0].plot(np.array(curves["bytes"]) / 1000, linewidth=0.8, label="kB")
+        axes[0].plot(np.array(curves["seconds"]) * 1000, linewidth=0.8, label="ms")
+        axes[0].set(title="An appended clip", xlabel="clip", ylim=(0, None))
+        axes[0].legend(fontsize=7)
+    if "kills" in results:
+        hit = results["kills"]["hit"]
+        axes[1].barh(list(hit), list(hit.values()))
+        axes[1].set(title=f"Kills, films equal: {results['kills']['equal']} of {results['kills']['films']}")
+    told = ratios(results)
+    axes[2].barh(list(told), list(told.values()))
+    axes[2].set(title="Ratios and their aims")
+    for place, name in enumerate(told):
+        if name in AIMS:
+            axes[2].plot([AIMS[name]] * 2, [place - 0.4, place + 0.4], color="black")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def ratios(results: dict) -> dict[str, float]:
+    """The one figure of each, where it has one."""
+    found = {
+        "memory": ("memory", "ratio"),
+        "append bytes": ("append", "bytes", "ratio"),
+        "append time": ("append", "seconds", "wall", "ratio"),
+        "stream": ("stream", "ratio", "wall, over by hand", "median"),
+        "background": ("overlap", "ratio"),
+    }
+    told = {}
+    for name, keys in found.items():
+        value: Any = results
+        for key in keys:
+            value = value.get(key, {})
+        if value:
+            told[name] = value
+    return told
+
+
+def main():
+    args = parse_args()
+    file = args.output_dir / "film.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for name in args.only:
+        figures = results.setdefault(name, {})
+        if figures.get("done"):
+            continue
+        if not figures:
+            figures |= {"done": False, **provenance()}
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        MEASUREMENTS[name](args, figures, lambda: write_json(results, file))
+        figures["done"] = True
+        write_json(results, file)
+    plot(results, args.output_dir / "film.png")
+    told = {**ratios(results), **{name: results["kills"][name] for name in ("films", "equal") if "kills" in results}}
+    print("\n".join(f"{name:16} {value:.4g}" for name, value in told.items()))
+    if args.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
