@@ -37,7 +37,7 @@ import PIL.Image
 import torch
 from contestants import SVI_TINY, WORLD_OPTIONS, load_fused
 from diffusers import WanImageToVideoPipeline
-from kills import PROMPT, START, WRITING, generate_command, kill_films
+from kills import PROMPT, START, WRITING, generate_options, kill_films
 from report import provenance, write_json
 
 from diffusers_svi import Clip, FilmWriter, PixelMotion, SVIPipeline
@@ -82,8 +82,9 @@ def measure_memory(args, figures: dict, keep: Callable[[], None]) -> None:
         if str(num_clips) not in peaks:
             options = {**WORLD_OPTIONS, "num_inference_steps": 1, "prompt": PROMPT}
             with tempfile.TemporaryDirectory() as folder:
-                command = generate_command(Path(folder, "film.mp4"), num_clips, **options)
-                done = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True)
+                told = generate_options(Path(folder, "film.mp4"), num_clips, **options)
+                command = [sys.executable, "-c", PEAK, sys.executable, "-m", "diffusers_svi", *told]
+                done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"`diffusers-svi generate` failed: {done.stderr}")
             peaks[str(num_clips)] = int(done.stdout)
