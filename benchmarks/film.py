@@ -211,7 +211,7 @@ def by_hand(pipe: SVIPipeline, num_clips: int, steps: int, embedded: bool) -> It
 
 def measure_overlap(args, figures: dict, keep: Callable[[], None]) -> None:
     torch.set_num_threads(1)
-    pipe, steps, num_clips = pipeline(), args.num_inference_steps, min(20, args.num_clips)
+    pipe, steps, num_clips = pipeline(), args.num_inference_steps, args.num_clips // 10
     seconds = figures.setdefault("seconds", {"background": [], "in turn": []})
     contents = []
     while len(seconds["in turn"]) < args.num_films:

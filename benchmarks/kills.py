@@ -2,8 +2,8 @@
 
 Half of them are made in Python, by a `FilmWriter` around `SVIPipeline.stream`, and half by `diffusers-svi generate`.
 Every second one waits until the film's file changes, so that it falls into the writing. What was hit is told by what
-is found on disk afterwards. This file as a program is what makes the films: it imports everything once, loads the model
-for those in Python, and forks a process for each; the command runs from its entry point on, and loads its own.
+is found on disk afterwards. This file as a program is what makes the films: it imports everything once, loads the
+model for those in Python, and forks a process for each; the command runs from its entry point on, and loads its own.
 """
 
 import itertools

@@ -62,3 +62,27 @@ def test_fused_lora(run):
     results = run("fused_lora", "--lora", SVI_TINY / "loras" / "shot.safetensors")
     assert COMMON | {"clip_ratio", "scheme", "num_clips"} <= set(results)
     assert results["clip_ratio"] > 0 and results["scheme"] == str(PixelMotion(1, padding="reference"))
+
+
+def test_film(run, tmp_path):
+    """The bytes are the same whatever was done to the run; what was measured once is kept."""
+    results = run("film", "--output_dir", tmp_path)
+    assert set(results) == {"memory", "append", "kills", "stream", "overlap"}
+    for figures in results.values():
+        assert figures["done"] and {"command", "versions", "machine", "load_before"} <= set(figures)
+    short, long = results["memory"]["peak_resident_bytes"].values()
+    assert results["memory"]["ratio"] == long / short < 1.5
+    append, kills, stream = (results[name] for name in ("append", "kills", "stream"))
+    # The frames are the same; the numbers in a clip's note get longer.
+    assert 0.9 < append["bytes"]["ratio"] < 1.1 and len(append["curves"]["bytes"]) == append["num_clips"] == 20
+    assert set(append["seconds"]) == {"wall", "cpu", "state"}
+    assert kills["equal"] == kills["films"] == 4 and kills["kills"] == sum(kills["hit"].values()) >= 4
+    assert {(film["by"], film["scheme"]) for film in kills["runs"]} == {
+        ("Python", "PixelMotion"),
+        ("Python", "LatentMotion"),
+        ("command", "PixelMotion"),
+    }
+    assert stream["frames_equal"] and all(ratio["median"] > 0 for ratio in stream["ratio"].values())
+    assert results["overlap"]["bytes_equal"] and results["overlap"]["ratio"] > 0
+    assert (tmp_path / "film.png").stat().st_size
+    assert run("film", "--output_dir", tmp_path) == results == json.loads((tmp_path / "film.json").read_text())
