@@ -144,7 +144,8 @@ def kill_films(folder: Path, number: int, runs: list[dict], keep: Callable[[], N
             if (by, scheme) not in whole:
                 path = empty(folder / f"{by}-{scheme}") / "film.mp4"
                 began = time.monotonic()
-                finish(maker.start(path, by, scheme))
+                if maker.start(path, by, scheme).wait():
+                    raise RuntimeError(f"A film by {by} failed.")
                 whole[by, scheme] = path.read_bytes(), time.monotonic() - began
             content, seconds = whole[by, scheme]
             path = empty(folder / "killed") / "film.mp4"
@@ -172,21 +173,18 @@ def kill_and_go_on(
                 wait_until(run, time.monotonic() + delay)
             if not run.ended:
                 os.kill(run.pid, signal.SIGKILL)
-            if run.wait() == -signal.SIGKILL:
+            status = run.wait()
+            if status == -signal.SIGKILL:
                 hit.append(found(path))
                 continue
         else:
-            finish(run)
+            status = run.wait()
+        if status:
+            raise RuntimeError(f"A film that was not killed ended with status {status}.")
         if hit:
             return hit
         # It ended before its moment came: once more from the beginning.
         empty(path.parent)
-
-
-def finish(run: Run) -> None:
-    status = run.wait()
-    if status:
-        raise RuntimeError(f"A film that was not killed ended with status {status}.")
 
 
 def wait_until(run: Run, moment: float) -> None:
