@@ -45,8 +45,8 @@ def load_pipeline(
         vae_tiling (`bool`, defaults to `False`): Encode and decode in tiles, which takes less memory.
         attention_backend (`str`, *optional*): One of diffusers', such as `"flash"` or `"sage"`, for the transformers.
         quantize (`str`, *optional*):
-            `"none"`, or `"quanto"`: transformers and text encoder in 8-bit whole numbers, by optimum-quanto. `"fp8"`: the layers of
-            the transformers kept in float8 and computed in `dtype`, which needs no other package.
+            `"quanto"`: transformers and text encoder in 8-bit whole numbers, by optimum-quanto. `"fp8"`: the layers of
+            the transformers kept in float8 and computed in `dtype`, which needs no other package. `"none"`: neither.
 
     Raises:
         ValueError: for a value that there is not, files without `lora`, and a package that is missing.
