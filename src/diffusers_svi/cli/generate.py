@@ -1,4 +1,4 @@
-"""The command `diffusers-svi`: films, and what files of this package hold."""
+"""`diffusers-svi generate`: a film, clip by clip, in one file."""
 
 import itertools
 import sys
@@ -8,34 +8,15 @@ from typing import Any
 
 import click
 
-from .presets import PRESETS, Preset
+from ..presets import DTYPES, OFFLOADS, PRESETS, QUANTIZATIONS, Preset
 
 
-DTYPES = ("float32", "bfloat16", "float16")
 # Seeds of the clips are so far apart. source: the authors' `seed_times`
 SEED_STEP = 42
+LOADING = ("model", "lora", "device", "dtype", "offload", "vae_tiling", "attention_backend", "quantize")
 
 
-def main() -> None:
-    """Run the command; its exit status is 0, 1 for an error, which is told in a line, or 130 for an interruption."""
-    try:
-        commands(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(1)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-def commands() -> None:
-    """Videos of any length with Wan models and Stable Video Infinity (SVI) LoRAs."""
-
-
-@commands.command(epilog="The same command again goes on with a film that was stopped, or that is to be longer.")
+@click.command(epilog="The same command again goes on with a film that was stopped, or that is to be longer.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The film, an MP4 that grows.")
 @click.option("--image", help="Its start image: file or address. Not needed to go on.")
 @click.option("--prompt", "prompt_list", multiple=True, help="What happens in a clip; may be given several times.")
@@ -62,12 +43,20 @@ def commands() -> None:
 @click.option("--device", help="Where it runs; the accelerator if there is one.")
 @click.option(
     "--offload",
-    type=click.Choice(["none", "model", "group"]),
+    type=click.Choice(OFFLOADS),
     default="none",
     show_default=True,
     help="Keep on the device what is at work: a model, or a group of its layers.",
 )
 @click.option("--vae_tiling", is_flag=True, help="Less memory for the VAE; static backgrounds may collect artifacts.")
+@click.option("--attention_backend", help="Of diffusers' ways to compute attention: flash, sage, ...")
+@click.option(
+    "--quantize",
+    type=click.Choice(QUANTIZATIONS),
+    default="none",
+    show_default=True,
+    help="Smaller weights: quanto (8 bits, by optimum-quanto) or fp8 (kept in float8, transformers only).",
+)
 @click.option("--dry_run", is_flag=True, help="Check everything, tell what would be made, and load no model.")
 def generate(
     out: Path,
@@ -81,8 +70,8 @@ def generate(
     **options: Any,
 ) -> None:
     """Make a film, clip by clip, in one file."""
-    from .film import FilmWriter
-    from .prompts import load_prompts
+    from ..film import FilmWriter
+    from ..prompts import load_prompts
 
     family = PRESETS[preset]
     if bool(prompt_list) == bool(prompt_file):
@@ -110,9 +99,11 @@ def _make(
     film: Any, family: Preset, image: Any, prompts: list[str], num_clips: int, done: int, options: dict[str, Any]
 ) -> None:
     """The clips that are missing, each told in a line where nobody watches a bar."""
-    from .prompts import NEGATIVE_PROMPT
+    from ..loading import load_pipeline
+    from ..prompts import NEGATIVE_PROMPT
 
-    pipe = _load_pipeline(family, options)
+    files = {name: options[f"lora_{name}"] for name in ("weight_name", "weight_name_2")}
+    pipe = load_pipeline(family, **{name: options[name] for name in LOADING}, **files)
     watched = sys.stderr.isatty()
     pipe.set_progress_bar_config(disable=not watched)
     names = ("height", "width", "resize_mode", "guidance_scale_2", "max_sequence_length")
@@ -142,44 +133,10 @@ def _make(
     click.echo(f"{film.path}: {film.num_frames} frames, {film.num_frames / float(film.fps):.1f} seconds.")
 
 
-def _load_pipeline(family: Preset, options: dict[str, Any]) -> Any:
-    import torch
-    from diffusers import AutoencoderKLWan
-    from diffusers.utils.torch_utils import get_device
-
-    from .pipeline import SVIPipeline
-    from .scheduler import SVIEulerScheduler
-
-    device = options["device"] or get_device()
-    dtype = getattr(torch, options["dtype"] or ("float32" if device == "cpu" else "bfloat16"))
-    model = options["model"] or family.model
-    # In half precision its rounding errors add up from clip to clip.
-    vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", dtype=torch.float32)
-    pipe = SVIPipeline.from_pretrained(model, vae=vae, dtype=dtype)
-    pipe.scheduler = SVIEulerScheduler.from_config(pipe.scheduler.config, shift=family.shift)
-    own = options["lora"] is not None
-    lora = options["lora"] if own else family.lora
-    if lora not in (None, "none"):
-        pipe.load_lora_weights(
-            lora,
-            weight_name=options["lora_weight_name"] if own else family.weight_name,
-            weight_name_2=options["lora_weight_name_2"] if own else family.weight_name_2,
-        )
-    if options["vae_tiling"]:
-        pipe.vae.enable_tiling()
-    if options["offload"] == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif options["offload"] == "group":
-        pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=device == "cuda")
-    else:
-        pipe.to(device)
-    return pipe
-
-
 def _open_image(image: str) -> Any:
     from diffusers.utils import load_image
 
-    from .start_image import read_image
+    from ..start_image import read_image
 
     try:
         picture = load_image(image)
@@ -187,41 +144,3 @@ def _open_image(image: str) -> Any:
         raise ValueError(f"`--image`={image!r} cannot be read: {error}") from error
     read_image(picture)
     return picture
-
-
-@commands.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def inspect(file: Path) -> None:
-    """Tell what FILE holds: a film, the state of one, or a LoRA."""
-    from .chain import ChainState, read_notes
-    from .film import read_clips
-    from .lora_file import read_lora
-
-    if file.suffix == ".mp4":
-        clips = read_clips(file)
-        for clip in clips:
-            click.echo(f"clip {clip['index'] + 1}, from frame {clip['start']}: {clip['prompt']}")
-        click.echo(_table(clips[-1]["made_with"]))
-    elif file.suffix == ".safetensors":
-        lora = read_lora(file)
-        ranks = sorted({value.shape[0] for key, value in lora.state_dict.items() if ".lora_A." in key})
-        told = {
-            "scheme": lora.conditioning or "not known: pass `conditioning=` to `load_lora_weights`",
-            "expert": lora.expert or "none of two",
-            "CLIP sees": lora.clip_resize or "not told",
-            "layers": len([key for key in lora.state_dict if ".lora_A." in key]),
-            "rank": ", ".join(map(str, ranks)),
-        }
-        click.echo(_table(told))
-    else:
-        state = ChainState.load(file)
-        height, width = state.image.shape[-2:]
-        told = {"scheme": state.conditioning, "clips": state.num_clips, "frames a clip": state.num_frames}
-        told |= {"size": f"{height} x {width}", "next clip from frame": state.start}
-        notes = {name: value for name, value in read_notes(file).items() if name == "film"}
-        click.echo(_table({**told, **state.made_with, **notes}))
-
-
-def _table(values: dict[str, Any]) -> str:
-    width = max(map(len, values), default=0)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in values.items())
