@@ -6,7 +6,10 @@ from typing import Any
 
 import click
 
-from ..presets import PRESETS
+from ..presets import DTYPES, OFFLOADS, PRESETS, QUANTIZATIONS
+
+
+LOADING = ("model", "lora", "device", "dtype", "offload", "vae_tiling", "attention_backend", "quantize")
 
 
 @click.command(epilog="Films lie in the folder, one sub-folder each. After a stop or a crash each of them can go on.")
@@ -32,61 +35,49 @@ from ..presets import PRESETS
 @click.option("--guidance_scale", type=float, help="Weight of the prompt; the preset's if not given.")
 @click.option("--fps", type=float, help="Frames a second; the preset's if not given.")
 @click.option("--max_sequence_length", type=int, help="Tokens of a prompt; as many as Wan takes if not given.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the model; float32 on a CPU, else bfloat16.",
-)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the model; float32 on a CPU, else bfloat16.")
 @click.option("--device", help="Where it runs; the accelerator if there is one.")
 @click.option(
     "--offload",
-    type=click.Choice(["none", "model", "group"]),
+    type=click.Choice(OFFLOADS),
     default="none",
     show_default=True,
     help="Keep on the device what is at work: a model, or a group of its layers.",
 )
 @click.option("--vae_tiling", is_flag=True, help="Less memory for the VAE; static backgrounds may collect artifacts.")
-def app(
-    folder: Path,
-    host: str,
-    port: int,
-    open_browser: bool,
-    preset: str,
-    model: str | None,
-    lora: str | None,
-    lora_weight_name: str | None,
-    lora_weight_name_2: str | None,
-    dtype: str | None,
-    device: str | None,
-    offload: str,
-    vae_tiling: bool,
-    **given: Any,
-) -> None:
+@click.option("--attention_backend", help="Of diffusers' ways to compute attention: flash, sage, ...")
+@click.option(
+    "--quantize",
+    type=click.Choice(QUANTIZATIONS),
+    default="none",
+    show_default=True,
+    help="Smaller weights: quanto (8 bits, by optimum-quanto) or fp8 (kept in float8, transformers only).",
+)
+def app(folder: Path, host: str, port: int, open_browser: bool, preset: str, **options: Any) -> None:
     """Make films on a page in the browser."""
     # Not imported yet: `make_server` says first what it may do.
     if importlib.util.find_spec("gradio") is None:
         raise click.ClickException('The page needs Gradio: pip install "diffusers_svi[app]"')
-    from ..loading import load_pipeline
+    from ..loading import check_loading, load_pipeline
     from .project import Settings
     from .serve import serve
 
-    def load(name: str) -> Any:
-        return load_pipeline(
-            PRESETS[name],
-            model=model,
-            lora=lora,
-            weight_name=lora_weight_name,
-            weight_name_2=lora_weight_name_2,
-            device=device,
-            dtype=dtype,
-            offload=offload,
-            vae_tiling=vae_tiling,
-        )
+    loading = {name: options.pop(name) for name in LOADING}
+    loading |= {name: options.pop(f"lora_{name}") for name in ("weight_name", "weight_name_2")}
+    own = loading["model"] is not None or loading["lora"] is not None
+    check_loading(**{name: value for name, value in loading.items() if name not in ("model", "device", "vae_tiling")})
 
     def ready(address: str) -> None:
         click.echo(f"The page is at {address} and its films in {folder}. Ctrl-C ends it.")
         if open_browser:
             click.launch(address)
 
-    own = model is not None or lora is not None
-    serve(folder, load, Settings.of(preset, **given), [preset] if own else [*PRESETS], host, port, ready)
+    serve(
+        folder,
+        lambda name: load_pipeline(PRESETS[name], **loading),
+        Settings.of(preset, **options),
+        [preset] if own else [*PRESETS],
+        host,
+        port,
+        ready,
+    )

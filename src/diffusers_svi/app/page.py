@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import gradio as gr
 
 from ..start_image import RESIZE_MODES
 from . import views
-from .project import MAX_FPS, MAX_FRAMES, MAX_PROMPT, MAX_SIDE, MAX_STEPS, MAX_TITLE, Settings
+from .project import MAX_FPS, MAX_FRAMES, MAX_PROMPT, MAX_SIDE, MAX_STEPS, MAX_TITLE, Project, Settings
+from .rows import NUM_ROWS, build_rows, first_row, shown_rows, updates
 from .studio import Studio
 from .uploads import read_upload
 
@@ -18,13 +20,12 @@ CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 HEAD = '<meta name="color-scheme" content="light dark">'
 # Keeps the film that is shown in the page's address, so that it is there again when the page is loaded again.
 REMEMBER = "(name) => { history.replaceState(null, '', name ? '?film=' + encodeURIComponent(name) : '?') }"
-# Rows of the timeline that can be changed at once: a browser has its limits.
-SHOWN_ROWS = 40
 SHAPES = dict(zip(("Cut off what does not fit", "Add black", "Stretch it"), ("crop", "pad", "stretch"), strict=True))
 assert set(SHAPES.values()) == set(RESIZE_MODES)
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {**QUIET, "queue": False}
+QUEUED: dict[str, Any] = {**QUIET, "concurrency_limit": None}
 
 
 def theme() -> gr.Theme:
@@ -36,9 +37,15 @@ def theme() -> gr.Theme:
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-    # Dark enough for white letters on it.
+    # Letters that can be read: 4.5 times as bright as their ground, or as dark.
     fill = {"button_primary_background_fill": "*primary_700", "button_primary_background_fill_hover": "*primary_800"}
-    return own.set(**fill, **{f"{name}_dark": value for name, value in fill.items()})
+    quiet = ("body_text_color_subdued", "block_info_text_color", "input_placeholder_color")
+    return own.set(
+        **fill,
+        **{f"{name}_dark": value for name, value in fill.items()},
+        **dict.fromkeys(quiet, "*neutral_500"),
+        **{f"{name}_dark": "*neutral_400" for name in quiet},
+    )
 
 
 def _plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,6 +64,9 @@ def _plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
 class StartImage(gr.Image):
     """An upload that is not opened before it was looked at: what comes is a path in Gradio's own folder."""
 
+    def get_block_name(self) -> str:
+        return "image"  # which the browser knows
+
     def preprocess(self, payload: Any) -> Any:
         return None if payload is None else payload.path
 
@@ -64,23 +74,26 @@ class StartImage(gr.Image):
 def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blocks:
     """The page of a studio. See [`make_server`]."""
     with gr.Blocks(title="Films · diffusers_svi", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        name, seen, rows = gr.State(""), gr.State({}), gr.State(())
-        gr.HTML('<header class="svi-head"><h1>Films</h1><a class="svi-new" href="?">New film</a></header>')
+        name = gr.Textbox(visible=False)  # and no state of the server's: the browser keeps it in the address
+        seen, turned = gr.State({}), gr.State(0)
+        _html('<header class="svi-head"><h1>Films</h1><a class="svi-new" href="?">New film</a></header>')
         with gr.Row(visible=False, elem_classes="svi-sheet") as new_sheet:
             form, make = _new_film(defaults, presets)
         with gr.Row(visible=False, elem_classes="svi-sheet") as film_sheet:
             with gr.Column(scale=6, min_width=320):
-                heading, preview = gr.HTML(), gr.HTML()
-                state = gr.HTML()
+                heading, preview = _html(), _html()
+                state = _html()
                 with gr.Row(elem_classes="svi-buttons"):
-                    stop = gr.Button("Stop", variant="stop", visible=False)
-                    go_on = gr.Button("Continue", variant="primary", visible=False)
-                    download = gr.HTML()
-                recipe = gr.HTML()
+                    stop = gr.Button("Stop", visible=False, scale=0, min_width=120)
+                    go_on = gr.Button("Continue", variant="primary", visible=False, scale=0, min_width=120)
+                    download = _html()
+                recipe = _html()
             with gr.Column(scale=5, min_width=320, elem_classes="svi-timeline"):
-                gr.HTML("<h3>Timeline</h3>")
-                made = gr.HTML()
-                _rows_to_come(studio, name, rows)
+                _html("<h3>Timeline</h3>")
+                rows = build_rows()
+                with gr.Row(elem_classes="svi-buttons"):
+                    back = gr.Button("Clips before", size="sm", visible=False)
+                    ahead = gr.Button("Clips after", size="sm", visible=False)
                 more = gr.Textbox(
                     label="More clips, one line each",
                     placeholder="the sun sets behind the hills",
@@ -89,16 +102,22 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
                     max_length=MAX_PROMPT * 10,
                 )
                 extend = gr.Button("Extend the film")
-        gr.HTML('<h3 class="svi-section">Films in this folder</h3>')
-        gallery = gr.HTML()
-        shown = (new_sheet, film_sheet, heading, preview, state, stop, go_on, download, recipe, made, rows, gallery)
+        _html('<h3 class="svi-section">Films in this folder</h3>')
+        gallery = _html()
+        shown = [new_sheet, film_sheet, heading, preview, state, stop, go_on, download, recipe, back, ahead, gallery]
+        parts = [part for row in rows for part in row.parts]
 
-        def look(name: str, seen: dict[str, Any]) -> list[Any]:
-            """What has changed since it was `seen`, for `shown` and `seen`."""
-            now = _look(studio, name)
-            news = [value if seen.get(str(i)) != value else None for i, value in enumerate(now)]
-            updates = [gr.skip() if value is None else _update(value) for value in news]
-            return [*updates, {str(i): value for i, value in enumerate(now)}]
+        def look(name: str, turned: int, seen: dict[str, Any]) -> list[Any]:
+            """What has changed since it was `seen`, for `shown`, the `parts` of the rows, and `seen`."""
+            film = studio.film(name) if name else None
+            now = _look(studio, film, turned)
+            is_making = film is not None and studio.status(name) in ("making", "stopping")
+            clips = [None] * NUM_ROWS if film is None else shown_rows(film, is_making, turned)
+            before, clips_before = seen.get("shown", [None] * len(now)), seen.get("clips", [None] * NUM_ROWS)
+            news = [gr.skip() if old == new else _update(new) for old, new in zip(before, now, strict=True)]
+            for old, new in zip(clips_before, clips, strict=True):
+                news += [gr.skip()] * 4 if old == new or film is None else updates(film, new)
+            return [*news, {"shown": now, "clips": clips}]
 
         def open_film(request: gr.Request) -> str:
             wanted = request.query_params.get("film", "")
@@ -112,7 +131,7 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
             if image is None:
                 raise ValueError("Choose the picture that the film begins with.")
             given = dict(zip(SETTING_NAMES, values, strict=True))
-            settings = Settings(**{**given, "resize_mode": SHAPES[given["resize_mode"]]})
+            settings = replace(defaults, **{**given, "resize_mode": SHAPES[given["resize_mode"]]})
             film = studio.create(read_upload(image), _lines(story), settings, title or "")
             studio.make(film.name)
             return film.name
@@ -126,12 +145,27 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
             studio.make(name)
             return ""
 
-        looked: dict[str, Any] = {"fn": look, "inputs": [name, seen], "outputs": [*shown, seen], **AT_ONCE}
+        # One after the other, so that what is newer comes later.
+        looked: dict[str, Any] = {
+            "fn": look,
+            "inputs": [name, turned, seen],
+            "outputs": [*shown, *parts, seen],
+            "concurrency_limit": 1,
+            "concurrency_id": "look",
+            **QUIET,
+        }
         gr.Timer(1).tick(**looked)
         page.load(open_film, None, name, **AT_ONCE).then(**looked)
-        made_now = make.click(make_film, form, name, concurrency_limit=None, **QUIET)
+        made_now = make.click(make_film, form, name, **QUEUED)
         made_now.success(None, name, None, js=REMEMBER, api_visibility="private").then(**looked)
-        extend.click(extend_film, [name, more], more, concurrency_limit=None, **QUIET).success(**looked)
+        extend.click(extend_film, [name, more], more, **QUEUED).success(**looked)
+        back.click(lambda turned: turned - 1, turned, turned, **AT_ONCE).then(**looked)
+        ahead.click(lambda turned: turned + 1, turned, turned, **AT_ONCE).then(**looked)
+        for index, row in enumerate(rows):
+            change = _changes(studio, index)
+            row.box.input(change["edit"], [name, seen, row.box], None, trigger_mode="always_last", **AT_ONCE)
+            row.up.click(change["up"], [name, seen], None, **AT_ONCE).then(**looked)
+            row.cut.click(change["cut"], [name, seen], None, **AT_ONCE).then(**looked)
         stop.click(_plainly(studio.stop), name, None, **AT_ONCE).then(**looked)
         go_on.click(_plainly(studio.make), name, None, **AT_ONCE).then(**looked)
     return page
@@ -203,55 +237,29 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
             read_upload(path)
 
     preset.input(published, preset, [preset, frames, steps, guidance, fps], **AT_ONCE)
-    image.upload(check, image, None, concurrency_limit=None, **QUIET).failure(lambda: None, None, image, **AT_ONCE)
+    image.upload(check, image, None, **QUEUED).failure(lambda: None, None, image, **AT_ONCE)
     values = [preset, width, height, frames, steps, guidance, fps, seed, shape, negative, endless]
     return [image, title, story, *values], make
 
 
-def _rows_to_come(studio: Studio, name: gr.State, rows: gr.State) -> None:
-    """A row for every clip that may still be changed."""
+def _changes(studio: Studio, index: int) -> dict[str, Callable[..., None]]:
+    """What may be done with the clip that the row `index` shows."""
 
-    @gr.render(inputs=[name, rows], triggers=[rows.change], queue=False, show_progress="hidden")
-    def show(name: str, rows: tuple[int, ...]) -> None:
-        if not name or not rows:
-            return
-        film = studio.film(name)
-        to_come = [(place, entry) for place, entry in enumerate(film.clips) if entry.number in rows]
-        for place, entry in to_come[:SHOWN_ROWS]:
-            _row(name, place, entry.number, entry.prompt, place == film.num_fixed)
-        if len(to_come) > SHOWN_ROWS:
-            gr.HTML(f'<p class="svi-hint">and {len(to_come) - SHOWN_ROWS} more, shown when their turn is nearer</p>')
+    def number(seen: dict[str, Any]) -> int:
+        return seen["clips"][index].number
 
-    def _row(name: str, place: int, number: int, prompt: str, is_first: bool) -> None:
-        film = studio.film(name)
-        key = f"{name}/{number}"
-        with gr.Row(elem_classes="svi-row", key=f"{key}/row"):
-            box = gr.Textbox(
-                prompt,
-                label=f"Clip {place + 1}",
-                placeholder="as in the clip before",
-                lines=1,
-                max_lines=4,
-                max_length=MAX_PROMPT,
-                scale=1,
-                min_width=180,
-                key=f"{key}/prompt",
-            )
-            up = gr.Button(f"Move {place + 1} up", size="sm", interactive=not is_first, scale=0, min_width=96)
-            cut = gr.Button(f"Cut {place + 1}", size="sm", scale=0, min_width=72)
-        box.input(
-            _plainly(lambda text: film.edit(number, text)), box, None, trigger_mode="always_last", **AT_ONCE
-        )
-        up.click(_plainly(lambda: film.move(number, -1)), None, None, **AT_ONCE)
-        cut.click(_plainly(lambda: film.remove(number)), None, None, **AT_ONCE)
+    return {
+        "edit": _plainly(lambda name, seen, prompt: studio.film(name).edit(number(seen), prompt)),
+        "up": _plainly(lambda name, seen: studio.film(name).move(number(seen), -1)),
+        "cut": _plainly(lambda name, seen: studio.film(name).remove(number(seen))),
+    }
 
 
-def _look(studio: Studio, name: str) -> list[Any]:
+def _look(studio: Studio, film: Project | None, turned: int) -> list[Any]:
     """The values of what the page shows, in the order of its outputs; a truth value is for what is shown or not."""
-    if not name:
-        return [True, False, "", "", "", False, False, "", "", "", (), views.gallery(studio, "")]
-    film, status = studio.film(name), studio.status(name)
-    to_come = tuple(entry.number for entry in film.clips[film.num_fixed :])
+    if film is None:
+        return [True, False, "", "", "", False, False, "", "", False, False, views.gallery(studio, "")]
+    status, first = studio.status(film.name), first_row(film, turned)
     return [
         False,
         True,
@@ -262,9 +270,9 @@ def _look(studio: Studio, name: str) -> list[Any]:
         status in ("stopped", "failed", "interrupted"),
         views.download(film, status),
         views.recipe(film),
-        views.made(film, status),
-        to_come,
-        views.gallery(studio, name),
+        first > 0,
+        first + NUM_ROWS < len(film.clips),
+        views.gallery(studio, film.name),
     ]
 
 
@@ -278,3 +286,7 @@ def _lines(story: str | None) -> list[str]:
 
 def _number(label: str, value: int | None, least: int, most: int | None, **options: Any) -> gr.Number:
     return gr.Number(value, label=label, precision=0, minimum=least, maximum=most, min_width=120, **options)
+
+
+def _html(value: str = "") -> gr.HTML:
+    return gr.HTML(value, padding=False)

@@ -63,18 +63,6 @@ def state(film: Project, studio: Studio) -> str:
     return f'<p class="{kind}" role="status">{told[status]}</p>'
 
 
-def made(film: Project, status: str) -> str:
-    """The clips that cannot be changed any more, and the one that is being made."""
-    rows = [
-        f'<li><span class="svi-number">{place + 1}</span><span class="svi-prompt">{escape(entry.prompt)}</span>'
-        f"{_badge('done' if place < film.num_done else 'making')}</li>"
-        for place, entry in enumerate(film.clips[: film.num_fixed])
-    ]
-    if not rows:
-        return ""
-    return f'<ol class="svi-clips" aria-label="Clips that are made">{"".join(rows)}</ol>'
-
-
 def download(film: Project, status: str) -> str:
     if not film.num_done or status in ("making", "stopping"):
         return ""

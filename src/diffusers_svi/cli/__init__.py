@@ -4,6 +4,7 @@ import sys
 
 import click
 
+from ..app.command import app
 from .generate import generate
 from .inspect import inspect
 
@@ -27,5 +28,6 @@ def commands() -> None:
     """Videos of any length with Wan models and Stable Video Infinity (SVI) LoRAs."""
 
 
+commands.add_command(app)
 commands.add_command(generate)
 commands.add_command(inspect)

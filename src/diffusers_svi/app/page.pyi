@@ -1,0 +1,289 @@
+"""The page: a new film on one sheet, a film and its timeline on another, and below them all films of the folder."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..start_image import RESIZE_MODES
+from . import views
+from .project import MAX_FPS, MAX_FRAMES, MAX_PROMPT, MAX_SIDE, MAX_STEPS, MAX_TITLE, Settings
+from .studio import Studio
+from .uploads import read_upload
+
+
+CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+HEAD = '<meta name="color-scheme" content="light dark">'
+# Keeps the film that is shown in the page's address, so that it is there again when the page is loaded again.
+REMEMBER = "(name) => { history.replaceState(null, '', name ? '?film=' + encodeURIComponent(name) : '?') }"
+# Rows of the timeline that can be changed at once: a browser has its limits.
+SHOWN_ROWS = 40
+SHAPES = dict(zip(("Cut off what does not fit", "Add black", "Stretch it"), ("crop", "pad", "stretch"), strict=True))
+assert set(SHAPES.values()) == set(RESIZE_MODES)
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+AT_ONCE: dict[str, Any] = {**QUIET, "queue": False}
+
+
+def theme() -> gr.Theme:
+    """Fonts and colours that are on every machine: nothing is fetched."""
+    own = gr.themes.Default(
+        primary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_lg,
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    # Dark enough for white letters on it.
+    fill = {"button_primary_background_fill": "*primary_700", "button_primary_background_fill_hover": "*primary_800"}
+    return own.set(**fill, **{f"{name}_dark": value for name, value in fill.items()})
+
+
+def _plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors of people are told to them, not to the log."""
+
+    @functools.wraps(handler)
+    def told(*arguments: Any) -> Any:
+        try:
+            return handler(*arguments)
+        except (ValueError, OSError) as error:
+            raise gr.Error(str(error), title="This does not work", print_exception=False) from error
+
+    return told
+
+from gradio.events import Dependency
+
+class StartImage(gr.Image):
+    """An upload that is not opened before it was looked at: what comes is a path in Gradio's own folder."""
+
+    def get_block_name(self) -> str:
+        return "image"  # which the browser knows
+
+    def preprocess(self, payload: Any) -> Any:
+        return None if payload is None else payload.path
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blocks:
+    """The page of a studio. See [`make_server`]."""
+    with gr.Blocks(title="Films · diffusers_svi", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        name, seen, rows = gr.State(""), gr.State({}), gr.State(())
+        gr.HTML('<header class="svi-head"><h1>Films</h1><a class="svi-new" href="?">New film</a></header>')
+        with gr.Row(visible=False, elem_classes="svi-sheet") as new_sheet:
+            form, make = _new_film(defaults, presets)
+        with gr.Row(visible=False, elem_classes="svi-sheet") as film_sheet:
+            with gr.Column(scale=6, min_width=320):
+                heading, preview = gr.HTML(), gr.HTML()
+                state = gr.HTML()
+                with gr.Row(elem_classes="svi-buttons"):
+                    stop = gr.Button("Stop", variant="stop", visible=False)
+                    go_on = gr.Button("Continue", variant="primary", visible=False)
+                    download = gr.HTML()
+                recipe = gr.HTML()
+            with gr.Column(scale=5, min_width=320, elem_classes="svi-timeline"):
+                gr.HTML("<h3>Timeline</h3>")
+                made = gr.HTML()
+                _rows_to_come(studio, name, rows)
+                more = gr.Textbox(
+                    label="More clips, one line each",
+                    placeholder="the sun sets behind the hills",
+                    lines=2,
+                    max_lines=8,
+                    max_length=MAX_PROMPT * 10,
+                )
+                extend = gr.Button("Extend the film")
+        gr.HTML('<h3 class="svi-section">Films in this folder</h3>')
+        gallery = gr.HTML()
+        shown = (new_sheet, film_sheet, heading, preview, state, stop, go_on, download, recipe, made, rows, gallery)
+
+        def look(name: str, seen: dict[str, Any]) -> list[Any]:
+            """What has changed since it was `seen`, for `shown` and `seen`."""
+            now = _look(studio, name)
+            news = [value if seen.get(str(i)) != value else None for i, value in enumerate(now)]
+            updates = [gr.skip() if value is None else _update(value) for value in news]
+            return [*updates, {str(i): value for i, value in enumerate(now)}]
+
+        def open_film(request: gr.Request) -> str:
+            wanted = request.query_params.get("film", "")
+            if wanted and wanted not in {film.name for film in studio.films}:
+                gr.Warning("This film is not in the folder any more.", title="Not found")
+                return ""
+            return wanted
+
+        @_plainly
+        def make_film(image: str | None, title: str, story: str, *values: Any) -> str:
+            if image is None:
+                raise ValueError("Choose the picture that the film begins with.")
+            given = dict(zip(SETTING_NAMES, values, strict=True))
+            settings = Settings(**{**given, "resize_mode": SHAPES[given["resize_mode"]]})
+            film = studio.create(read_upload(image), _lines(story), settings, title or "")
+            studio.make(film.name)
+            return film.name
+
+        @_plainly
+        def extend_film(name: str, story: str) -> str:
+            lines = _lines(story)
+            if not lines:
+                raise ValueError("Write what happens in the clips to come, a line each.")
+            studio.film(name).add(lines)
+            studio.make(name)
+            return ""
+
+        looked: dict[str, Any] = {"fn": look, "inputs": [name, seen], "outputs": [*shown, seen], **AT_ONCE}
+        gr.Timer(1).tick(**looked)
+        page.load(open_film, None, name, **AT_ONCE).then(**looked)
+        made_now = make.click(make_film, form, name, concurrency_limit=None, **QUIET)
+        made_now.success(None, name, None, js=REMEMBER, api_visibility="private").then(**looked)
+        extend.click(extend_film, [name, more], more, concurrency_limit=None, **QUIET).success(**looked)
+        stop.click(_plainly(studio.stop), name, None, **AT_ONCE).then(**looked)
+        go_on.click(_plainly(studio.make), name, None, **AT_ONCE).then(**looked)
+    return page
+
+
+# In the order of `_new_film`.
+SETTING_NAMES = (
+    *("preset", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "fps", "seed"),
+    *("resize_mode", "negative_prompt", "endless"),
+)
+
+
+def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.Button]:
+    """The sheet on which a film is begun: what `make_film` is given, and its button."""
+    with gr.Column(scale=5, min_width=320):
+        image = StartImage(
+            label="Start image",
+            sources=["upload", "clipboard"],
+            type="filepath",
+            image_mode=None,
+            height=300,
+            placeholder="Drop a picture here\n- or -\nclick to choose one",
+        )
+        title = gr.Textbox(label="Title", placeholder="may be left out", max_length=MAX_TITLE)
+        preset = gr.Dropdown(
+            presets,
+            value=defaults.preset,
+            label="Preset",
+            info=views.about(defaults.preset) if len(presets) > 1 else "as the server was started",
+            interactive=len(presets) > 1,
+            filterable=False,
+        )
+    with gr.Column(scale=6, min_width=320):
+        story = gr.Textbox(
+            label="Story, one line a clip",
+            info="Every line is a clip and goes on from the one before. Lines to come may be changed while it is made.",
+            placeholder="the kitten wakes and stretches\nit jumps out of the hat\nit walks away over the table",
+            lines=7,
+            max_lines=16,
+            max_length=MAX_PROMPT * 100,
+        )
+        with gr.Accordion("Advanced settings", open=False):
+            with gr.Row():
+                width = _number("Width", defaults.width, 16, MAX_SIDE, step=16, placeholder="as the picture")
+                height = _number("Height", defaults.height, 16, MAX_SIDE, step=16, placeholder="as the picture")
+            with gr.Row():
+                frames = _number("Frames a clip (1 + 4n)", defaults.num_frames, 5, MAX_FRAMES, step=4)
+                steps = _number("Steps a clip", defaults.num_inference_steps, 1, MAX_STEPS)
+            with gr.Row():
+                guidance = gr.Number(defaults.guidance_scale, label="Guidance", step=0.5, min_width=120)
+                fps = gr.Number(defaults.fps, label="Frames a second", minimum=1, maximum=MAX_FPS, min_width=120)
+            with gr.Row():
+                seed = _number("Seed", defaults.seed, 0, None)
+                shape = gr.Dropdown(
+                    [*SHAPES], value=[*SHAPES][0], label="Picture of another shape", filterable=False, min_width=120
+                )
+            negative = gr.Textbox(defaults.negative_prompt, label="Not to be seen", lines=3, max_length=MAX_PROMPT)
+            endless = gr.Checkbox(defaults.endless, label="Go on with the last line until I stop it")
+        make = gr.Button("Make the film", variant="primary", size="lg")
+
+    def published(name: str) -> list[Any]:
+        of = Settings.of(name)
+        told = gr.Dropdown(info=views.about(name))
+        return [told, of.num_frames, of.num_inference_steps, of.guidance_scale, of.fps]
+
+    @_plainly
+    def check(path: str | None) -> Any:
+        if path is not None:
+            read_upload(path)
+
+    preset.input(published, preset, [preset, frames, steps, guidance, fps], **AT_ONCE)
+    image.upload(check, image, None, concurrency_limit=None, **QUIET).failure(lambda: None, None, image, **AT_ONCE)
+    values = [preset, width, height, frames, steps, guidance, fps, seed, shape, negative, endless]
+    return [image, title, story, *values], make
+
+
+def _rows_to_come(studio: Studio, name: gr.State, rows: gr.State) -> None:
+    """A row for every clip that may still be changed."""
+
+    @gr.render(inputs=[name, rows], triggers=[rows.change], queue=False, show_progress="hidden")
+    def show(name: str, rows: tuple[int, ...]) -> None:
+        if not name or not rows:
+            return
+        film = studio.film(name)
+        to_come = [(place, entry) for place, entry in enumerate(film.clips) if entry.number in rows]
+        for place, entry in to_come[:SHOWN_ROWS]:
+            _row(name, place, entry.number, entry.prompt, place == film.num_fixed)
+        if len(to_come) > SHOWN_ROWS:
+            gr.HTML(f'<p class="svi-hint">and {len(to_come) - SHOWN_ROWS} more, shown when their turn is nearer</p>')
+
+    def _row(name: str, place: int, number: int, prompt: str, is_first: bool) -> None:
+        film = studio.film(name)
+        key = f"{name}/{number}"
+        with gr.Row(elem_classes="svi-row", key=f"{key}/row"):
+            box = gr.Textbox(
+                prompt,
+                label=f"Clip {place + 1}",
+                placeholder="as in the clip before",
+                lines=1,
+                max_lines=4,
+                max_length=MAX_PROMPT,
+                scale=1,
+                min_width=180,
+                key=f"{key}/prompt",
+            )
+            up = gr.Button(f"Move {place + 1} up", size="sm", interactive=not is_first, scale=0, min_width=96)
+            cut = gr.Button(f"Cut {place + 1}", size="sm", scale=0, min_width=72)
+        box.input(
+            _plainly(lambda text: film.edit(number, text)), box, None, trigger_mode="always_last", **AT_ONCE
+        )
+        up.click(_plainly(lambda: film.move(number, -1)), None, None, **AT_ONCE)
+        cut.click(_plainly(lambda: film.remove(number)), None, None, **AT_ONCE)
+
+
+def _look(studio: Studio, name: str) -> list[Any]:
+    """The values of what the page shows, in the order of its outputs; a truth value is for what is shown or not."""
+    if not name:
+        return [True, False, "", "", "", False, False, "", "", "", (), views.gallery(studio, "")]
+    film, status = studio.film(name), studio.status(name)
+    to_come = tuple(entry.number for entry in film.clips[film.num_fixed :])
+    return [
+        False,
+        True,
+        views.heading(film, status),
+        views.preview(film),
+        views.state(film, studio),
+        status in ("queued", "making", "stopping"),
+        status in ("stopped", "failed", "interrupted"),
+        views.download(film, status),
+        views.recipe(film),
+        views.made(film, status),
+        to_come,
+        views.gallery(studio, name),
+    ]
+
+
+def _update(value: Any) -> Any:
+    return gr.update(visible=value) if isinstance(value, bool) else value
+
+
+def _lines(story: str | None) -> list[str]:
+    return [line.strip() for line in (story or "").splitlines() if line.strip()]
+
+
+def _number(label: str, value: int | None, least: int, most: int | None, **options: Any) -> gr.Number:
+    return gr.Number(value, label=label, precision=0, minimum=least, maximum=most, min_width=120, **options)

@@ -1,0 +1,87 @@
+"""The timeline as rows: a clip each, always in its place, so that what is typed stays where it is typed."""
+
+from dataclasses import dataclass
+
+import gradio as gr
+
+from .project import MAX_PROMPT, Project
+
+
+# At once: a browser has its limits. A longer timeline is turned over.
+NUM_ROWS = 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """The parts of a row."""
+
+    row: gr.Row
+    box: gr.Textbox
+    up: gr.Button
+    cut: gr.Button
+
+    @property
+    def parts(self) -> list[gr.blocks.Block]:
+        return [self.row, self.box, self.up, self.cut]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a row shows: the clip `number` of the timeline, at `place`, `state` of it, and whether it can go up."""
+
+    number: int
+    place: int
+    state: str
+    can_go_up: bool
+
+
+def build_rows() -> list[Row]:
+    """Rows that show nothing yet."""
+    rows = []
+    for _ in range(NUM_ROWS):
+        with gr.Row(visible=False, elem_classes="svi-row") as row:
+            box = gr.Textbox(
+                label="Clip",
+                placeholder="as in the clip before",
+                lines=1,
+                max_lines=4,
+                max_length=MAX_PROMPT,
+                min_width=180,
+                interactive=True,
+            )
+            up = gr.Button("Move up", size="sm", scale=0, min_width=96)
+            cut = gr.Button("Cut", size="sm", scale=0, min_width=72)
+        rows.append(Row(row, box, up, cut))
+    return rows
+
+
+def first_row(film: Project, turned: int) -> int:
+    """The place that the first row shows: the page of the clip that is next, `turned` pages on."""
+    last = max(len(film.clips) - 1, 0) // NUM_ROWS
+    page = min(film.num_done // NUM_ROWS, last) + turned
+    return min(max(page, 0), last) * NUM_ROWS
+
+
+def shown_rows(film: Project, is_making: bool, turned: int) -> list[Shown | None]:
+    """What every row shows; `None` for those that are not needed."""
+    first, fixed = first_row(film, turned), film.num_fixed
+    rows: list[Shown | None] = []
+    for place, entry in enumerate(film.clips[first : first + NUM_ROWS], start=first):
+        state = "done" if place < film.num_done else "being made" if place < fixed and is_making else ""
+        rows.append(Shown(entry.number, place, state, place > fixed))
+    return rows + [None] * (NUM_ROWS - len(rows))
+
+
+def updates(film: Project, shown: Shown | None) -> list[dict]:
+    """What makes the parts of a row show it."""
+    if shown is None:
+        return [gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()]
+    number, open_to_change = shown.place + 1, not shown.state
+    prompt = next((entry.prompt for entry in film.clips if entry.number == shown.number), "")
+    label = f"Clip {number}" if open_to_change else f"Clip {number} · {shown.state}"
+    return [
+        gr.update(visible=True),
+        gr.update(label=label, value=prompt, interactive=open_to_change),
+        gr.update(value=f"Move {number} up", visible=open_to_change, interactive=shown.can_go_up),
+        gr.update(value=f"Cut {number}", visible=open_to_change),
+    ]
