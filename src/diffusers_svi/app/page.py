@@ -17,6 +17,22 @@ from .uploads import read_upload
 
 
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+# A film that has grown goes on where it was being watched.
+PLAY_ON = """
+let film = '', place = 0, playing = false;
+const keep = (event) => { place = event.target.currentTime; playing = !event.target.paused || event.target.ended; };
+for (const name of ['play', 'pause', 'timeupdate', 'ended']) element.addEventListener(name, keep, true);
+new MutationObserver(() => {
+  const video = element.querySelector('video:not([data-known])');
+  if (!video) return;
+  video.dataset.known = '';
+  const path = video.src.split('?')[0];
+  if (path !== film) { place = 0; playing = false; }
+  video.currentTime = place;
+  if (playing) video.play();
+  film = path;
+}).observe(element, { childList: true, subtree: true });
+"""
 HEAD = '<meta name="color-scheme" content="light dark">'
 # Keeps the film that is shown in the page's address, so that it is there again when the page is loaded again.
 REMEMBER = "(name) => { history.replaceState(null, '', name ? '?film=' + encodeURIComponent(name) : '?') }"
@@ -61,16 +77,6 @@ def _plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
-class StartImage(gr.Image):
-    """An upload that is not opened before it was looked at: what comes is a path in Gradio's own folder."""
-
-    def get_block_name(self) -> str:
-        return "image"  # which the browser knows
-
-    def preprocess(self, payload: Any) -> Any:
-        return None if payload is None else payload.path
-
-
 def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blocks:
     """The page of a studio. See [`make_server`]."""
     with gr.Blocks(title="Films · diffusers_svi", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
@@ -80,8 +86,9 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
         with gr.Row(visible=False, elem_classes="svi-sheet") as new_sheet:
             form, make = _new_film(defaults, presets)
         with gr.Row(visible=False, elem_classes="svi-sheet") as film_sheet:
-            with gr.Column(scale=6, min_width=320):
-                heading, preview = _html(), _html()
+            with gr.Column(scale=6, min_width=320, elem_classes="svi-watch"):
+                heading = _html()
+                preview = gr.HTML(js_on_load=PLAY_ON)
                 state = _html()
                 with gr.Row(elem_classes="svi-buttons"):
                     stop = gr.Button("Stop", visible=False, scale=0, min_width=120)
@@ -112,11 +119,11 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
             film = studio.film(name) if name else None
             now = _look(studio, film, turned)
             is_making = film is not None and studio.status(name) in ("making", "stopping")
-            clips = [None] * NUM_ROWS if film is None else shown_rows(film, is_making, turned)
+            clips = shown_rows(film, is_making, turned)
             before, clips_before = seen.get("shown", [None] * len(now)), seen.get("clips", [None] * NUM_ROWS)
             news = [gr.skip() if old == new else _update(new) for old, new in zip(before, now, strict=True)]
             for old, new in zip(clips_before, clips, strict=True):
-                news += [gr.skip()] * 4 if old == new or film is None else updates(film, new)
+                news += updates(film, old, new)
             return [*news, {"shown": now, "clips": clips}]
 
         def open_film(request: gr.Request) -> str:
@@ -181,7 +188,7 @@ SETTING_NAMES = (
 def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.Button]:
     """The sheet on which a film is begun: what `make_film` is given, and its button."""
     with gr.Column(scale=5, min_width=320):
-        image = StartImage(
+        image = gr.Image(
             label="Start image",
             sources=["upload", "clipboard"],
             type="filepath",
@@ -189,6 +196,9 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
             height=300,
             placeholder="Drop a picture here\n- or -\nclick to choose one",
         )
+        # It is looked at before it is opened: what comes is a path in Gradio's own folder. (Not in a class of its own,
+        # for which Gradio would write a file beside this one.)
+        image.preprocess = lambda payload: None if payload is None else payload.path
         title = gr.Textbox(label="Title", placeholder="may be left out", max_length=MAX_TITLE)
         preset = gr.Dropdown(
             presets,
@@ -201,7 +211,7 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
     with gr.Column(scale=6, min_width=320):
         story = gr.Textbox(
             label="Story, one line a clip",
-            info="Every line is a clip and goes on from the one before. Lines to come may be changed while it is made.",
+            info="Each clip goes on from the one before. Those to come can be changed while the film is made.",
             placeholder="the kitten wakes and stretches\nit jumps out of the hat\nit walks away over the table",
             lines=7,
             max_lines=16,
@@ -220,7 +230,11 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
             with gr.Row():
                 seed = _number("Seed", defaults.seed, 0, None)
                 shape = gr.Dropdown(
-                    [*SHAPES], value=[*SHAPES][0], label="Picture of another shape", filterable=False, min_width=120
+                    [*SHAPES],
+                    value=next(iter(SHAPES)),
+                    label="Picture of another shape",
+                    filterable=False,
+                    min_width=120,
                 )
             negative = gr.Textbox(defaults.negative_prompt, label="Not to be seen", lines=3, max_length=MAX_PROMPT)
             endless = gr.Checkbox(defaults.endless, label="Go on with the last line until I stop it")

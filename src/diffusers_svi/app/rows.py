@@ -1,6 +1,7 @@
 """The timeline as rows: a clip each, always in its place, so that what is typed stays where it is typed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 
@@ -62,8 +63,10 @@ def first_row(film: Project, turned: int) -> int:
     return min(max(page, 0), last) * NUM_ROWS
 
 
-def shown_rows(film: Project, is_making: bool, turned: int) -> list[Shown | None]:
+def shown_rows(film: Project | None, is_making: bool, turned: int) -> list[Shown | None]:
     """What every row shows; `None` for those that are not needed."""
+    if film is None:
+        return [None] * NUM_ROWS
     first, fixed = first_row(film, turned), film.num_fixed
     rows: list[Shown | None] = []
     for place, entry in enumerate(film.clips[first : first + NUM_ROWS], start=first):
@@ -72,16 +75,23 @@ def shown_rows(film: Project, is_making: bool, turned: int) -> list[Shown | None
     return rows + [None] * (NUM_ROWS - len(rows))
 
 
-def updates(film: Project, shown: Shown | None) -> list[dict]:
-    """What makes the parts of a row show it."""
-    if shown is None:
+def updates(film: Project | None, before: Shown | None, shown: Shown | None) -> list[dict]:
+    """What makes the parts of a row show it, which showed `before`."""
+    if before == shown:
+        return [gr.skip()] * 4
+    if film is None or shown is None:
         return [gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()]
-    number, open_to_change = shown.place + 1, not shown.state
-    prompt = next((entry.prompt for entry in film.clips if entry.number == shown.number), "")
-    label = f"Clip {number}" if open_to_change else f"Clip {number} · {shown.state}"
+    number, is_open = shown.place + 1, not shown.state
+    box: dict[str, Any] = {
+        "label": f"Clip {number}" if is_open else f"Clip {number} · {shown.state}",
+        "interactive": is_open,
+    }
+    if before is None or (before.number, before.state) != (shown.number, shown.state):
+        # Else somebody may be typing.
+        box["value"] = next((entry.prompt for entry in film.clips if entry.number == shown.number), "")
     return [
         gr.update(visible=True),
-        gr.update(label=label, value=prompt, interactive=open_to_change),
-        gr.update(value=f"Move {number} up", visible=open_to_change, interactive=shown.can_go_up),
-        gr.update(value=f"Cut {number}", visible=open_to_change),
+        gr.update(**box),
+        gr.update(value=f"Move {number} up", visible=is_open, interactive=shown.can_go_up),
+        gr.update(value=f"Cut {number}", visible=is_open),
     ]

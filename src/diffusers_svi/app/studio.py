@@ -18,6 +18,7 @@ import torch
 from diffusers.utils import logging
 from filelock import FileLock, Timeout
 
+from ..clips import ClipSpec
 from ..film import FilmWriter
 from ..pipeline import SVIPipeline
 from .project import SEED_STEP, Project, Settings
@@ -73,7 +74,9 @@ class Studio:
         try:
             self._folder_lock.acquire()
         except Timeout as error:
-            raise ValueError(f"`folder`={str(folder)!r} is open in another page. Close that, or take another.") from error
+            raise ValueError(
+                f"`folder`={str(folder)!r} is open in another page. Close that, or take another."
+            ) from error
         self._load = load
         self._pipeline: tuple[str, SVIPipeline] | None = None
         self._changed = threading.Condition()
@@ -259,13 +262,13 @@ class Studio:
                 pipe._interrupt = True
             return tensors
 
-        size = {"height": settings.height, "width": settings.width}
+        size: dict[str, Any] = {"height": settings.height, "width": settings.width}
         if settings.max_sequence_length is not None:
             size["max_sequence_length"] = settings.max_sequence_length
         self._progress = Progress(film.num_done, 0, settings.num_inference_steps, None, began)
         clips = pipe.stream(
             image=film.image if writer.state is None else None,
-            prompts=film.due(),
+            prompts=(ClipSpec(**spec) for spec in film.due()),
             seeds=itertools.count(settings.seed, SEED_STEP),
             state=writer.state,
             resize_mode=settings.resize_mode,

@@ -30,7 +30,7 @@ def read_upload(path: str | os.PathLike) -> PIL.Image.Image:
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise ValueError(
-                f"The picture has {width} x {height} pixels, more than {MAX_PIXELS / 1e6:.0f} million. Make it smaller."
+                f"The picture has {width} x {height} pixels. Make it smaller: {MAX_PIXELS / 1e6:.0f} million at most."
             )
         if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
             raise ValueError(f"The picture has {width} x {height} pixels: too small or too narrow for a film.")

@@ -130,7 +130,8 @@ def _waiting(before: int) -> str:
 
 def _making(film: Project, progress: Progress | None) -> str:
     if progress is None:
-        return '<p class="svi-state" role="status">Getting the model ready…</p><progress aria-label="Progress"></progress>'
+        told = '<p class="svi-state" role="status">Getting the model ready…</p>'
+        return f'{told}<progress aria-label="Progress"></progress>'
     total = max(len(film.clips), progress.clip + 1)
     made = min((progress.clip + progress.step / progress.num_steps) / total, 1)
     left = progress.seconds_left(total)
