@@ -80,7 +80,8 @@ def _plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
 def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blocks:
     """The page of a studio. See [`make_server`]."""
     with gr.Blocks(title="Films · diffusers_svi", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        name = gr.Textbox(visible=False)  # and no state of the server's: the browser keeps it in the address
+        # The first is the server's: what is looked at is the film that is shown now. The second is for the browser.
+        name, address = gr.State(""), gr.Textbox(visible=False)
         seen, turned = gr.State({}), gr.State(0)
         _html('<header class="svi-head"><h1>Films</h1><a class="svi-new" href="?">New film</a></header>')
         with gr.Row(visible=False, elem_classes="svi-sheet") as new_sheet:
@@ -134,14 +135,14 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
             return wanted
 
         @_plainly
-        def make_film(image: str | None, title: str, story: str, *values: Any) -> str:
+        def make_film(image: str | None, title: str, story: str, *values: Any) -> tuple[str, str]:
             if image is None:
                 raise ValueError("Choose the picture that the film begins with.")
             given = dict(zip(SETTING_NAMES, values, strict=True))
             settings = replace(defaults, **{**given, "resize_mode": SHAPES[given["resize_mode"]]})
             film = studio.create(read_upload(image), _lines(story), settings, title or "")
             studio.make(film.name)
-            return film.name
+            return film.name, film.name
 
         @_plainly
         def extend_film(name: str, story: str) -> str:
@@ -163,8 +164,8 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
         }
         gr.Timer(1).tick(**looked)
         page.load(open_film, None, name, **AT_ONCE).then(**looked)
-        made_now = make.click(make_film, form, name, **QUEUED)
-        made_now.success(None, name, None, js=REMEMBER, api_visibility="private").then(**looked)
+        made_now = make.click(make_film, form, [name, address], **QUEUED)
+        made_now.success(None, address, None, js=REMEMBER, api_visibility="private").then(**looked)
         extend.click(extend_film, [name, more], more, **QUEUED).success(**looked)
         back.click(lambda turned: turned - 1, turned, turned, **AT_ONCE).then(**looked)
         ahead.click(lambda turned: turned + 1, turned, turned, **AT_ONCE).then(**looked)

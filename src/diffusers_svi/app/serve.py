@@ -95,7 +95,11 @@ def serve(
     studio = Studio(folder, load)
     try:
         with socket.create_server((host, port)) as listener:
-            server = uvicorn.Server(uvicorn.Config(make_server(studio, defaults, presets), log_level="warning"))
+            # Open pages keep their connections, and would keep the server from ending.
+            config = uvicorn.Config(
+                make_server(studio, defaults, presets), log_level="warning", timeout_graceful_shutdown=1
+            )
+            server = uvicorn.Server(config)
             address = f"http://{'localhost' if host == '0.0.0.0' else host}:{listener.getsockname()[1]}/"
             ready(address)
             server.run(sockets=[listener])
