@@ -115,8 +115,10 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
         shown = [new_sheet, film_sheet, heading, preview, state, stop, go_on, download, recipe, back, ahead, gallery]
         parts = [part for row in rows for part in row.parts]
 
-        def look(name: str, turned: int, seen: dict[str, Any]) -> list[Any]:
-            """What has changed since it was `seen`, for `shown`, the `parts` of the rows, and `seen`."""
+        def look(name: str, address: str, turned: int, seen: dict[str, Any]) -> list[Any]:
+            """What has changed since it was `seen`, for `shown`, the `parts` of the rows, `seen` and `name`."""
+            if not name and address in {film.name for film in studio.films}:
+                name = address  # the server was started anew under an open page
             film = studio.film(name) if name else None
             now = _look(studio, film, turned)
             is_making = film is not None and studio.status(name) in ("making", "stopping")
@@ -125,14 +127,14 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
             news = [gr.skip() if old == new else _update(new) for old, new in zip(before, now, strict=True)]
             for old, new in zip(clips_before, clips, strict=True):
                 news += updates(film, old, new)
-            return [*news, {"shown": now, "clips": clips}]
+            return [*news, {"shown": now, "clips": clips}, name]
 
-        def open_film(request: gr.Request) -> str:
+        def open_film(request: gr.Request) -> tuple[str, str]:
             wanted = request.query_params.get("film", "")
             if wanted and wanted not in {film.name for film in studio.films}:
                 gr.Warning("This film is not in the folder any more.", title="Not found")
-                return ""
-            return wanted
+                wanted = ""
+            return wanted, wanted
 
         @_plainly
         def make_film(image: str | None, title: str, story: str, *values: Any) -> tuple[str, str]:
@@ -156,24 +158,27 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
         # One after the other, so that what is newer comes later.
         looked: dict[str, Any] = {
             "fn": look,
-            "inputs": [name, turned, seen],
-            "outputs": [*shown, *parts, seen],
+            "inputs": [name, address, turned, seen],
+            "outputs": [*shown, *parts, seen, name],
             "concurrency_limit": 1,
             "concurrency_id": "look",
             **QUIET,
         }
         gr.Timer(1).tick(**looked)
-        page.load(open_film, None, name, **AT_ONCE).then(**looked)
+        page.load(open_film, None, [name, address], **AT_ONCE).then(**looked)
         made_now = make.click(make_film, form, [name, address], **QUEUED)
         made_now.success(None, address, None, js=REMEMBER, api_visibility="private").then(**looked)
         extend.click(extend_film, [name, more], more, **QUEUED).success(**looked)
         back.click(lambda turned: turned - 1, turned, turned, **AT_ONCE).then(**looked)
         ahead.click(lambda turned: turned + 1, turned, turned, **AT_ONCE).then(**looked)
-        for index, row in enumerate(rows):
-            change = _changes(studio, index)
-            row.box.input(change["edit"], [name, seen, row.box], None, trigger_mode="always_last", **AT_ONCE)
-            row.up.click(change["up"], [name, seen], None, **AT_ONCE).then(**looked)
-            row.cut.click(change["cut"], [name, seen], None, **AT_ONCE).then(**looked)
+        edit = _plainly(lambda name, number, prompt: studio.film(name).edit(number, prompt))
+        move_up = _plainly(lambda name, number: studio.film(name).move(number, -1))
+        remove = _plainly(lambda name, number: studio.film(name).remove(number))
+        for row in rows:
+            # Not `input`, which is for letters that are typed, and for nothing that is pasted or taken away.
+            row.box.change(edit, [name, row.number, row.box], None, trigger_mode="always_last", **AT_ONCE)
+            row.up.click(move_up, [name, row.number], None, **AT_ONCE).then(**looked)
+            row.cut.click(remove, [name, row.number], None, **AT_ONCE).then(**looked)
         stop.click(_plainly(studio.stop), name, None, **AT_ONCE).then(**looked)
         go_on.click(_plainly(studio.make), name, None, **AT_ONCE).then(**looked)
     return page
@@ -255,19 +260,6 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
     image.upload(check, image, None, **QUEUED).failure(lambda: None, None, image, **AT_ONCE)
     values = [preset, width, height, frames, steps, guidance, fps, seed, shape, negative, endless]
     return [image, title, story, *values], make
-
-
-def _changes(studio: Studio, index: int) -> dict[str, Callable[..., None]]:
-    """What may be done with the clip that the row `index` shows."""
-
-    def number(seen: dict[str, Any]) -> int:
-        return seen["clips"][index].number
-
-    return {
-        "edit": _plainly(lambda name, seen, prompt: studio.film(name).edit(number(seen), prompt)),
-        "up": _plainly(lambda name, seen: studio.film(name).move(number(seen), -1)),
-        "cut": _plainly(lambda name, seen: studio.film(name).remove(number(seen))),
-    }
 
 
 def _look(studio: Studio, film: Project | None, turned: int) -> list[Any]:

@@ -196,9 +196,12 @@ class Project:
 
     def edit(self, number: int, prompt: str) -> None:
         """Let another prompt be that of a clip that has not begun. Raises a `ValueError` for one that has."""
+        spec = _spec(prompt)
         with self._lock:
+            if any(entry.number == number and entry.prompt == spec["prompt"] for entry in self._clips):
+                return
             place = self._place(number)
-            entry = replace(self._clips[place], spec={**self._clips[place].spec, **_spec(prompt)})
+            entry = replace(self._clips[place], spec={**self._clips[place].spec, **spec})
             self._save([*self._clips[:place], entry, *self._clips[place + 1 :]])
 
     def remove(self, number: int) -> None:

@@ -10,20 +10,22 @@ from .project import MAX_PROMPT, Project
 
 # At once: a browser has its limits. A longer timeline is turned over.
 NUM_ROWS = 24
+NUM_PARTS = 5
 
 
 @dataclass(frozen=True)
 class Row:
-    """The parts of a row."""
+    """The parts of a row. `number` is never seen: with it the browser says which clip a text is for."""
 
     row: gr.Row
+    number: gr.Number
     box: gr.Textbox
     up: gr.Button
     cut: gr.Button
 
     @property
     def parts(self) -> list[gr.blocks.Block]:
-        return [self.row, self.box, self.up, self.cut]
+        return [self.row, self.number, self.box, self.up, self.cut]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def build_rows() -> list[Row]:
     rows = []
     for _ in range(NUM_ROWS):
         with gr.Row(visible=False, elem_classes="svi-row") as row:
+            number = gr.Number(visible=False, precision=0)
             box = gr.Textbox(
                 label="Clip",
                 placeholder="as in the clip before",
@@ -52,7 +55,7 @@ def build_rows() -> list[Row]:
             )
             up = gr.Button("Move up", size="sm", scale=0, min_width=96)
             cut = gr.Button("Cut", size="sm", scale=0, min_width=72)
-        rows.append(Row(row, box, up, cut))
+        rows.append(Row(row, number, box, up, cut))
     return rows
 
 
@@ -78,12 +81,12 @@ def shown_rows(film: Project | None, is_making: bool, turned: int) -> list[Shown
 def updates(film: Project | None, before: Shown | None, shown: Shown | None) -> list[dict]:
     """What makes the parts of a row show it, which showed `before`."""
     if before == shown:
-        return [gr.skip()] * 4
+        return [gr.skip()] * NUM_PARTS
     if film is None or shown is None:
-        return [gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()]
-    number, is_open = shown.place + 1, not shown.state
+        return [gr.update(visible=False), *[gr.skip()] * (NUM_PARTS - 1)]
+    place, is_open = shown.place + 1, not shown.state
     box: dict[str, Any] = {
-        "label": f"Clip {number}" if is_open else f"Clip {number} · {shown.state}",
+        "label": f"Clip {place}" if is_open else f"Clip {place} · {shown.state}",
         "interactive": is_open,
     }
     if before is None or (before.number, before.state) != (shown.number, shown.state):
@@ -91,7 +94,8 @@ def updates(film: Project | None, before: Shown | None, shown: Shown | None) -> 
         box["value"] = next((entry.prompt for entry in film.clips if entry.number == shown.number), "")
     return [
         gr.update(visible=True),
+        gr.update(value=shown.number),
         gr.update(**box),
-        gr.update(value=f"Move {number} up", visible=is_open, interactive=shown.can_go_up),
-        gr.update(value=f"Cut {number}", visible=is_open),
+        gr.update(value=f"Move {place} up", visible=is_open, interactive=shown.can_go_up),
+        gr.update(value=f"Cut {place}", visible=is_open),
     ]
