@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..prompts import parse_prompts
 from ..start_image import RESIZE_MODES
 from . import views
 from .project import MAX_FPS, MAX_FRAMES, MAX_PROMPT, MAX_SIDE, MAX_STEPS, MAX_TITLE, Project, Settings
@@ -142,16 +143,14 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
                 raise ValueError("Choose the picture that the film begins with.")
             given = dict(zip(SETTING_NAMES, values, strict=True))
             settings = replace(defaults, **{**given, "resize_mode": SHAPES[given["resize_mode"]]})
-            film = studio.create(read_upload(image), _lines(story), settings, title or "")
+            film = studio.create(read_upload(image), _story(story, settings), settings, title or "")
             studio.make(film.name)
             return film.name, film.name
 
         @_plainly
         def extend_film(name: str, story: str) -> str:
-            lines = _lines(story)
-            if not lines:
-                raise ValueError("Write what happens in the clips to come, a line each.")
-            studio.film(name).add(lines)
+            film = studio.film(name)
+            film.add(_story(story, film.settings))
             studio.make(name)
             return ""
 
@@ -287,8 +286,11 @@ def _update(value: Any) -> Any:
     return gr.update(visible=value) if isinstance(value, bool) else value
 
 
-def _lines(story: str | None) -> list[str]:
-    return [line.strip() for line in (story or "").splitlines() if line.strip()]
+def _story(text: str | None, settings: Settings) -> list[Any]:
+    """The clips of a text, in any of the forms that a file of prompts may have."""
+    if not (text or "").strip():
+        raise ValueError("Write what happens, one line a clip.")
+    return parse_prompts(text, source="The story", num_frames=settings.num_frames, fps=settings.fps)
 
 
 def _number(label: str, value: int | None, least: int, most: int | None, **options: Any) -> gr.Number:

@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from safetensors import SafetensorError
 
 from ..chain import read_notes
 from ..checks import check_choice, check_count, check_number
+from ..clips import ClipSpec
 from ..files import written_whole
-from ..film import RECORD_KEY
+from ..growing import RECORD_KEY
 from ..noise import MAX_SEED
-from ..presets import PRESETS
+from ..presets import PRESETS, SEED_STEP
 from ..prompts import NEGATIVE_PROMPT
+from ..specs import one_by_one
 from ..start_image import RESIZE_MODES
 from ..video import frame_rate
 
@@ -26,10 +28,11 @@ FORMAT = "diffusers_svi.project"
 # What a page takes: larger than any model makes today, and small enough for a server to survive it.
 MAX_SIDE, MAX_FRAMES, MAX_STEPS, MAX_FPS, MAX_CLIPS = 2048, 1001, 200, 120, 10_000
 MAX_PROMPT, MAX_TITLE = 4000, 120
-# Seeds of the clips are so far apart. source: the authors' `seed_times`
-SEED_STEP = 42
 # Of the picture in the gallery.
 POSTER_SIDE = 480
+
+# What happens in the clips of a film: a text each, empty for what happens in the clip before, or more about it.
+Story = Sequence[str | ClipSpec]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +146,14 @@ class Project:
 
     @classmethod
     def create(
-        cls, folder: Path, image: PIL.Image.Image, prompts: list[str], settings: Settings, title: str = ""
+        cls, folder: Path, image: PIL.Image.Image, story: Story, settings: Settings, title: str = ""
     ) -> "Project":
         """A film that is not begun, in `folder`, which is there and empty.
 
         Raises:
             ValueError: for no prompt, or an empty first one.
         """
-        specs = [_spec(prompt) for prompt in prompts]
+        specs = _specs(story)
         if not specs or not specs[0]["prompt"]:
             raise ValueError("A film needs a prompt for its first clip.")
         check_count("number of clips", len(specs), 1, MAX_CLIPS)
@@ -220,11 +223,12 @@ class Project:
             target = min(max(place + by, self.num_fixed), len(others))
             self._save([*others[:target], self._clips[place], *others[target:]])
 
-    def add(self, prompts: list[str]) -> None:
+    def add(self, story: Story) -> None:
         """Add clips at the end. Raises a `ValueError` if there are too many."""
         with self._lock:
-            check_count("number of clips", len(self._clips) + len(prompts), 1, MAX_CLIPS)
-            self._save([*self._clips, *(self._entry(_spec(prompt)) for prompt in prompts)])
+            specs = _specs(story)
+            check_count("number of clips", len(self._clips) + len(specs), 1, MAX_CLIPS)
+            self._save([*self._clips, *(self._entry(spec) for spec in specs)])
 
     def due(self) -> Iterator[dict[str, Any]]:
         """The clips of the film, those made before it goes on first, each taken when it is asked for.
@@ -296,6 +300,12 @@ class Project:
             return int(notes.get("num_clips", 0)), int(json.loads(notes[RECORD_KEY])["num_frames"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{state} is damaged ({error}): the film cannot go on.") from error
+
+
+def _specs(story: Story) -> list[dict[str, Any]]:
+    """The fields of every clip, one by one."""
+    clips = (clip.to_dict() if isinstance(clip, ClipSpec) else {"prompt": clip} for clip in one_by_one(story))
+    return [{**clip, **_spec(clip["prompt"])} for clip in clips]
 
 
 def _spec(prompt: str) -> dict[str, str]:

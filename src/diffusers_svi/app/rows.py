@@ -85,13 +85,13 @@ def updates(film: Project | None, before: Shown | None, shown: Shown | None) -> 
     if film is None or shown is None:
         return [gr.update(visible=False), *[gr.skip()] * (NUM_PARTS - 1)]
     place, is_open = shown.place + 1, not shown.state
-    box: dict[str, Any] = {
-        "label": f"Clip {place}" if is_open else f"Clip {place} · {shown.state}",
-        "interactive": is_open,
-    }
+    entry = next((entry for entry in film.clips if entry.number == shown.number), None)
+    own = ", ".join(f"own {name}" for name in (entry.spec if entry else ()) if name != "prompt")
+    label = " · ".join(filter(None, (f"Clip {place}", own, shown.state)))
+    box: dict[str, Any] = {"label": label, "interactive": is_open}
     if before is None or (before.number, before.state) != (shown.number, shown.state):
         # Else somebody may be typing.
-        box["value"] = next((entry.prompt for entry in film.clips if entry.number == shown.number), "")
+        box["value"] = entry.prompt if entry else ""
     return [
         gr.update(visible=True),
         gr.update(value=shown.number),

@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 from ..clips import ClipSpec
 from ..film import FilmWriter
 from ..pipeline import SVIPipeline
-from .project import SEED_STEP, Project, Settings
+from ..presets import SEED_STEP
+from .project import Project, Settings, Story
 
 
 logger = logging.get_logger(__name__)
@@ -107,12 +108,12 @@ class Studio:
             raise ValueError(f"There is no film {name!r} here.")
         return self._films[name]
 
-    def create(self, image: PIL.Image.Image, prompts: list[str], settings: Settings, title: str = "") -> Project:
+    def create(self, image: PIL.Image.Image, story: Story, settings: Settings, title: str = "") -> Project:
         """A new film, which `make` makes.
 
         Args:
             image (`PIL.Image.Image`): Its first frame.
-            prompts (`list[str]`): What happens in its clips; an empty one for what happens in the clip before.
+            story (`list[str]` or of `ClipSpec`): Its clips; an empty text for what happens in the clip before.
             settings (`Settings`): How it is made.
             title (`str`, *optional*): What people call it.
 
@@ -128,7 +129,7 @@ class Studio:
             except FileExistsError:
                 continue
         try:
-            film = Project.create(folder, image, prompts, settings, title)
+            film = Project.create(folder, image, story, settings, title)
         except BaseException:
             for path in folder.iterdir():
                 path.unlink()
@@ -259,7 +260,7 @@ class Studio:
             estimate = passed / done * settings.num_inference_steps if seconds is None else seconds
             self._progress = Progress(film.num_done, done, settings.num_inference_steps, estimate, began)
             if self._stopping:
-                pipe._interrupt = True
+                pipe.interrupt = True
             return tensors
 
         size: dict[str, Any] = {"height": settings.height, "width": settings.width}
@@ -268,7 +269,7 @@ class Studio:
         self._progress = Progress(film.num_done, 0, settings.num_inference_steps, None, began)
         clips = pipe.stream(
             image=film.image if writer.state is None else None,
-            prompts=(ClipSpec(**spec) for spec in film.due()),
+            prompts=(ClipSpec.from_dict(spec) for spec in film.due()),
             seeds=itertools.count(settings.seed, SEED_STEP),
             state=writer.state,
             resize_mode=settings.resize_mode,

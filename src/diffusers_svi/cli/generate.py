@@ -76,7 +76,7 @@ def generate(
     family = PRESETS[preset]
     if bool(prompt_list) == bool(prompt_file):
         raise click.UsageError("Give either `--prompt` or `--prompts`.")
-    prompts = load_prompts(prompt_file) if prompt_file else list(prompt_list)
+    prompts: list[Any] = load_prompts(prompt_file) if prompt_file else list(prompt_list)
     num_clips = options["num_clips"] or len(prompts)
     if num_clips < len(prompts):
         raise click.UsageError(f"`--num_clips {num_clips}` leaves out some of the {len(prompts)} prompts.")
@@ -96,7 +96,7 @@ def generate(
 
 
 def _make(
-    film: Any, family: Preset, image: Any, prompts: list[str], num_clips: int, done: int, options: dict[str, Any]
+    film: Any, family: Preset, image: Any, prompts: list[Any], num_clips: int, done: int, options: dict[str, Any]
 ) -> None:
     """The clips that are missing, each told in a line where nobody watches a bar."""
     from ..loading import load_pipeline
