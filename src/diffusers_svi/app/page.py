@@ -288,7 +288,7 @@ def _update(value: Any) -> Any:
 
 def _story(text: str | None, settings: Settings) -> list[Any]:
     """The clips of a text, in any of the forms that a file of prompts may have."""
-    if not (text or "").strip():
+    if not text or not text.strip():
         raise ValueError("Write what happens, one line a clip.")
     return parse_prompts(text, source="The story", num_frames=settings.num_frames, fps=settings.fps)
 
