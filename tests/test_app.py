@@ -645,3 +645,29 @@ def test_nothing_is_written_elsewhere(server):
     assert {".lock", ".uploads"} <= names
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d-\d{3}", name) for name in names - {".lock", ".uploads"})
     assert list((ROOT / "src").rglob("*.pyi")) == []
+
+
+def test_the_space_starts(tmp_path):
+    """As the Hub runs it, with nothing but its variables."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "examples" / "space" / "app.py"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            **{"SVI_FOLDER": str(tmp_path / "films"), "SVI_PRESET": "shot", "SVI_OPTIONS": "--fps 12 --height 480"},
+            "GRADIO_SERVER_PORT": "0",
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = re.search(r"http://localhost:\d+/", process.stdout.readline()).group()
+        with urllib.request.urlopen(address, timeout=LIMIT) as answer:
+            page = answer.read().decode()
+        assert "Make the film" in page and '"film-transitions"' in page
+        assert (tmp_path / "films" / ".lock").exists()
+    finally:
+        process.kill()
+        process.wait()
+    header = (ROOT / "examples" / "space" / "README.md").read_text(encoding="utf-8").split("---")[1]
+    assert "sdk: gradio\n" in header and "app_file: app.py\n" in header

@@ -37,7 +37,7 @@ new MutationObserver(() => {
 HEAD = '<meta name="color-scheme" content="light dark">'
 # Keeps the film that is shown in the page's address, so that it is there again when the page is loaded again.
 REMEMBER = "(name) => { history.replaceState(null, '', name ? '?film=' + encodeURIComponent(name) : '?') }"
-SHAPES = dict(zip(("Cut off what does not fit", "Add black", "Stretch it"), ("crop", "pad", "stretch"), strict=True))
+SHAPES = dict(zip(("Crop it", "Add black", "Stretch it"), ("crop", "pad", "stretch"), strict=True))
 assert set(SHAPES.values()) == set(RESIZE_MODES)
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -198,13 +198,12 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
             sources=["upload", "clipboard"],
             type="filepath",
             image_mode=None,
-            height=300,
+            height=330,
             placeholder="Drop a picture here\n- or -\nclick to choose one",
         )
         # It is looked at before it is opened: what comes is a path in Gradio's own folder. (Not in a class of its own,
         # for which Gradio would write a file beside this one.)
         image.preprocess = lambda payload: None if payload is None else payload.path
-        title = gr.Textbox(label="Title", placeholder="may be left out", max_length=MAX_TITLE)
         preset = gr.Dropdown(
             presets,
             value=defaults.preset,
@@ -214,6 +213,7 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
             filterable=False,
         )
     with gr.Column(scale=6, min_width=320):
+        title = gr.Textbox(label="Title", placeholder="may be left out", max_length=MAX_TITLE)
         story = gr.Textbox(
             label="Story, one line a clip",
             info="Each clip goes on from the one before. Those to come can be changed while the film is made.",

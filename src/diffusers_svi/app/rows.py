@@ -50,6 +50,7 @@ def build_rows() -> list[Row]:
                 lines=1,
                 max_lines=4,
                 max_length=MAX_PROMPT,
+                scale=1,
                 min_width=180,
                 interactive=True,
             )
