@@ -358,7 +358,7 @@ def test_how_its_clips_were_made_stands_in_the_film(tmp_path):
     ]
     assert clips[0]["made_with"] == {"vae": "0"}
     (tmp_path / "other.mp4").write_bytes(b"text")
-    with pytest.raises(ValueError, match="`path`=.*cannot be read as a film: it is no video"):
+    with pytest.raises(ValueError, match="`path`=.*cannot be read as a film: it is no MP4"):
         read_clips(tmp_path / "other.mp4")
 
 
