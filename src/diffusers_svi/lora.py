@@ -151,6 +151,7 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
             )
             noted = getattr(self, component).peft_config[adapter_name]
             noted.svi_conditioning, noted.svi_clip_resize = schemes[0], lora.clip_resize
+            noted.svi_source = lora.source
 
     @_ClassOrInstanceMethod
     def save_lora_weights(

@@ -1,5 +1,6 @@
 """Files of SVI LoRAs, and the scheme each was trained for."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,8 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, _fetch_state_dict
-from diffusers.utils import logging
+from diffusers.loaders.lora_base import (
+    LORA_ADAPTER_METADATA_KEY,
+    LORA_WEIGHT_NAME_SAFE,
+    _best_guess_weight_name,
+    _fetch_state_dict,
+)
+from diffusers.utils import _get_model_file, logging
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HTTPError
@@ -33,6 +39,8 @@ CONDITIONING_KEY = "svi_conditioning"
 EXPERT_KEY = "svi_expert"
 CLIP_RESIZE_KEY = "svi_clip_resize"
 EXPERTS = ("high", "low")
+# Where a file of the Hub lies in the cache.
+_SNAPSHOT = re.compile(r"[\\/]snapshots[\\/](?P<commit>[0-9a-f]{40})[\\/]")
 _HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
 
 # A published repository that is for one scheme: Pro for TI2V-5B (Impulse2000/svi-model-pro-5b).
@@ -75,6 +83,8 @@ class LoraFile:
         expert (`str`, *optional*): "high" or "low" for LoRAs of one expert of Wan 2.2 A14B.
         clip_resize (`str`, *optional*): What the image encoder saw in training, one of `CLIP_RESIZES`.
         name (`str`): What to call the file in messages.
+        source (`dict`): Where it came from: `name`, `weight_name`, `subfolder`, `revision` and the file's `sha256`,
+            as far as there are any.
     """
 
     state_dict: dict[str, torch.Tensor]
@@ -83,6 +93,7 @@ class LoraFile:
     expert: str | None
     clip_resize: str | None
     name: str
+    source: dict[str, str]
 
 
 def read_lora(
@@ -111,8 +122,12 @@ def read_lora(
     if not isinstance(source, dict):
         _refuse_pickles(source, weight_name)
     try:
-        if weight_name is None and not isinstance(source, dict) and not os.path.exists(source):
-            weight_name = _file_of_repository(os.fspath(source), hub_options)
+        if weight_name is None and not isinstance(source, dict):
+            weight_name = (
+                _best_guess_weight_name(source)
+                if os.path.exists(source)
+                else _file_of_repository(os.fspath(source), hub_options)
+            )
         state_dict, adapter_metadata, file_metadata = _fetch_state_dict(
             source,
             weight_name=weight_name,
@@ -130,6 +145,7 @@ def read_lora(
             f"No LoRA could be read from {name!r}: {error} Give a safetensors file, or a folder or Hub repository "
             "with `weight_name`, the file in it."
         ) from error
+    origin = _origin(source, weight_name, hub_options)
     _refuse_unsupported(name, state_dict)
     if adapter_metadata is not None and any(key.endswith(".alpha") for key in state_dict):
         raise ValueError(
@@ -156,7 +172,7 @@ def read_lora(
     if EXPERT_KEY in metadata:
         expert = metadata[EXPERT_KEY]
         check_choice(EXPERT_KEY, expert, EXPERTS)
-    return LoraFile(state_dict, adapter_metadata, conditioning, expert, clip_resize, name)
+    return LoraFile(state_dict, adapter_metadata, conditioning, expert, clip_resize, name, origin)
 
 
 def check_scheme(conditioning: Scheme | None) -> None:
@@ -306,6 +322,35 @@ def _name(source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str 
     if isinstance(source, dict):
         return "state dict"
     return os.path.join(os.fspath(source), weight_name) if weight_name else os.fspath(source)
+
+
+def _origin(
+    source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str | None, hub_options: dict[str, Any]
+) -> dict[str, str]:
+    """Where a LoRA that was just read came from, and the digest of its file."""
+    if isinstance(source, dict):
+        return {"name": "a state dict"}
+    name, revision, subfolder = os.fspath(source), hub_options.get("revision"), hub_options.get("subfolder")
+    file = _get_model_file(
+        name,
+        weights_name=weight_name or LORA_WEIGHT_NAME_SAFE,
+        subfolder=subfolder,
+        revision=revision,
+        cache_dir=hub_options.get("cache_dir"),
+        local_files_only=True,
+    )
+    with open(file, "rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    commit = None if os.path.exists(name) else _SNAPSHOT.search(file)
+    told = {
+        "name": name,
+        "weight_name": weight_name,
+        "subfolder": subfolder,
+        # A branch moves on; the commit that it was does not.
+        "revision": commit["commit"] if commit else revision,
+        "sha256": sha256,
+    }
+    return {key: value for key, value in told.items() if value is not None}
 
 
 def _file_of_repository(repo_id: str, hub_options: dict[str, Any]) -> str | None:

@@ -1,0 +1,169 @@
+"""How a film is made, all of it, as plain values that stand in the film's file: made out of a pipeline, and read."""
+
+import base64
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import WanImageToVideoPipeline
+from diffusers.utils.torch_utils import unwrap_module
+
+from . import __version__
+from .boxes import read_notes
+from .conditioning import Scheme
+from .lora import FUSED_KEY
+from .lora_layers import lora_layers
+from .pixels import to_pil, to_uint8
+
+
+FORMAT = "diffusers_svi.recipe"
+# Under this key of a note stands what holds for the film, not for one clip.
+RECIPE_KEY = "recipe"
+_EXPERTS = ("transformer", "transformer_2")
+# A folder of the Hub's cache.
+_SNAPSHOT = re.compile(r"models--(?P<name>[^\\/]+)[\\/]snapshots[\\/](?P<commit>[0-9a-f]{40})")
+
+
+def film_recipe(
+    pipe: WanImageToVideoPipeline, settings: Mapping[str, Any], image: torch.Tensor, scheme: Scheme
+) -> dict[str, Any]:
+    """All that holds for a whole film, as values that JSON knows.
+
+    Args:
+        pipe: What it is made with, LoRAs and their present weights included.
+        settings (`dict`): Arguments of the call by name; of a tensor among them, its shape and type are told.
+        image (`torch.Tensor` of shape `(1, 3, height, width)`): The start image in [-1, 1]; told in 8 bits a channel.
+        scheme (`Scheme`): How the clips are chained.
+
+    Returns:
+        `dict`: `format`, `versions`, `model`, `loras`, `scheme`, `scheduler`, `image` (a PNG as a data URI) and
+        `settings`. Of LoRAs that were fused and taken out, the schemes stand in `model`, under `fused`.
+    """
+    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    recipe = {
+        "format": FORMAT,
+        "versions": {
+            "diffusers_svi": __version__,
+            **{library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
+        },
+        "model": _model(pipe),
+        "loras": _loras(pipe),
+        "scheme": scheme.to_dict(),
+        "scheduler": {"class": type(pipe.scheduler).__name__, **scheduler},
+        "image": _data_uri(image),
+        "settings": dict(settings),
+    }
+    # What JSON has no form for is told in words.
+    return json.loads(json.dumps(recipe, default=_in_words))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a film was made.
+
+    Args:
+        film (`dict`): What held for all of it, as [`film_recipe`] gives it; empty where that was not told.
+        clips (`list[dict]`): Every clip as `ClipSpec.to_dict` gives it, with the seed it had.
+        changes (`dict[int, dict]`): What held from a clip on, by its number, where that changed.
+    """
+
+    film: dict[str, Any]
+    clips: list[dict[str, Any]]
+    changes: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_recipe(path: str | os.PathLike) -> Recipe:
+    """How the film in a file was made.
+
+    Raises:
+        ValueError: if the file cannot be read, or does not say how it was made.
+    """
+    try:
+        with open(path, "rb") as file:
+            notes = list(read_notes(file))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`path`={str(path)!r} cannot be read as a film: {error}") from error
+    recipes: dict[int, dict[str, Any]] = {}
+    clips: list[dict[str, Any]] = []
+    for told in notes:
+        if RECIPE_KEY in told:
+            recipes[len(clips)] = told[RECIPE_KEY]
+        elif told.get("index", -1) >= 0:
+            clips.append(told.get("spec") or {"prompt": told["prompt"]})
+    if not clips:
+        raise ValueError(f"`path`={str(path)!r} does not say how it was made: it is no film of `FilmWriter`.")
+    return Recipe(recipes.pop(0, {}), clips, recipes)
+
+
+def _model(pipe: WanImageToVideoPipeline) -> dict[str, Any]:
+    name = pipe.config.get("_name_or_path")
+    experts = [unwrap_module(module) for module in (pipe.transformer, pipe.transformer_2) if module is not None]
+    found = None if name is None else _SNAPSHOT.search(str(experts[0].config.get("_name_or_path")))
+    of_name = found is not None and found["name"] == str(name).replace("/", "--")
+    told = {
+        "name": name,
+        "revision": found["commit"] if found is not None and of_name else None,
+        "dtype": str(experts[0].dtype).removeprefix("torch."),
+    }
+    fused = [scheme for expert in experts for scheme in expert.config.get(FUSED_KEY, [])]
+    return told | ({"fused": fused} if fused else {})
+
+
+def _loras(pipe: WanImageToVideoPipeline) -> list[dict[str, Any]]:
+    """Every LoRA that is loaded: where it came from, and its weight in each expert. One for both is one."""
+    loras: dict[tuple[str, str, str | None], dict[str, Any]] = {}
+    for component in _EXPERTS:
+        module = getattr(pipe, component)
+        if module is None:
+            continue
+        module = unwrap_module(module)
+        for adapter, config in getattr(module, "peft_config", {}).items():
+            source = getattr(config, "svi_source", {"name": "loaded otherwise"})
+            lora = loras.setdefault(
+                (adapter, source["name"], source.get("revision")),
+                {"adapter": adapter, "name": source["name"], "revision": source.get("revision")}
+                | {"weight_name": None, "weight_name_2": None, "sha256": {}, "weights": {}},
+            )
+            if "subfolder" in source:
+                lora["subfolder"] = source["subfolder"]
+            # A file for one expert is `weight_name`, whichever it is for.
+            second = component == "transformer_2" and "transformer" in lora["weights"]
+            lora["weight_name_2" if second else "weight_name"] = source.get("weight_name")
+            if "sha256" in source:
+                lora["sha256"][component] = source["sha256"]
+            lora["weights"][component] = _weight(module, adapter)
+    return list(loras.values())
+
+
+def _weight(module: torch.nn.Module, adapter: str) -> float | dict[str, float]:
+    """The weight of an adapter, 0 where it does nothing; by layer where they differ."""
+    weights = {}
+    for name, layer in lora_layers(module).items():
+        if adapter not in layer.scaling:
+            continue
+        at_weight_1 = layer.lora_alpha[adapter] / layer.r[adapter] ** (0.5 if layer.use_rslora[adapter] else 1)
+        merged = adapter in layer.merged_adapters
+        active = merged or (adapter in layer.active_adapters and not layer.disable_adapters)
+        # Rounded, as the division is not the exact inverse of what was multiplied.
+        weights[name] = float(f"{layer.scaling[adapter] / at_weight_1:.9g}") if active else 0.0
+    values = set(weights.values())
+    return weights if len(values) > 1 else next(iter(values), 0.0)
+
+
+def _data_uri(image: torch.Tensor) -> str:
+    buffer = io.BytesIO()
+    to_pil(to_uint8(image)[0]).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    return str(value)
