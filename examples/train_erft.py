@@ -51,6 +51,7 @@ from diffusers_svi.erft import (
 )
 from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.flow import interpolate, shifted_sigmas
+from diffusers_svi.frames import Video
 from diffusers_svi.lora_file import read_lora, save_lora
 from diffusers_svi.training.cache import TensorCache
 from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint
@@ -58,7 +59,6 @@ from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
 from diffusers_svi.training.environment import check_file_writable, check_trackers, check_writable, own_folder
 from diffusers_svi.training.films import save_film
 from diffusers_svi.training.finite import all_finite
-from diffusers_svi.training.frames import Video
 from diffusers_svi.training.known_elsewhere import explain
 from diffusers_svi.training.layers import parse_layers
 from diffusers_svi.training.lora_model import load_transformer, lora_state_dict, read_init_lora, unwrap

@@ -9,8 +9,8 @@ import av
 import numpy as np
 import torch
 
+from diffusers_svi.frames import Video
 from diffusers_svi.training.cache import fingerprint
-from diffusers_svi.training.frames import Video
 
 
 # Frames are of one grey each, brighter from one to the next, so that their number can be read from any crop.

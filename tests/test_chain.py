@@ -14,6 +14,8 @@ def make_state(**values) -> ChainState:
         "image": torch.rand(1, 3, 8, 8) * 2 - 1,
         "frames": torch.randint(256, (1, 3, 5, 8, 8), dtype=torch.uint8),
         "num_clips": 3,
+        "start": 36,
+        "continues": True,
         "generator": torch.Generator().manual_seed(0).get_state(),
         **values,
     }
@@ -37,6 +39,8 @@ def same(one: ChainState, other: ChainState) -> bool:
         {},
         {"conditioning": LatentMotion(), "frames": None, "latents": torch.randn(1, 16, 1, 2, 2)},
         {"generator": None},
+        {"anchor": torch.rand(1, 3, 8, 8), "start": 7},
+        {"num_clips": 0, "start": 0, "continues": False, "frames": None},
     ],
 )
 def test_save_and_load_give_the_same_state(tmp_path, values):
@@ -85,7 +89,11 @@ NAN = torch.full((1, 3, 8, 8), torch.nan)
         ({"frames": None}, r"`frames` is None, where \(1, 3, 5, 8, 8\), torch.uint8 belongs"),
         ({"frames": torch.zeros(1, 3, 5, 8, 8)}, "`frames` is .*float32"),
         ({"frames": torch.zeros(1, 3, 4, 8, 8, dtype=torch.uint8)}, "`frames` is .*3, 4, 8, 8"),
-        ({"num_clips": 0}, "`frames` is .*, where nothing belongs"),
+        ({"num_clips": 0, "continues": False}, "`frames` is .*, where nothing belongs"),
+        ({"continues": False}, "`continues` is False after 3 clips"),
+        ({"start": -1}, "`start` must be a whole number of 0 to"),
+        ({"anchor": torch.zeros(1, 3, 8, 4)}, "`anchor` is .*3, 8, 4"),
+        ({"anchor": torch.full((1, 3, 8, 8), -2.0)}, r"`anchor` leaves \[-1, 1\]"),
         ({"latents": torch.zeros(1, 16, 1, 1, 1)}, "`latents` is .*, where nothing belongs"),
         ({"generator": torch.zeros(4)}, "`generator` is .*float32"),
         ({"made_with": {"vae": 3}}, "`made_with` is no dictionary of texts"),
@@ -135,9 +143,12 @@ def test_what_is_no_state_is_refused(tmp_path):
 def test_what_is_trimmed_where_clips_meet(scheme, kept):
     slices = [kept_frames(scheme, 81, index == 0, index == 2) for index in range(3)]
     assert [(s.start, s.stop) for s in slices] == kept
-    starts = [make_state(conditioning=scheme, num_frames=81, num_clips=n).start for n in range(4)]
+    state, starts = make_state(conditioning=scheme, num_frames=81, num_clips=0, start=0, continues=False), []
+    for _ in range(3):
+        starts.append(state.start)
+        state = state.after(torch.zeros(1, 16, 21, 1, 1), torch.zeros(1, 3, 81, 8, 8))
     lengths = [stop - start for start, stop in kept]
-    assert starts[:3] == [0, lengths[0], lengths[0] + lengths[1]]
+    assert starts == [0, lengths[0], lengths[0] + lengths[1]]
     assert sum(lengths) == scheme.film_length(3, 81)
 
 

@@ -13,8 +13,8 @@ import av
 import numpy as np
 import pytest
 
-from diffusers_svi.training import frames as frames_module
-from diffusers_svi.training.frames import open_video
+from diffusers_svi import frames as frames_module
+from diffusers_svi.frames import open_video
 from small_videos import numbers, ramp_video, write_numbered
 
 

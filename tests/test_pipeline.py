@@ -1,3 +1,4 @@
+import io
 import itertools
 import logging
 import os
@@ -294,7 +295,7 @@ def test_directed_clips_after_a_stop(i2v, image, tmp_path, caplog, monkeypatch):
     assert [clip.index for clip in rest] == [1, 2] and "something else" not in caplog.text
     assert all(np.array_equal(a.frames, b.frames) for a, b in zip(rest, whole[1:], strict=True))
     list(i2v.stream(state=whole[0].state, **{**options, "prompts": [PROMPTS[0], *prompts[1:]]}))
-    assert "`seeds`: 7 then, 1 now, for clip 0" in caplog.text
+    assert "(seed: 7 then, 1 now)" in caplog.text
 
 
 def test_prompt_is_another_name_of_prompts(i2v, image):
@@ -338,7 +339,8 @@ def test_pinned_slice(image):
 def test_the_stream_is_the_film(i2v, image, scheme):
     whole = film(i2v, image, conditioning=scheme)
     clips = list(i2v.stream(image=image, prompts=iter(PROMPTS), conditioning=scheme, generator=seeded(), **CLIP))
-    assert np.array_equal(np.concatenate([clip.frames for clip in clips]), whole)
+    ending = [clips[-1].tail] if len(clips[-1].tail) else []
+    assert np.array_equal(np.concatenate([*(clip.frames for clip in clips), *ending]), whole)
     assert [(clip.index, clip.prompt) for clip in clips] == list(enumerate(PROMPTS))
     for clip in clips:
         assert np.array_equal(whole[clip.start : clip.start + len(clip.frames)], clip.frames)
@@ -479,7 +481,7 @@ def test_an_interrupt_ends_the_film_with_the_last_finished_clip(i2v, image):
 
     whole = film(i2v, image)
     stopped = film(i2v, image, callback_on_step_end=stop_in_the_second_clip)
-    assert np.array_equal(stopped, whole[:8])
+    assert len(stopped) == 9 and np.array_equal(stopped[:8], whole[:8])
     assert np.array_equal(film(i2v, image), whole)
 
 
@@ -705,11 +707,29 @@ def test_bfloat16_runs_and_warns_about_the_vae(i2v, image, caplog):
     assert "VAE is in torch.bfloat16" in caplog.text
 
 
-def test_progress_bars_count_clips_and_steps(i2v, image, capsys):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_bars_count_clips_and_steps(i2v, image):
+    terminal = Terminal()
+    i2v.set_progress_bar_config(file=terminal)
+    film(i2v, image)
+    bars = terminal.getvalue()
+    assert "Clips: 100%" in bars and "3/3" in bars and "Clip 3:" in bars
+
+
+def test_without_a_terminal_a_clip_is_a_line(i2v, image, capsys):
     i2v.set_progress_bar_config()
     film(i2v, image)
-    bars = capsys.readouterr().err
-    assert "Clips: 100%" in bars and "3/3" in bars and "Clip 3:" in bars
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and lines[2].startswith("Clip 3 of 3: ") and lines[2].endswith(" s a clip, 00:00 left.")
+    list(i2v.stream(image=image, prompts=iter(PROMPTS), generator=seeded(), **CLIP))
+    assert "Clip 3: " in capsys.readouterr().err.splitlines()[-1]
+    i2v.set_progress_bar_config(disable=True)
+    film(i2v, image)
+    assert not capsys.readouterr().err
 
 
 # What is refused, before anything is generated
@@ -719,6 +739,8 @@ def bad(message, **options):
     return pytest.param(options, message, id=message[:40])
 
 
+SMALL, GREY = PIL.Image.new("RGB", (4, 4)), PIL.Image.new("RGB", (32, 32), "grey")
+NAN, VAE_SPEC = float("nan"), {"x": {"vae": 1.0}}
 LATENTS = {"latents": torch.zeros(3, 16, 3, 4, 4), "generator": None}
 
 
@@ -735,7 +757,18 @@ LATENTS = {"latents": torch.zeros(3, 16, 3, 4, 4), "generator": None}
         bad("`prompt` and `prompts` are the same; pass one", prompt="a cat"),
         bad("`num_videos_per_prompt`=2: a call makes one film", num_videos_per_prompt=2),
         bad(r"`prompts\[1\]` is empty", prompts=["a cat", ClipSpec(" ")]),
-        bad(r"`prompts\[0\].cut`=1 has no effect so far", prompts=[ClipSpec("a cat", cut=1)]),
+        bad(r"`prompts\[0\].cut` must be a `PIL.Image.Image`, got int", prompts=[ClipSpec("a cat", cut=1)]),
+        bad(r"`prompts\[0\].last_image` cannot be taken: `image` is 4", prompts=[ClipSpec("a", last_image=SMALL)]),
+        bad(r"`prompts\[0\]` has a `cut` and an `anchor`", prompts=[ClipSpec("a", cut=GREY, anchor=GREY)]),
+        bad(r"`prompts\[1\].anchor`: `conditioning`=.* looks at no anchor", prompts=["a", ClipSpec("a", anchor=GREY)]),
+        bad(r"`prompts\[0\].lora_weights` must be weights by", prompts=[ClipSpec("a", lora_weights=[1.0])]),
+        bad(r"`prompts\[0\].lora_weights\['x'\]` must be a finite", prompts=[ClipSpec("a", lora_weights={"x": NAN})]),
+        bad(
+            r"`prompts\[0\].lora_weights\['x'\]` must be a number, or", prompts=[ClipSpec("a", lora_weights=VAE_SPEC)]
+        ),
+        bad(r"names the adapter 'x', but there are", prompts=[ClipSpec("a cat", lora_weights={"x": 1.0})]),
+        bad("`color_match` must be one of .*'none'", color_match="best"),
+        bad("`callback_on_clip_end` must be a function", callback_on_clip_end=3),
         bad(r"`prompts\[0\].seed` must be a whole number .* got -1", prompts=[ClipSpec("a cat", seed=-1)]),
         bad(
             r"`prompts\[0\].seed`=3: the noise of every clip is given", **LATENTS, prompts=[ClipSpec("a", seed=3)] * 3
@@ -744,8 +777,8 @@ LATENTS = {"latents": torch.zeros(3, 16, 3, 4, 4), "generator": None}
         bad(r"`prompts\[0\].guidance_scale` must be a finite", prompts=ClipSpec("a", guidance_scale=float("nan"))),
         bad(r"`prompts\[0\].guidance_scale_2`=2: this model has no", prompts=ClipSpec("a", guidance_scale_2=2)),
         bad(r"`prompts\[0\].negative_prompt` must be a string, got 3", prompts=ClipSpec("a", negative_prompt=3)),
-        bad(r"`prompts\[0\]` has a field 'fps'. The fields of a clip are prompt, ", prompts={"prompt": "a", "fps": 3}),
-        bad(r"`prompts\[1\]` has no `prompt`", prompts=["a", {"seed": 3}]),
+        bad(r"`prompts\[0\]`: a clip has no field 'fps'. Its fields are prompt, ", prompts={"prompt": "a", "fps": 3}),
+        bad(r"`prompts\[1\]`: a clip has no `prompt`", prompts=["a", {"seed": 3}]),
         bad("`num_clips`=2 leaves out some of the 3 prompts", num_clips=2),
         bad("`num_clips` must be a whole number of at least 1, got 0", prompts="a cat", num_clips=0),
         bad("`height` must be a multiple of 16 for this model, got 40. The nearest is 32", height=40),
@@ -782,7 +815,7 @@ LATENTS = {"latents": torch.zeros(3, 16, 3, 4, 4), "generator": None}
         bad(
             "`prompts` must be a string, a list of strings or an iterator of strings, got {'a cat'}", prompts={"a cat"}
         ),
-        bad(r"`prompts\[0\]` has a field 'a cat'. The fields", prompts={"a cat": 1}),
+        bad(r"`prompts\[0\]`: a clip has no field 'a cat'. Its", prompts={"a cat": 1}),
         bad("`width` must be a multiple of 16 for this model, got nan. The nearest is 16", width=float("nan")),
         bad(r"`num_frames` must be 4n \+ 1.*got 9.0", num_frames=9.0),
         bad(

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import make_components, quiet
-from diffusers_svi import PixelMotion, SVIEulerScheduler, SVIPipeline
-from diffusers_svi.boxes import NOTE, note
+from diffusers_svi import PixelMotion, SVIEulerScheduler, SVIPipeline, boxes
+from diffusers_svi.notes import MARK, note
 from diffusers_svi.recipe import film_recipe, read_recipe
 from test_lora import make_lora
 
@@ -147,7 +147,7 @@ def test_a_state_dict_is_told_as_such(i2v):
 
 
 def write_notes(path, *notes: dict) -> None:
-    path.write_bytes(b"".join(map(note, notes)))
+    path.write_bytes(b"".join(note(told, boxes) for told in notes))
 
 
 def test_a_recipe_that_changed_is_told_by_the_clip_it_changed_at(tmp_path):
@@ -164,10 +164,10 @@ def test_a_recipe_that_changed_is_told_by_the_clip_it_changed_at(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"text", "does not say how it was made"),
-        (note({"index": 0})[:-3] + b"oops", "`path`=.*cannot be read as a film"),
-        (note([1]), "its JSON is no object but list"),
-        (struct.pack(">I4s", 8 + 16 + 10**5, b"uuid") + NOTE + b"[" * 10**5, "its JSON is nested too deeply"),
+        (b"text", "cannot be read as a film: it is no video"),
+        (note({"index": 0}, boxes)[:-4] + b"oops", "`path`=.*cannot be read as a film"),
+        (note([1], boxes), "its JSON is no object but list"),
+        (struct.pack(">I4s", 8 + 16 + 10**5, b"uuid") + MARK + b"[" * 10**5, "its JSON is nested too deeply"),
     ],
 )
 def test_files_that_tell_no_recipe(tmp_path, content, message):

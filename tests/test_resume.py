@@ -64,7 +64,7 @@ def test_the_same_things_are_not_spoken_of(kind, pipe, image, said, tmp_path):
         ({"num_inference_steps": 3}, "num_inference_steps: 2 then, 3 now"),
         ({"guidance_scale": 2.5}, "guidance_scale: 5.0 then, 2.5 now"),
         ({"guidance_scale_2": 2.5}, "guidance_scale_2: None then, 2.5 now"),
-        ({"negative_prompt": "bad"}, "negative prompt:  then, bad now"),
+        ({"negative_prompt": "bad"}, "negative_prompt:  then, bad now"),
         ({"max_sequence_length": 64}, "max_sequence_length: 512 then, 64 now"),
         ({"clip_resize": "squash"}, "clip_resize: crop then, squash now"),
     ],
@@ -136,7 +136,7 @@ def test_other_seeds_are_named(i2v, image, said):
     go_on(i2v, state, generator=None, seeds=itertools.count(40, 2))
     assert "something else" not in said.text
     go_on(i2v, state, generator=None, seeds=itertools.count(41, 2))
-    assert "made with something else (`seeds`: 40 then, 41 now, for clip 0)" in said.text
+    assert "made with something else (seed: 40 then, 41 now)" in said.text
     said.clear()
     go_on(i2v, state, generator=None, seeds=itertools.count(41, 2), ignore_state_settings=True)
     assert "something else" not in said.text

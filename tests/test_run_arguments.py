@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from conftest import load_script, make_transformer
+from diffusers_svi.frames import Video
 from diffusers_svi.training import run_arguments
-from diffusers_svi.training.frames import Video
 from diffusers_svi.training.run_arguments import (
     check_steps,
     compare_arguments,

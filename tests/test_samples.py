@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_svi.frames import Times, Video, open_video
 from diffusers_svi.training.cache import fingerprint
-from diffusers_svi.training.frames import Times, Video, open_video
 from diffusers_svi.training.samples import SampleLayout, Samples, crop_box
 from small_videos import numbers, ramp, ramp_video, write_numbered
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffusers_svi import data
-from diffusers_svi.training.frames import Times, open_video
+from diffusers_svi.frames import Times, open_video
 from diffusers_svi.training.samples import SampleLayout, Samples
 from diffusers_svi.training.sources import Candidate, open_dataset, open_folder, read_captions, usable_videos
 from small_videos import numbers, ramp_video, write_numbered, write_rows

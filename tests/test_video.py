@@ -2,6 +2,7 @@ import resource
 import signal
 import subprocess
 import sys
+import weakref
 
 import av
 import numpy as np
@@ -27,14 +28,18 @@ def read(path) -> tuple[np.ndarray, float]:
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
-@pytest.mark.parametrize("form", ["np", "pt", "bf16", "pil"])
+@pytest.mark.parametrize("form", ["np", "pt", "bf16", "pil", "uint8", "pt uint8", "one by one"])
 def test_what_is_written_is_what_is_read(tmp_path, suffix, form):
     frames = make_frames()
+    pixels = (frames * 255).round().astype(np.uint8)
     given = {
         "np": frames,
+        "uint8": pixels,
+        "pt uint8": torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        "one by one": iter(frames),
         "pt": torch.from_numpy(frames).permute(0, 3, 1, 2),
         "bf16": torch.from_numpy(frames).permute(0, 3, 1, 2).bfloat16(),
-        "pil": [PIL.Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in frames],
+        "pil": [PIL.Image.fromarray(frame) for frame in pixels],
     }[form]
     save_video(tmp_path / f"film.{suffix}", given, fps=12.5)
     back, rate = read(tmp_path / f"film.{suffix}")
@@ -47,10 +52,10 @@ def test_what_is_written_is_what_is_read(tmp_path, suffix, form):
         ("film.avi", make_frames(), 16, "`suffix of `path`` must be one of .*, got '.avi'"),
         ("film.mp4", make_frames(), 0, "`fps` must be above 0, got 0"),
         ("film.mp4", make_frames(), float("nan"), "`fps` must be a finite number, got nan"),
-        ("film.mp4", make_frames(0), 16, "at least one, got 0 of"),
-        ("film.mp4", make_frames(height=33), 16, r"of even height and width, .* got 7 of \[\(33, 48, 3\)\]"),
+        ("film.mp4", make_frames(0), 16, "at least one, got none"),
+        ("film.mp4", make_frames(height=33), 16, r"of even height and width, .* the first is \(33, 48, 3\)"),
         ("film.mp4", torch.zeros(2, 16, 3, 4, 4), 16, "For latents see `decode_latents`"),
-        ("film.mp4", (make_frames() * 255).astype(np.uint8), 16, "`frames` must be RGB pictures"),
+        ("film.mp4", (make_frames() * 255).astype(np.int32), 16, "`frames` must be RGB pictures"),
         ("film.mp4", [PIL.Image.new("RGB", (32, 32)), PIL.Image.new("RGB", (32, 64))], 16, "of one size"),
     ],
 )
@@ -58,6 +63,23 @@ def test_what_is_refused(tmp_path, name, frames, fps, message):
     with pytest.raises(ValueError, match=message):
         save_video(tmp_path / name, frames, fps)
     assert not any(tmp_path.iterdir())
+
+
+def test_frames_are_asked_for_one_by_one(tmp_path):
+    """Each is gone before the one after the next is made."""
+    gone = []
+
+    def frames():
+        last = None
+        for frame in make_frames(12):
+            assert last is None or last() is None
+            frame = frame.copy()
+            gone.append(last := weakref.ref(frame))
+            yield frame
+            del frame
+
+    save_video(tmp_path / "film.mp4", frames())
+    assert len(gone) == len(read(tmp_path / "film.mp4")[0]) == 12
 
 
 def test_a_full_disk_is_an_error_and_leaves_what_was_there(tmp_path):

@@ -1,25 +1,32 @@
-"""The boxes that an MP4 consists of, and the notes of a film among them."""
+"""MP4 as a film grows in it: boxes, of which every clip adds its own."""
 
-import json
+import io
 import struct
-import uuid
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 
-# Marks the notes of a film among its boxes.
-NOTE = uuid.UUID("c2a5a7f8-6c0e-4d3e-9d7e-3b0f6f1d5a11").bytes
-# Far more than a start image and its LoRAs need: what a file tells beyond it is damage.
-MAX_NOTE = 2**26
+def muxer_options(number: int) -> dict[str, str]:
+    """FFmpeg's, for a clip by itself: what a player needs to know, then one fragment, the `number`-th of the film."""
+    return {
+        "movflags": "empty_moov+default_base_moof+frag_discont+frag_custom+skip_trailer",
+        "fragment_index": str(number + 1),
+        "avoid_negative_ts": "disabled",
+    }
+
+
+def parts(content: bytes) -> tuple[bytes, bytes]:
+    """Of what was written with these options: what begins a film, and what is added to it."""
+    found = {kind: content[place : place + size] for kind, place, size in boxes(io.BytesIO(content))}
+    return found["ftyp"] + found["moov"], found["moof"] + found["mdat"]
 
 
 def boxes(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """The boxes of an MP4, from where `file` stands: four letters, first byte and size of each.
+    """Four letters, first byte and size of every box. What is in them is skipped, not read.
 
-    What is in them is skipped, not read; one that is cut short is left out.
+    One that is cut short is left out, and all behind it.
     """
-    place = file.tell()
-    end = file.seek(0, 2)
+    end, place = file.seek(0, 2), 0
     while place + 8 <= end:
         file.seek(place)
         size, kind = struct.unpack(">I4s", file.read(8))
@@ -31,34 +38,17 @@ def boxes(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         place += size
 
 
-def note(values: dict[str, Any]) -> bytes:
-    """A box that tells `values`, which players skip."""
-    content = NOTE + json.dumps(values, sort_keys=True).encode()
-    return struct.pack(">I4s", 8 + len(content), b"uuid") + content
+def note(mark: bytes, content: bytes) -> bytes:
+    """A box that players skip. `mark` has 16 bytes, which tell whose it is."""
+    return struct.pack(">I4s", 24 + len(content), b"uuid") + mark + content
 
 
-def read_notes(file: BinaryIO) -> Iterator[dict[str, Any]]:
-    """What the notes of a film tell, in their order.
-
-    Raises:
-        ValueError: for one that is damaged.
-    """
+def notes(file: BinaryIO, mark: bytes, limit: int) -> Iterator[bytes]:
+    """What stands in the boxes of that mark. Raises a `ValueError` for one of more than `limit` bytes."""
     for kind, place, size in boxes(file):
-        if kind != "uuid":
-            continue
-        file.seek(place + 8)
-        if file.read(16) == NOTE:
-            if size > MAX_NOTE:
-                raise ValueError(f"the note at byte {place} has {size} bytes, more than {MAX_NOTE}")
-            yield as_object(file.read(size - 24))
-
-
-def as_object(content: bytes | str) -> dict[str, Any]:
-    """A JSON object. Raises a `ValueError` if it is none, or nested deeper than can be read."""
-    try:
-        values = json.loads(content)
-    except RecursionError as error:
-        raise ValueError("its JSON is nested too deeply") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"its JSON is no object but {type(values).__name__}")
-    return values
+        if kind == "uuid" and size >= 24:
+            file.seek(place + 8)
+            if file.read(16) == mark:
+                if size > limit:
+                    raise ValueError(f"the note at byte {place} has {size} bytes, more than {limit}")
+                yield file.read(size - 24)

@@ -38,7 +38,11 @@ class ChainState:
             The last frames of the clip before, uint8. `None` before the first clip and if latents are carried.
         latents (`torch.Tensor` of shape `(1, z_dim, m, latent_height, latent_width)`, *optional*):
             The last latents of the clip before, float32. `None` before the first clip and if frames are carried.
+        anchor (`torch.Tensor` of shape `(1, 3, height, width)`, *optional*):
+            What has taken the place of `image` since, by a cut or a new anchor; as `image`.
         num_clips (`int`, defaults to 0): Clips made so far.
+        start (`int`, defaults to 0): Where the next clip begins in the film: it replaces the frames from this one on.
+        continues (`bool`, defaults to `False`): Whether the next clip goes on from what was before, or begins anew.
         generator (`torch.Tensor`, *optional*): State of the `generator` after those clips, if there is one.
         made_with (`dict[str, str]`, *optional*):
             What the last clip was made with, by name: fingerprints of models and LoRAs, and settings.
@@ -49,17 +53,33 @@ class ChainState:
     image: torch.Tensor
     frames: torch.Tensor | None = None
     latents: torch.Tensor | None = None
+    anchor: torch.Tensor | None = None
     num_clips: int = 0
+    start: int = 0
+    continues: bool = False
     generator: torch.Tensor | None = None
     made_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def start(self) -> int:
-        """Where the next clip begins in the film: its frames replace those from this one on."""
-        if self.num_clips == 0:
-            return 0
-        length = self.conditioning.film_length(self.num_clips, self.num_frames)
-        return length - self.conditioning.overlap if self.conditioning.trims == "tail" else length
+    def reference(self) -> torch.Tensor:
+        """The image that clips are shown: the start image, or what has taken its place."""
+        return self.image if self.anchor is None else self.anchor
+
+    @property
+    def told_again(self) -> torch.Tensor:
+        """The frames that the next clip tells again, of a scheme that trims tails: `(1, 3, K, height, width)` uint8.
+
+        None where nothing goes on.
+        """
+        if self.frames is None or self.conditioning.trims != "tail":
+            return torch.empty(1, 3, 0, *self.image.shape[-2:], dtype=torch.uint8)
+        return self.frames
+
+    @property
+    def shown(self) -> torch.Tensor:
+        """What the next clip begins with, `(1, 3, height, width)` uint8: what CLIP sees, and its first frame tells."""
+        # source: the image that CLIP sees is the first, oldest condition frame
+        return to_uint8(self.reference) if self.frames is None else self.frames[:, :, 0]
 
     def carried(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Carried:
         """What is known when the next clip begins."""
@@ -68,7 +88,15 @@ class ChainState:
             return None if tensor is None else tensor.to(device=device, dtype=dtype)
 
         frames = None if self.frames is None else from_uint8(self.frames.to(device), dtype)
-        return Carried(self.image.to(device=device, dtype=dtype), frames, moved(self.latents))
+        return Carried(self.reference.to(device=device, dtype=dtype), frames, moved(self.latents))
+
+    def cut(self, image: torch.Tensor) -> "ChainState":
+        """The state in which a new shot begins with `image`, `(1, 3, height, width)` in [-1, 1].
+
+        What the clip before told last, nobody tells again: it stays in the film.
+        """
+        start = self.start + self.told_again.shape[2]
+        return replace(self, anchor=image, frames=None, latents=None, start=start, continues=False)
 
     def after(
         self,
@@ -97,11 +125,15 @@ class ChainState:
             # A copy: a view would keep the latents of the whole clip.
             last = latents[:, :, -scheme.carried_latents :]
             last_latents = last.to(device="cpu", dtype=torch.float32, copy=True)
+        # Of a clip that begins anew, a scheme that trims heads leaves the head.
+        new = self.num_frames - (scheme.overlap if self.continues or scheme.trims == "tail" else 0)
         return replace(
             self,
             frames=last_frames,
             latents=last_latents,
             num_clips=self.num_clips + 1,
+            start=self.start + new,
+            continues=True,
             generator=generator,
             made_with=made_with or {},
         )
@@ -119,6 +151,8 @@ class ChainState:
             "conditioning": json.dumps(self.conditioning.to_dict()),
             "num_frames": str(self.num_frames),
             "num_clips": str(self.num_clips),
+            "start": str(self.start),
+            "continues": json.dumps(self.continues),
             "made_with": json.dumps(dict(self.made_with)),
         }
         metadata = {**(notes or {}), **metadata}
@@ -137,6 +171,8 @@ class ChainState:
                     conditioning=scheme_from_dict(json.loads(metadata["conditioning"])),
                     num_frames=int(metadata["num_frames"]),
                     num_clips=int(metadata["num_clips"]),
+                    start=int(metadata["start"]),
+                    continues=json.loads(metadata["continues"]),
                     made_with=json.loads(metadata.get("made_with", "{}")),
                     **{name: file.get_tensor(name) for name in file.keys()},
                 )
@@ -151,15 +187,19 @@ class ChainState:
         """Raise a `ValueError` unless the parts belong together, as those that `after` makes do."""
         check_count("num_clips", self.num_clips, 0, MAX_CLIPS)
         check_count("num_frames", self.num_frames, 1)
+        check_count("start", self.start, 0, MAX_CLIPS * self.num_frames)
+        if not isinstance(self.continues, bool) or (self.num_clips > 0 and not self.continues):
+            raise ValueError(f"`continues` is {self.continues} after {self.num_clips} clips")
         if self.num_frames % TEMPORAL_FACTOR != 1 or self.conditioning.overlap >= self.num_frames:
             raise ValueError(f"clips of `num_frames`={self.num_frames} cannot be chained by {self.conditioning}")
         if not isinstance(self.made_with, dict) or not all(isinstance(v, str) for v in self.made_with.values()):
             raise ValueError("`made_with` is no dictionary of texts")
         height, width = self.image.shape[-2:] if self.image.ndim == 4 else (0, 0)
-        began, scheme = self.num_clips > 0, self.conditioning
-        _check_tensor("image", self.image, torch.float32, (1, 3, height, width))
-        if self.image.abs().max() > 1:
-            raise ValueError("`image` leaves [-1, 1]")
+        began, scheme = self.continues, self.conditioning
+        for name, image in {"image": self.image, "anchor": self.reference}.items():
+            _check_tensor(name, image, torch.float32, (1, 3, height, width))
+            if image.abs().max() > 1:
+                raise ValueError(f"`{name}` leaves [-1, 1]")
         frames = (1, 3, scheme.carried_frames, height, width) if began and scheme.carried_frames else None
         _check_tensor("frames", self.frames, torch.uint8, frames)
         size = self.latents.shape if self.latents is not None and self.latents.ndim == 5 else (0,) * 5
@@ -171,7 +211,8 @@ class ChainState:
         _check_tensor("generator", state, torch.uint8, None if state is None else (state.numel(),))
 
     def _tensors(self) -> dict[str, torch.Tensor | None]:
-        return {"image": self.image, "frames": self.frames, "latents": self.latents, "generator": self.generator}
+        names = "image", "anchor", "frames", "latents", "generator"
+        return {name: getattr(self, name) for name in names}
 
 
 def read_notes(path: str | os.PathLike) -> dict[str, str]:
@@ -214,14 +255,15 @@ def joined(
         length, parts = sum(map(len, arrays)), arrays
     film, filled = None, 0
     for part in parts:
-        if film is None:
-            film = (
-                part.new_empty(length, *part.shape[1:])
-                if output_type == "pt"
-                else np.empty((length, *part.shape[1:]), part.dtype)
-            )
-        film[filled : filled + len(part)] = part
-        filled += len(part)
+        needed = filled + len(part)
+        if film is None or needed > len(film):  # the first, or cuts make the film longer than told
+            full = (max(length, needed), *part.shape[1:])
+            longer = part.new_empty(full) if output_type == "pt" else np.empty(full, part.dtype)
+            if film is not None:
+                longer[:filled] = film[:filled]
+            film = longer
+        film[filled:needed] = part
+        filled = needed
     if film is None:  # interrupted in the first clip
         return torch.empty(0, 3, *size) if output_type == "pt" else np.empty((0, *size, 3), np.float32)
     return film[:filled]

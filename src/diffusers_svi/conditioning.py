@@ -27,11 +27,17 @@ class Carried:
             The last frames of the clip before, oldest first, in [-1, 1]. `None` for the first clip.
         latents (`torch.Tensor` of shape `(batch, z_dim, m, latent_height, latent_width)`, *optional*):
             Its last latent frames as the sampler left them, normalised. `None` for the first clip.
+        last (`torch.Tensor` of shape `(batch, 3, height, width)`, *optional*):
+            What the clip is to end with, in [-1, 1].
+        anchor (`torch.Tensor` of shape `(batch, z_dim, 1, latent_height, latent_width)`, *optional*):
+            The latent of `image`, if it has been encoded before.
     """
 
     image: torch.Tensor
     frames: torch.Tensor | None = None
     latents: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+    anchor: torch.Tensor | None = None
 
 
 def _later(default: Any) -> Any:
@@ -65,6 +71,11 @@ class Scheme(ABC):
         return 0
 
     @property
+    def has_anchor(self) -> bool:
+        """Whether every clip, not only the first, is shown the film's own image."""
+        return True
+
+    @property
     @abstractmethod
     def overlap(self) -> int:
         """Frames shared by two consecutive clips."""
@@ -86,9 +97,16 @@ class Scheme(ABC):
 
         Returns:
             `(batch, z_dim, latent_frames, latent_height, latent_width)`; with `expand_timesteps` only the latent
-            frames that are held.
+            frames that are held: the first of the clip and, with `carried.last`, its last one.
         """
-        return self._held(vae, carried) if expand_timesteps else self._filled(vae, carried, num_frames)
+        if not expand_timesteps:
+            return self._filled(vae, carried, num_frames)
+        held = self._held(vae, carried)
+        if carried.last is None:
+            return held
+        # What is held in place of the last latent frame is that of a picture that stands still.
+        still = carried.last.unsqueeze(2).expand(-1, -1, 1 + TEMPORAL_FACTOR, -1, -1)
+        return torch.cat([held, encode_video(vae, still)[:, :, -1:]], dim=2)
 
     def _filled(self, vae: AutoencoderKLWan, carried: Carried, num_frames: int) -> torch.Tensor:
         """The condition latents of all frames, for models that concatenate them."""
@@ -189,6 +207,10 @@ class PixelMotion(Scheme):
         return self.num_frames
 
     @property
+    def has_anchor(self) -> bool:
+        return self.padding == "reference"
+
+    @property
     def overlap(self) -> int:
         return self.num_frames
 
@@ -203,7 +225,8 @@ class PixelMotion(Scheme):
             count = rest if self.num_references is None else min(self.num_references, rest)
         references = carried.image.unsqueeze(2).expand(-1, -1, count, -1, -1)
         zeros = motion.new_zeros(*motion.shape[:2], rest - count, *motion.shape[3:])
-        return encode_video(vae, torch.cat([motion, references, zeros], dim=2))
+        video = torch.cat([motion, references, zeros], dim=2)
+        return encode_video(vae, video if carried.last is None else _ending(video, carried.last))
 
     def _held(self, vae: AutoencoderKLWan, carried: Carried) -> torch.Tensor:
         return encode_video(vae, self._motion(carried))
@@ -251,7 +274,7 @@ class _AnchorAndMotion(Scheme):
         return 1 + TEMPORAL_FACTOR * self.num_latents
 
     def _front(self, vae: AutoencoderKLWan, carried: Carried) -> torch.Tensor:
-        anchor = encode_video(vae, carried.image.unsqueeze(2))
+        anchor = encode_video(vae, carried.image.unsqueeze(2)) if carried.anchor is None else carried.anchor
         if carried.latents is None or self.num_latents == 0:
             return anchor
         return torch.cat([anchor, carried.latents[:, :, -self.num_latents :].to(anchor)], dim=2)
@@ -281,7 +304,12 @@ class LatentMotion(_AnchorAndMotion):
 
     def _filled(self, vae: AutoencoderKLWan, carried: Carried, num_frames: int) -> torch.Tensor:
         front = self._front(vae, carried)
-        return F.pad(front, (0, 0, 0, 0, 0, num_latent_frames(num_frames) - front.shape[2]))
+        filled = F.pad(front, (0, 0, 0, 0, 0, num_latent_frames(num_frames) - front.shape[2]))
+        if carried.last is None:
+            return filled
+        # source: the parent's condition for `last_image`, of which this is the last latent frame
+        video = F.pad(carried.image.unsqueeze(2), (0, 0, 0, 0, 0, num_frames - 1))
+        return _ending(filled, encode_video(vae, _ending(video, carried.last))[:, :, -1])
 
 
 @dataclass(frozen=True, repr=False)
@@ -299,6 +327,11 @@ class HeldLatents(_AnchorAndMotion):
 
     def _held(self, vae: AutoencoderKLWan, carried: Carried) -> torch.Tensor:
         return self._front(vae, carried)
+
+
+def _ending(video: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """`video` with `last` in place of its last frame."""
+    return torch.cat([video[:, :, :-1], last.unsqueeze(2)], dim=2)
 
 
 def scheme_from_dict(values: dict[str, Any]) -> Scheme:

@@ -7,7 +7,7 @@ samples = Samples(videos, layout, seed=0)
 ```
 """
 
-from .training.frames import Video
+from .frames import Video
 from .training.lists import read_captions
 from .training.samples import SampleLayout, Samples
 from .training.sources import Skipped, open_dataset, open_folder, usable_videos

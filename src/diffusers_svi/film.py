@@ -1,65 +1,34 @@
 """`FilmWriter`: a film in one file that grows clip by clip, and survives whatever happens to the run.
 
-The file is a fragmented MP4: what a player needs to know, then for every clip a note of how it was made and its
-frames, encoded by themselves. Nothing that was written is ever changed. Beside it, `<film>.state` holds the state of
-the chain and how much of the file belongs to it; it is replaced when the frames are on disk. A film that is taken up
-again is cut to that length first, so that it ends with the very bytes of one that was never stopped.
+The file is a fragmented MP4, or a Matroska segment without an end: what a player needs to know, then for every clip a
+note of how it was made and its frames, encoded by themselves. Nothing that was written is ever changed. Beside it,
+`<film>.state` holds the state of the chain and how much of the file belongs to it; it is replaced when the frames are
+on disk. A film that is taken up again is cut to that length first, so that it ends with the very bytes of one that was
+never stopped.
 """
 
-import hashlib
-import io
+import itertools
 import json
 import os
-import struct
-import uuid
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from fractions import Fraction
-from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from .chain import ChainState, read_notes
-from .checks import check_choice, check_count
+from .chain import ChainState
+from .checks import check_choice
 from .clips import Clip
-from .files import written_whole
-from .video import CONSTANT_RATE_FACTOR, encode_frames, frame_rate, remux, to_8_bits
-
-
-CODECS = ("libx264", "libx265", "libsvtav1")
-PIXEL_FORMATS = ("yuv420p", "yuv444p")
-# Marks the notes of a film among its boxes.
-NOTE = uuid.UUID("c2a5a7f8-6c0e-4d3e-9d7e-3b0f6f1d5a11").bytes
-RECORD_KEY = "film"
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What of the file belongs to the film, as of its last clip."""
-
-    fps: str
-    codec: str
-    crf: int
-    pixel_format: str
-    size: int = 0
-    num_frames: int = 0
-    # The end that the next clip will tell again: where clips lose their last frames, the last one keeps them.
-    held_size: int = 0
-    held_frames: int = 0
-    # Of the last clip's bytes, without the held ones and of these alone, to know the file again.
-    last_size: int = 0
-    last_digest: str = ""
-    held_digest: str = ""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("fps", "codec", "crf", "pixel_format")}
+from .growing import GrowingFile, digest
+from .notes import comment, note, read_notes
+from .pieces import Form
+from .recipe import RECIPE_KEY
+from .video import remux, to_8_bits
 
 
 class FilmWriter:
@@ -72,15 +41,20 @@ class FilmWriter:
     Run again, this goes on where it was stopped, and makes a finished film longer.
 
     Args:
-        path: Of the film, `*.mp4`. Beside it lie `<path>.state` and, while it is written, `<path>.lock`.
+        path: Of the film, `*.mp4` or `*.mkv`. Beside it lie `<path>.state` and, while it is written, `<path>.lock`.
         fps (`float`, defaults to 16): Frames a second.
-        codec (`str`, defaults to `"libx264"`): `"libx264"`, which everything plays, `"libx265"` or `"libsvtav1"`.
-        crf (`int`, defaults to 18): Constant rate factor, 0 to 51: smaller is better and larger.
-        pixel_format (`str`, defaults to `"yuv420p"`): Or `"yuv444p"`, colours in full, which few players show.
+        codec (`str`, defaults to `"libx264"`):
+            `"libx264"`, which everything plays, `"libx265"`, `"libsvtav1"`, or in an .mkv file `"ffv1"`, which loses
+            nothing.
+        crf (`int`, *optional*, defaults to 18): Constant rate factor, 0 to 51: smaller is better and larger.
+        pixel_format (`str`, *optional*, defaults to `"yuv420p"`):
+            Or `"yuv444p"`, colours in full, which few players show. `"bgr0"`, and nothing else, with `"ffv1"`.
+        background (`bool`, defaults to `False`):
+            Encode and write a clip in a thread, while the next one is generated. A kill then loses one clip more.
 
     Raises:
         ValueError: if the file is no film of these settings that was begun by a `FilmWriter`, is damaged, or is being
-            written by another run; for another suffix and settings that there are not.
+            written by another run; for another suffix, settings that there are not, and a folder that is not there.
         OSError: if it cannot be written.
     """
 
@@ -90,15 +64,14 @@ class FilmWriter:
         fps: float = 16,
         *,
         codec: str = "libx264",
-        crf: int = CONSTANT_RATE_FACTOR,
-        pixel_format: str = "yuv420p",
+        crf: int | None = None,
+        pixel_format: str | None = None,
+        background: bool = False,
     ):
         self.path = Path(path)
-        check_choice("suffix of `path`", self.path.suffix, (".mp4",))
-        check_choice("codec", codec, CODECS)
-        check_choice("pixel_format", pixel_format, PIXEL_FORMATS)
-        self._record = _Record(str(frame_rate(fps)), codec, check_count("crf", crf, 0, 51), pixel_format)
-        self._state: ChainState | None = None
+        self._form = Form.checked(self.path.suffix, fps, codec, crf, pixel_format)
+        if not self.path.parent.is_dir():
+            raise ValueError(f"`path`={str(path)!r}: there is no folder {str(self.path.parent)!r}. Make it first.")
         self._lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
             self._lock.acquire()
@@ -107,90 +80,88 @@ class FilmWriter:
                 f"`path`={str(self.path)!r} is being written by another run. Wait for it or stop it."
             ) from error
         try:
-            self._take_up()
+            self._file = GrowingFile(self.path, asdict(self._form))
         except BaseException:
             self._lock.release()
             raise
+        self._thread = ThreadPoolExecutor(1, "film") if background else None
+        self._under_way: Future[None] | None = None
 
     @property
     def state(self) -> ChainState | None:
-        """Where the film is to go on: for `state=` of the pipeline. `None` before the first clip."""
-        return self._state
+        """Where the film that is on disk is to go on: for `state=` of the pipeline. `None` before the first clip."""
+        return self._file.state
 
     @property
     def fps(self) -> Fraction:
         """Frames a second."""
-        return Fraction(self._record.fps)
+        return Fraction(self._form.fps)
 
     @property
     def num_frames(self) -> int:
-        """Frames of the film so far."""
-        return self._record.num_frames
+        """Frames of the film that are on disk."""
+        return self._file.record.num_frames
 
     def append(self, clip: Clip) -> None:
-        """Add a clip. When this returns, it is on disk.
+        """Add a clip. When this returns, it is on disk; with `background`, the one before is.
+
+        Its `frames` may be any iterable, of pictures of any kind; they are asked for one by one.
 
         Raises:
-            ValueError: if it is not the next clip of the film, or its frames are latents or of another size.
-            OSError: if it cannot be written; the film is as it was.
+            ValueError: if it is not the next clip of the film, or its frames are latents, of another size or too few.
+            OSError: if it cannot be written; the film is as it was. With `background`, if the one before could not be:
+                then this one is not added either.
         """
-        record, state = self._record, clip.state
+        self._wait()
+        record, (height, width) = self._file.record, clip.state.image.shape[-2:]
         if clip.start not in (record.num_frames, record.num_frames - record.held_frames):
             raise ValueError(
                 f"`clip` begins with frame {clip.start}, but the film has {record.num_frames}: it is not the next "
                 "one. Pass `state=film.state` to the pipeline."
             )
-        frames = [to_8_bits(frame) for frame in clip.frames]
-        kept = state.start - clip.start
-        height, width = state.image.shape[-2:]
-        if {frame.shape for frame in frames} != {(height, width, 3)}:
-            found = sorted({frame.shape for frame in frames})
+        self._form.check_size(height, width)
+        if self._file.state is not None and self._file.state.image.shape[-2:] != (height, width):
             raise ValueError(
-                f"`clip.frames` are {found} (height, width, channels), but the film is of {height} x {width} pixels. "
-                "For latents see `decode_latents`."
+                f"`clip` is of {height} x {width} pixels, but the film of "
+                f"{' x '.join(map(str, self._file.state.image.shape[-2:]))}: begin another film."
             )
-        note = {"index": clip.index, "prompt": clip.prompt, "start": clip.start, "made_with": dict(state.made_with)}
-        told = self._encode(frames[:kept], clip.start, 2 * clip.index, note)
-        held = self._encode(frames[kept:], state.start, 2 * clip.index + 1) if frames[kept:] else b""
-        place = record.size - (record.held_size if clip.start < record.num_frames else 0)
-        if not record.size:
-            # So that what is written from now on can be told from a file of somebody else's.
-            with written_whole(self._state_path) as unfinished:
-                save_file({}, unfinished, metadata={RECORD_KEY: json.dumps(asdict(record))})
-        _replace_end(self.path, place, told + held)
-        record = replace(
-            record,
-            size=place + len(told) + len(held),
-            num_frames=clip.start + len(frames),
-            held_size=len(held),
-            held_frames=len(frames[kept:]),
-            last_size=len(told),
-            last_digest=_digest(told),
-            held_digest=_digest(held),
-        )
-        state.save(self._state_path, {RECORD_KEY: json.dumps(asdict(record))})
-        self._record, self._state = record, state
+        if self._thread is None:
+            self._write(clip)
+        else:
+            self._under_way = self._thread.submit(self._write, clip)
 
     def finalize(self, path: str | os.PathLike) -> None:
-        """Write the film so far as an ordinary MP4 whose index comes first, as editors and web servers want it.
+        """Write the film so far as an ordinary file whose index comes first, as editors and web servers want it.
 
-        Nothing is encoded again. This film stays as it is and can go on.
+        Nothing is encoded again, and how it was made is told in the container's comment. This film stays as it is and
+        can go on.
 
         Raises:
-            ValueError: if `path` is the film's own, or there is no clip yet.
+            ValueError: if `path` is the film's own or of another kind of file, or there is no clip yet.
             OSError: if it cannot be written.
         """
+        self._wait()
         if Path(path).resolve() == self.path.resolve():
             raise ValueError(
                 f"`path`={str(path)!r} is the film itself, which would not grow any more: choose another."
             )
+        check_choice("suffix of `path`", Path(path).suffix, (self.path.suffix,))
         if not self.num_frames:
             raise ValueError(f"`path`={str(path)!r}: there is no clip yet that could be written.")
-        remux(self.path, path)
+        remux(self.path, path, comment(read_notes(self.path)))
 
     def close(self) -> None:
-        """Let others write the film. What was appended is on disk already."""
-        self._lock.release()
+        """Let others write the film, once what was appended is on disk.
+
+        Raises:
+            OSError, ValueError: with `background`, if the last clip could not be written.
+        """
+        try:
+            self._wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            self._lock.release()
 
     def __enter__(self) -> "FilmWriter":
         return self
@@ -198,141 +169,70 @@ class FilmWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    @property
-    def _state_path(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.state")
-
-    def _take_up(self) -> None:
-        """Go on with the film that is there, if there is one."""
-        if not self._state_path.exists():
-            if self.path.exists() and self.path.stat().st_size:
-                raise ValueError(
-                    f"`path`={str(self.path)!r} is a file without {self._state_path.name} beside it, so nothing can "
-                    "be added to it. Choose another name, or delete it."
-                )
-            return
         try:
-            notes = read_notes(self._state_path)
-            record = _Record(**json.loads(notes[RECORD_KEY]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self._state_path} is the state of a chain, but of no film ({error}). Choose another name."
-            ) from error
-        if record.settings != self._record.settings:
-            raise ValueError(
-                f"`path`={str(self.path)!r} is a film with {record.settings}, but {self._record.settings} is asked "
-                "for. Ask for the same, or choose another name."
-            )
-        self._state = ChainState.load(self._state_path) if record.size else None
-        self._record = self._checked(record)
+            self.close()
+        except (OSError, ValueError) as lost:
+            if error is None:
+                raise
+            error.add_note(f"The last clip of {self.path} could not be written: {lost}")
 
-    def _checked(self, record: _Record) -> _Record:
-        """`record`, once the file has what it says, and nothing behind that."""
-        if not record.size:
-            # A run ended in its first clip.
-            self.path.unlink(missing_ok=True)
-            return record
-        own = record.size - record.held_size
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(own - record.last_size)
-                last, held = file.read(record.last_size), file.read(record.held_size)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`path`={str(self.path)!r} cannot be read: {error}") from error
-        if _digest(last) != record.last_digest:
-            raise ValueError(
-                f"`path`={str(self.path)!r} is not as it was written: its last clip, bytes {own - record.last_size} "
-                f"to {own}, has been changed or cut. Put the file back, or begin another film."
-            )
-        if _digest(held) != record.held_digest:
-            # A run ended while it was writing the next clip over the frames that it tells again.
-            frames = record.num_frames - record.held_frames
-            record = replace(record, size=own, num_frames=frames, held_size=0, held_frames=0, held_digest=_digest(b""))
-        if self.path.stat().st_size > record.size:
-            os.truncate(self.path, record.size)
-        return record
+    def _wait(self) -> None:
+        """Wait for the clip that is being written, and raise what went wrong with it."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
 
-    def _encode(self, frames: list[np.ndarray], start: int, number: int, note: dict[str, Any] | None = None) -> bytes:
-        """Boxes of an MP4 with frames that begin with frame `start` of the film, the `number`-th of its fragments."""
-        record, buffer = self._record, io.BytesIO()
-        encode_frames(
-            buffer,
-            frames,
-            Fraction(record.fps),
-            record.codec,
-            record.crf,
-            record.pixel_format,
-            start=start,
-            # What a player needs to know, then one fragment whose number and time go on from those before.
-            options={
-                "movflags": "empty_moov+default_base_moof+frag_discont+frag_custom+skip_trailer",
-                "fragment_index": str(number + 1),
-                "avoid_negative_ts": "disabled",
-            },
-        )
-        parts = dict(boxes(buffer.getvalue()))
-        head = b"" if record.size else parts["ftyp"] + parts["moov"]
-        return head + (b"" if note is None else _note(note)) + parts["moof"] + parts["mdat"]
+    def _write(self, clip: Clip) -> None:
+        record, state = self._file.record, clip.state
+        frames = _Pixels(itertools.chain(clip.frames, clip.tail), *state.image.shape[-2:])
+        kept, number = state.start - clip.start, 2 * clip.index + 2
+        head, told = self._form.encode(itertools.islice(frames, kept), clip.start, number) if kept else (b"", b"")
+        if frames.count < kept:
+            raise ValueError(f"`clip.frames` are {frames.count}, but the next clip begins {kept} after this one.")
+        held, more = b"", list(itertools.islice(frames, 1))
+        if more:
+            head, held = self._form.encode(itertools.chain(more, frames), state.start, number + 1)
+        recipe, notes = record.recipe_digest, b""
+        if clip.recipe:
+            recipe = digest(json.dumps(clip.recipe, sort_keys=True).encode())
+            if recipe != record.recipe_digest:
+                notes += note({RECIPE_KEY: dict(clip.recipe)}, self._form.container)
+        notes += note(_told_of(clip), self._form.container)
+        told = (b"" if record.size else head) + notes + told
+        grown = record.grown(clip.start, told, held, clip.start + frames.count, frames.count - kept, recipe)
+        self._file.grow(grown, told + held, state)
+
+
+class _Pixels(Iterator[np.ndarray]):
+    """Frames one by one, as `(height, width, 3)` uint8 of the size that is expected, and counted."""
+
+    def __init__(self, frames: Iterable, height: int, width: int):
+        self._frames, self._shape, self.count = iter(frames), (height, width, 3), 0
+
+    def __next__(self) -> np.ndarray:
+        pixels = to_8_bits(next(self._frames))
+        if pixels.shape != self._shape:
+            height, width, _ = self._shape
+            raise ValueError(
+                f"`clip.frames[{self.count}]` is {pixels.shape} (height, width, channels), but the film is of "
+                f"{height} x {width} pixels. For latents see `decode_latents`."
+            )
+        self.count += 1
+        return pixels
+
+
+def _told_of(clip: Clip) -> dict[str, Any]:
+    told = {"index": clip.index, "prompt": clip.prompt, "start": clip.start, "made_with": dict(clip.state.made_with)}
+    return told | ({} if clip.spec is None else {"spec": clip.spec.to_dict()})
 
 
 def read_clips(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """How the clips of a film were made: index, prompt, first frame, and what they were made with.
+    """How the clips of a film were made: index, prompt, first frame, spec, and what they were made with.
 
     Raises:
         ValueError: if `path` is no film of a `FilmWriter`.
     """
-    try:
-        content = Path(path).read_bytes()
-        notes = [box[24:] for kind, box in boxes(content) if kind == "uuid" and box[8:24] == NOTE]
-        clips = [json.loads(note) for note in notes]
-    except (OSError, ValueError, struct.error) as error:
-        raise ValueError(f"`path`={str(path)!r} cannot be read as a film: {error}") from error
+    clips = [told for told in read_notes(path) if "index" in told]
     if not clips:
         raise ValueError(f"`path`={str(path)!r} does not say how it was made: it is no film of `FilmWriter`.")
     return clips
-
-
-def boxes(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """The boxes that an MP4 consists of, by their four letters; one that is cut short is left out."""
-    place = 0
-    while place + 8 <= len(content):
-        size, kind = struct.unpack(">I4s", content[place : place + 8])
-        if size == 1:
-            (size,) = struct.unpack(">Q", content[place + 8 : place + 16])
-        if size < 8 or place + size > len(content):
-            return
-        yield kind.decode("latin-1"), content[place : place + size]
-        place += size
-
-
-def _note(values: dict[str, Any]) -> bytes:
-    content = NOTE + json.dumps(values, sort_keys=True).encode()
-    return struct.pack(">I4s", 8 + len(content), b"uuid") + content
-
-
-def _replace_end(path: Path, place: int, content: bytes) -> None:
-    """Make `content` what stands in the file from `place` on, on disk; where that fails, what stood there remains."""
-    # Without a buffer: what cannot be written is not tried once more when the file is closed.
-    with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file:
-        file.seek(place)
-        before = file.read()
-        try:
-            _write_end(file, place, content)
-        except OSError:
-            _write_end(file, place, before)
-            raise
-
-
-def _write_end(file: RawIOBase, place: int, content: bytes) -> None:
-    file.truncate(place)
-    file.seek(place)
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left) :]
-    os.fsync(file.fileno())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -12,17 +12,19 @@ from diffusers import WanImageToVideoPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import unwrap_module
 
 from .chain import ChainState
-from .checks import check_choice, check_count, check_number
+from .checks import check_choice, check_count
 from .clips import ClipSpec
 from .conditioning import PixelMotion, Scheme
 from .fingerprints import made_with
+from .lora_layers import adjustable
 from .noise import clip_noise
 from .options import FILM_DEFAULTS, FilmOptions
 from .pixels import CLIP_RESIZES
-from .resume import check_made_with, first_state
-from .specs import check_clip, check_use, one_by_one
+from .resume import first_state, refuse_changes
+from .specs import EXPERTS, check_clip, check_guidance, check_use, one_by_one
 from .start_image import RESIZE_MODES, film_size, read_image, to_pixels
 from .wan import num_latent_frames
 
@@ -30,6 +32,7 @@ from .wan import num_latent_frames
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+COLOR_MATCHES = ("none",)
 # What Wan was trained with.
 MAX_TOKENS = 512
 
@@ -47,6 +50,8 @@ class Film:
         negative (`str` or `torch.Tensor`): Negative prompt, or its embeddings.
         max_sequence_length (`int`): Tokens of a prompt.
         clip_resize (`str`): What the image encoder sees of a frame, one of `CLIP_RESIZES`.
+        resize_mode (`str`): How pictures are brought to the film's size, one of `RESIZE_MODES`.
+        callback_on_clip_end (`Callable`, *optional*): Called with the pipeline and every clip.
         generator (`torch.Generator`, *optional*): The one that `noise` draws from.
         settings (`dict`): What the chain will say that it was made with, beside models and LoRAs.
         ignore_state_settings (`bool`): Whether that may differ from what `state` was made with.
@@ -61,6 +66,8 @@ class Film:
     negative: str | torch.Tensor
     max_sequence_length: int
     clip_resize: str
+    resize_mode: str
+    callback_on_clip_end: Callable[..., Any] | None
     generator: torch.Generator | None
     settings: dict[str, Any]
     ignore_state_settings: bool
@@ -68,11 +75,13 @@ class Film:
 
     @property
     def shape(self) -> tuple[int | None, int, int]:
-        """Frames, if the number of clips is known, height and width of what is still to be made."""
-        whole = None
+        """Frames, if the number of clips is known, height and width of what is still to be made; cuts make it more."""
+        whole, state = None, self.state
         if self.num_clips is not None:
-            whole = self.state.conditioning.film_length(self.num_clips, self.state.num_frames) - self.state.start
-        return whole, *self.state.image.shape[-2:]
+            missing = max(self.num_clips - state.num_clips, 0)
+            whole = state.conditioning.film_length(missing, state.num_frames)
+            whole -= state.conditioning.overlap if state.continues and state.conditioning.trims == "head" else 0
+        return whole, *state.image.shape[-2:]
 
 
 def check_film(
@@ -115,7 +124,10 @@ def check_film(
     scheme.check(num_frames, pipe.config.expand_timesteps)
     source = next((name for name in ("generator", "seeds", "latents") if given[name] is not None), "drawn")
     has_experts = pipe.config.boundary_ratio is not None
-    items, num_clips = check_prompts(prompts, given["prompt_embeds"], given["num_clips"], source, has_experts)
+    adapters = adapters_of(pipe)
+    items, num_clips = check_prompts(
+        prompts, given["prompt_embeds"], given["num_clips"], source, has_experts, scheme, adapters
+    )
     shape = latent_shape(pipe, num_frames, height, width)
     noise = clip_noise(given["generator"], given["seeds"], given["latents"], num_clips, shape)
     tensor_inputs = given["callback_on_step_end_tensor_inputs"]
@@ -152,15 +164,20 @@ def check_film(
     negative = given["negative_prompt"] or "" if negative_embeds is None else negative_embeds
     clip_resize = given["clip_resize"] or trained_clip_resize or CLIP_RESIZES[0]
     settings = {
+        "height": height,
+        "width": width,
+        "resize_mode": given["resize_mode"],
+        "num_frames": num_frames,
         "noise": source,
         "num_inference_steps": num_steps,
         "guidance_scale": guidance_scale,
         "guidance_scale_2": guidance_scale_2,
-        "negative prompt": negative,
+        "negative_prompt": negative,
         "max_sequence_length": max_sequence_length,
         "clip_resize": clip_resize,
+        "color_match": given["color_match"],
     }
-    check_made_with(state, made_with(pipe, settings), given["ignore_state_settings"])
+    refuse_changes(state, made_with(pipe, settings))
     return Film(
         prompts=items,
         num_clips=num_clips,
@@ -170,6 +187,8 @@ def check_film(
         negative=negative,
         max_sequence_length=max_sequence_length,
         clip_resize=clip_resize,
+        resize_mode=given["resize_mode"],
+        callback_on_clip_end=given["callback_on_clip_end"],
         generator=given["generator"],
         settings=settings,
         ignore_state_settings=given["ignore_state_settings"],
@@ -196,6 +215,12 @@ def check_kinds(given: Mapping[str, Any]) -> None:
         )
     check_choice("resize_mode", given["resize_mode"], RESIZE_MODES)
     check_choice("output_type", given["output_type"], OUTPUT_TYPES)
+    check_choice("color_match", given["color_match"], COLOR_MATCHES)
+    if given["output_type"] == "latent" and given["color_match"] != COLOR_MATCHES[0]:
+        raise ValueError(
+            f"`color_match`={given['color_match']!r} changes pixels, but `output_type`='latent' gives none. Leave one "
+            "of them out."
+        )
     if given["clip_resize"] is not None:
         check_choice("clip_resize", given["clip_resize"], CLIP_RESIZES)
     callbacks = Callable, PipelineCallback, MultiPipelineCallbacks
@@ -205,6 +230,7 @@ def check_kinds(given: Mapping[str, Any]) -> None:
         "attention_kwargs": (dict, "a dictionary"),
         "latents": (torch.Tensor, "a tensor, the noise of every clip"),
         "callback_on_step_end": (callbacks, "a function or one of diffusers' callbacks"),
+        "callback_on_clip_end": (Callable, "a function of the pipeline and a `Clip`"),
         "callback_on_step_end_tensor_inputs": ((list, tuple), 'a list of names, such as ["latents"]'),
         "ignore_lora_conditioning": (bool, "`True` or `False`"),
         "ignore_state_settings": (bool, "`True` or `False`"),
@@ -242,16 +268,6 @@ def choose_scheme(
             "`ignore_lora_conditioning=True` if you mean it."
         )
     return scheme
-
-
-def check_guidance(guidance_scale: Any, guidance_scale_2: Any) -> tuple[float, float | None]:
-    """Both weights as numbers that the parent follows in both experts."""
-    first = check_number("guidance_scale", guidance_scale)
-    if guidance_scale_2 is None:
-        return first, None
-    second = check_number("guidance_scale_2", guidance_scale_2)
-    # The parent guides neither expert where the first weight is 1: the least above it has the same effect.
-    return (math.nextafter(1, 2) if first <= 1 < second else first), second
 
 
 def check_size(
@@ -321,10 +337,12 @@ def check_prompts(
     num_clips: int | None,
     noise: str,
     has_experts: bool,
+    scheme: Scheme,
+    adapters: Mapping[str, Set[str]],
 ) -> tuple[Iterable[Any], int | None]:
     """What to iterate over for the clips of a film, and the number of its clips if it is known.
 
-    `noise` is the argument that the film's noise comes from.
+    The last four are as in [`check_use`].
     """
     if (prompts is None) == (prompt_embeds is None):
         raise ValueError(
@@ -341,7 +359,7 @@ def check_prompts(
             raise ValueError(f"`prompts` must be a string or a list of at least one string, got {prompts!r}.")
         specs = [check_clip(item, index) for index, item in enumerate(given)]
         for index, spec in enumerate(specs):
-            check_use(spec, index, noise, has_experts)
+            check_use(spec, index, noise, has_experts, scheme, adapters)
         items, known = one_by_one(specs), sum(spec.num_clips for spec in specs)
     elif isinstance(prompts, Iterable) and not isinstance(prompts, (Set, bytes)):
         items = one_by_one(prompts)
@@ -356,6 +374,12 @@ def check_prompts(
             )
         num_clips = num_clips or known
     return items, num_clips
+
+
+def adapters_of(pipe: WanImageToVideoPipeline) -> dict[str, set[str]]:
+    """The LoRAs whose weights can be set, by the transformer they are on."""
+    transformers = {name: getattr(pipe, name) for name in EXPERTS}
+    return {name: adjustable(unwrap_module(module)) for name, module in transformers.items() if module is not None}
 
 
 def check_embeddings(name: str, embeds: object) -> torch.Tensor:

@@ -48,3 +48,41 @@ def shape_of(layer: torch.nn.Module) -> tuple[int, ...]:
     if isinstance(base, torch.nn.Conv3d):
         return base.out_channels, base.in_channels, *base.kernel_size
     return base.out_features, base.in_features
+
+
+def adjustable(transformer: torch.nn.Module) -> set[str]:
+    """The adapters whose weight can be set: those that are not fused, and not disabled."""
+    names: set[str] = set()
+    for layer in lora_layers(transformer).values():
+        if not layer.disable_adapters:
+            names |= layer.scaling.keys() - set(layer.merged_adapters)
+    return names
+
+
+def set_weight(transformer: torch.nn.Module, adapter: str, weight: float) -> None:
+    """Give one adapter a weight, and make it active; the others stay as they are, unlike in `set_adapters`."""
+    for layer in lora_layers(transformer).values():
+        if adapter in layer.scaling:
+            layer.set_scale(adapter, weight)
+            if adapter not in layer.active_adapters:
+                layer.set_adapter([*layer.active_adapters, adapter])
+
+
+# Of every layer, by name: which adapters are active, and the scales of all.
+Weights = dict[str, tuple[list[str], dict[str, float]]]
+
+
+def weights_of(transformer: torch.nn.Module) -> Weights:
+    """What `set_weight` may change, for `restore_weights`."""
+    return {
+        name: (list(layer.active_adapters), dict(layer.scaling)) for name, layer in lora_layers(transformer).items()
+    }
+
+
+def restore_weights(transformer: torch.nn.Module, weights: Weights) -> None:
+    """Put back what `weights_of` told; layers and adapters that are gone or new since are left alone."""
+    for name, layer in lora_layers(transformer).items():
+        active, scaling = weights.get(name, ([], {}))
+        layer.scaling.update({adapter: scale for adapter, scale in scaling.items() if adapter in layer.scaling})
+        if name in weights and layer.active_adapters != active:
+            layer.set_adapter([adapter for adapter in active if adapter in layer.scaling])

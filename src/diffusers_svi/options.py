@@ -57,11 +57,17 @@ class FilmOptions(TypedDict, total=False):
         output_type (`str`, defaults to `"np"`):
             `"np"`, `"pt"` (both in [0, 1]), `"pil"`, or `"latent"`: the latents of every clip, overlaps included, for
             [`~SVIPipeline.decode_latents`].
+        color_match (`str`, defaults to `"none"`):
+            Take a shift of colours out of every clip: what takes its first frame to the one that it tells again (of a
+            scheme with an anchor, to that) is applied to all of them, by a method of `match_colors`. For films
+            without an SVI LoRA. Latents that are carried on are not corrected, only what is seen.
         attention_kwargs (`dict`, *optional*):
             Passed on to the attention processors.
         callback_on_step_end, callback_on_step_end_tensor_inputs:
-            As in the parent, called at every step of every clip. Setting `pipe._interrupt = True` ends the film with
-            the last clip that was finished.
+            As in the parent, called at every step of every clip. `pipe.interrupt = True`, there or in another thread,
+            ends the film with the last clip that was finished.
+        callback_on_clip_end (`Callable`, *optional*):
+            Called with the pipeline and every [`Clip`] when it is finished, before it is handed on.
         max_sequence_length (`int`, defaults to 512):
             Tokens of a prompt, 1 to 512.
         state (`ChainState`, *optional*):
@@ -96,9 +102,11 @@ class FilmOptions(TypedDict, total=False):
     prompt_embeds: torch.Tensor | None
     negative_prompt_embeds: torch.Tensor | None
     output_type: str
+    color_match: str
     attention_kwargs: dict[str, Any] | None
     callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None
     callback_on_step_end_tensor_inputs: list[str]
+    callback_on_clip_end: Callable[..., Any] | None
     max_sequence_length: int
     state: ChainState | None
     ignore_state_settings: bool
@@ -114,6 +122,7 @@ _DEFAULTS: dict[str, Any] = {
     "num_inference_steps": 50,
     "guidance_scale": 5.0,
     "output_type": "np",
+    "color_match": "none",
     "callback_on_step_end_tensor_inputs": ["latents"],
     "max_sequence_length": 512,
     "ignore_state_settings": False,

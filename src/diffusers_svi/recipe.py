@@ -1,7 +1,5 @@
 """How a film is made, all of it, as plain values that stand in the film's file: made out of a pipeline, and read."""
 
-import base64
-import io
 import json
 import os
 import re
@@ -16,10 +14,11 @@ from diffusers import WanImageToVideoPipeline
 from diffusers.utils.torch_utils import unwrap_module
 
 from . import __version__
-from .boxes import read_notes
 from .conditioning import Scheme
+from .data_uri import to_data_uri
 from .lora import FUSED_KEY
 from .lora_layers import lora_layers
+from .notes import read_notes
 from .pixels import to_pil, to_uint8
 
 
@@ -57,7 +56,7 @@ def film_recipe(
         "loras": _loras(pipe),
         "scheme": scheme.to_dict(),
         "scheduler": {"class": type(pipe.scheduler).__name__, **scheduler},
-        "image": _data_uri(image),
+        "image": to_data_uri(to_pil(to_uint8(image)[0])),
         "settings": dict(settings),
     }
     # What JSON has no form for is told in words.
@@ -82,24 +81,43 @@ class Recipe:
 def read_recipe(path: str | os.PathLike) -> Recipe:
     """How the film in a file was made.
 
+    It is told by the file of a `FilmWriter`, by what `finalize` made of it, and by videos of Wan2GP: of these, prompts
+    and seed are taken over, and nothing else. A clip that embeddings were given for has no prompt. The video that a
+    film begins with is not among its clips.
+
     Raises:
         ValueError: if the file cannot be read, or does not say how it was made.
     """
-    try:
-        with open(path, "rb") as file:
-            notes = list(read_notes(file))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`path`={str(path)!r} cannot be read as a film: {error}") from error
     recipes: dict[int, dict[str, Any]] = {}
     clips: list[dict[str, Any]] = []
-    for told in notes:
+    for told in read_notes(path):
         if RECIPE_KEY in told:
             recipes[len(clips)] = told[RECIPE_KEY]
-        elif told.get("index", -1) >= 0:
-            clips.append(told.get("spec") or {"prompt": told["prompt"]})
+        elif isinstance(told.get("index"), int) and told["index"] >= 0:
+            prompt = told.get("prompt")
+            clips.append(told.get("spec") or ({} if prompt is None else {"prompt": prompt}))
+        elif isinstance(told.get("prompt"), str):
+            recipes[0], clips = {"format": "Wan2GP"}, _clips_of_wan2gp(told)
     if not clips:
-        raise ValueError(f"`path`={str(path)!r} does not say how it was made: it is no film of `FilmWriter`.")
+        raise ValueError(f"`path`={str(path)!r} does not say how it was made.")
     return Recipe(recipes.pop(0, {}), clips, recipes)
+
+
+def _clips_of_wan2gp(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The clips of a video of Wan2GP: its prompt, or those of its windows, and the seed that it began with."""
+    # source: Wan2GP's `shared/utils/prompt_parser.py` leaves out lines that begin with #; its `multi_prompts_gen_type`
+    # says whether lines, or paragraphs, are prompts of one window each, or all of them one prompt.
+    lines = [line.strip() for line in told["prompt"].removeprefix("!enhanced!\n").splitlines()]
+    text = "\n".join(line for line in lines if not line.startswith("#"))
+    mode = str(told.get("multi_prompts_gen_type", "W"))
+    between = None if mode in ("2", "FG", "") else "\n\n" if "P" in mode else "\n"
+    prompts = [text] if between is None else text.split(between)
+    clips: list[dict[str, Any]] = [{"prompt": prompt.strip()} for prompt in prompts if prompt.strip()]
+    seed = told.get("seed")
+    # -1 stands for one that was drawn.
+    if clips and isinstance(seed, int) and seed >= 0:
+        clips[0]["seed"] = seed
+    return clips
 
 
 def _model(pipe: WanImageToVideoPipeline) -> dict[str, Any]:
@@ -155,12 +173,6 @@ def _weight(module: torch.nn.Module, adapter: str) -> float | dict[str, float]:
         weights[name] = float(f"{layer.scaling[adapter] / at_weight_1:.9g}") if active else 0.0
     values = set(weights.values())
     return weights if len(values) > 1 else next(iter(values), 0.0)
-
-
-def _data_uri(image: torch.Tensor) -> str:
-    buffer = io.BytesIO()
-    to_pil(to_uint8(image)[0]).save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _in_words(value: Any) -> str:

@@ -62,9 +62,9 @@ def first_state(
     return state
 
 
-def check_made_with(state: ChainState, now: dict[str, str], ignore: bool) -> None:
-    """Raise a `ValueError` where a chain cannot go on with what there is now, and warn of what differs else."""
-    changed = differences({name: value for name, value in state.made_with.items() if name != SEED}, now)
+def refuse_changes(state: ChainState, now: dict[str, str]) -> None:
+    """Raise a `ValueError` where a chain cannot go on with what there is now."""
+    changed = differences(state.made_with, now)
     for name, remedy in (
         ("model", "Load the model that it was made with."),
         ("noise", "Pass the same one, of the whole film."),
@@ -72,19 +72,14 @@ def check_made_with(state: ChainState, now: dict[str, str], ignore: bool) -> Non
         if name in changed:
             before, after = changed[name]
             raise ValueError(f"`state` comes from a chain with `{name}` {before!r}, but now it is {after!r}. {remedy}")
-    if changed and not ignore:
-        _warn("; ".join(f"{name}: {before} then, {after} now" for name, (before, after) in changed.items()))
 
 
-def check_last_seed(state: ChainState, seed: str | None, ignore: bool) -> None:
-    """Warn where the last clip of a chain was made with another of the `seeds` than the one it has now."""
-    before = state.made_with.get(SEED)
-    if before is not None and before != seed and not ignore:
-        _warn(f"`seeds`: {before} then, {seed} now, for clip {state.num_clips - 1}")
-
-
-def _warn(what: str) -> None:
-    logger.warning(
-        f"`state` comes from a chain that was made with something else ({what}). The film goes on with what is there "
-        "now; pass `ignore_state_settings=True` if that is meant."
-    )
+def warn_of_changes(state: ChainState, now: dict[str, str]) -> None:
+    """Warn where the last clip of a chain was made with something else than it would be now."""
+    changed = differences(state.made_with, now)
+    if changed:
+        told = "; ".join(f"{name}: {before} then, {after} now" for name, (before, after) in changed.items())
+        logger.warning(
+            f"`state` comes from a chain that was made with something else ({told}). The film goes on with what is "
+            "there now; pass `ignore_state_settings=True` if that is meant."
+        )

@@ -1,16 +1,20 @@
 """What the clips of a film are asked for with: one `ClipSpec` a clip, checked."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+import math
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from typing import Any
 
+import PIL.Image
+
 from .checks import check_count, check_number
-from .clips import ClipSpec
+from .clips import PICTURES, ClipSpec, once_told
+from .conditioning import Scheme
 from .noise import MAX_SEED
+from .start_image import read_image
 
 
-# Fields that a call does not know what to do with yet.
-_WITHOUT_EFFECT = ("lora_weights", "anchor", "last_image", "cut")
+EXPERTS = ("transformer", "transformer_2")
 
 
 def check_clip(item: Any, index: int) -> ClipSpec:
@@ -21,14 +25,10 @@ def check_clip(item: Any, index: int) -> ClipSpec:
     """
     where = f"prompts[{index}]"
     if isinstance(item, Mapping):
-        known = [field.name for field in fields(ClipSpec)]
-        unknown = [name for name in item if name not in known]
-        if unknown or "prompt" not in item:
-            raise ValueError(
-                f"`{where}` has {'no `prompt`' if not unknown else f'a field {unknown[0]!r}'}. The fields of a clip "
-                f"are {', '.join(known)}; `prompt` must be among them."
-            )
-        spec = ClipSpec(**item)
+        try:
+            spec = ClipSpec.from_dict(item)
+        except ValueError as error:
+            raise ValueError(f"`{where}`: {error}") from error
     else:
         spec = item if isinstance(item, ClipSpec) else ClipSpec(item)
     if not isinstance(spec.prompt, str):
@@ -42,30 +42,86 @@ def check_clip(item: Any, index: int) -> ClipSpec:
             check_number(f"{where}.{name}", getattr(spec, name))
     num_clips = check_count(f"{where}.num_clips", spec.num_clips, 1)
     seed = None if spec.seed is None else check_count(f"{where}.seed", spec.seed, 0, MAX_SEED + 1 - num_clips)
-    for name in _WITHOUT_EFFECT:
-        if getattr(spec, name) is not None:
-            raise ValueError(
-                f"`{where}.{name}`={getattr(spec, name)!r} has no effect so far. Leave it out, or set it for the "
-                "whole film."
-            )
-    return replace(spec, seed=seed, num_clips=num_clips)
+    if spec.lora_weights is not None:
+        _check_weights(f"{where}.lora_weights", spec.lora_weights)
+    pictures: Any = {name: _picture(f"{where}.{name}", getattr(spec, name)) for name in PICTURES}
+    if spec.cut is not None and spec.anchor is not None:
+        raise ValueError(
+            f"`{where}` has a `cut` and an `anchor`: the image of a cut is the anchor of what follows. Leave `anchor` "
+            "out, or set it from the next clip on."
+        )
+    return replace(spec, seed=seed, num_clips=num_clips, **pictures)
 
 
-def check_use(spec: ClipSpec, index: int, noise: str, has_experts: bool) -> None:
+def _picture(where: str, picture: Any) -> PIL.Image.Image | None:
+    if picture is None:
+        return None
+    if not isinstance(picture, PIL.Image.Image):
+        raise ValueError(f"`{where}` must be a `PIL.Image.Image`, got {type(picture).__name__}: {picture!r}.")
+    try:
+        return read_image(picture)  # type: ignore[return-value]
+    except ValueError as error:
+        raise ValueError(f"`{where}` cannot be taken: {error}") from error
+
+
+def _check_weights(where: str, weights: Any) -> None:
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f'`{where}` must be weights by adapter name, such as {{"default_0": 0.8}}, got {weights!r}.')
+    for name, weight in weights.items():
+        experts = weight if isinstance(weight, Mapping) else {EXPERTS[0]: weight}
+        if not experts or not set(experts) <= set(EXPERTS):
+            raise ValueError(f"`{where}[{name!r}]` must be a number, or numbers for {EXPERTS}, got {weight!r}.")
+        for value in experts.values():
+            check_number(f"{where}[{name!r}]", value)
+
+
+def check_use(
+    spec: ClipSpec, index: int, noise: str, has_experts: bool, scheme: Scheme, adapters: Mapping[str, Set[str]]
+) -> None:
     """Raise a `ValueError` for a field that the film or the model has no use for.
 
-    `noise` is the argument that the film's noise comes from.
+    Args:
+        spec (`ClipSpec`): The clip.
+        index (`int`): Its number.
+        noise (`str`): The argument that the film's noise comes from.
+        has_experts (`bool`): Whether the model has two.
+        scheme (`Scheme`): The film's.
+        adapters (`dict[str, set[str]]`): The LoRAs that are loaded, by the transformer they are on.
     """
+    where = f"prompts[{index}]"
     if spec.seed is not None and noise == "latents":
         raise ValueError(
-            f"`prompts[{index}].seed`={spec.seed}: the noise of every clip is given as `latents`. Leave one of them "
-            "out."
+            f"`{where}.seed`={spec.seed}: the noise of every clip is given as `latents`. Leave one of them out."
         )
     if spec.guidance_scale_2 is not None and not has_experts:
         raise ValueError(
-            f"`prompts[{index}].guidance_scale_2`={spec.guidance_scale_2}: this model has no second expert. Leave it "
-            "out."
+            f"`{where}.guidance_scale_2`={spec.guidance_scale_2}: this model has no second expert. Leave it out."
         )
+    if spec.anchor is not None and not scheme.has_anchor:
+        raise ValueError(
+            f"`{where}.anchor`: `conditioning`={scheme} looks at no anchor. Leave it out, pass `cut` for a new shot, "
+            "or take a scheme with a reference and a LoRA trained for it."
+        )
+    for name, weight in (spec.lora_weights or {}).items():
+        wanted = set(weight) if isinstance(weight, Mapping) else set()
+        loaded = {expert for expert, names in adapters.items() if name in names}
+        if not loaded or not wanted <= loaded:
+            there = {expert: sorted(names) for expert, names in adapters.items()}
+            raise ValueError(
+                f"`{where}.lora_weights` names the adapter {name!r}"
+                f"{' of ' + ' and '.join(sorted(wanted - loaded)) if loaded else ''}, but there are {there}. Load the "
+                "LoRA with this `adapter_name`, or name one of those."
+            )
+
+
+def check_guidance(guidance_scale: Any, guidance_scale_2: Any) -> tuple[float, float | None]:
+    """Both weights as numbers that the parent follows in both experts."""
+    first = check_number("guidance_scale", guidance_scale)
+    if guidance_scale_2 is None:
+        return first, None
+    second = check_number("guidance_scale_2", guidance_scale_2)
+    # The parent guides neither expert where the first weight is 1: the least above it has the same effect.
+    return (math.nextafter(1, 2) if first <= 1 < second else first), second
 
 
 def one_by_one(items: Iterable[Any]) -> Iterator[Any]:
@@ -82,5 +138,10 @@ def one_by_one(items: Iterable[Any]) -> Iterator[Any]:
             index += 1
             continue
         for number in range(spec.num_clips):
-            yield replace(spec, num_clips=1, seed=None if spec.seed is None else spec.seed + number)
+            yield replace(
+                spec if number == 0 else once_told(spec),
+                num_clips=1,
+                seed=None if spec.seed is None else spec.seed + number,
+                last_image=spec.last_image if number == spec.num_clips - 1 else None,
+            )
             index += 1

@@ -1,7 +1,8 @@
 """Videos on disk."""
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -16,19 +17,25 @@ from .files import written_whole
 
 # Containers that H.264 goes into, by suffix, as FFmpeg calls them.
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+# What makes FFmpeg write the index before the frames.
+INDEX_FIRST = {".mp4": {"movflags": "faststart"}, ".mkv": {"cues_to_front": "1"}}
+# Frames from one that stands by itself to the next: what a player must read to begin in the middle.
+LONGEST_GROUP = "250"
 # Of H.264: hardly to be told from the frames.
 CONSTANT_RATE_FACTOR = 18
 
 
 def save_video(
-    path: str | os.PathLike, frames: np.ndarray | torch.Tensor | Sequence[PIL.Image.Image], fps: float = 16
+    path: str | os.PathLike, frames: np.ndarray | torch.Tensor | Iterable[PIL.Image.Image], fps: float = 16
 ) -> None:
     """Write frames to a video file (H.264), whole or not at all: an error, a full disk say, leaves what was there.
 
     Args:
         path: Where to, `*.mp4`, `*.mov` or `*.mkv`.
-        frames: As a film or a `Clip` has them: `np.ndarray` `(n, height, width, 3)` or `torch.Tensor` `(n, 3, height,
-            width)`, both in [0, 1], or a list of `PIL.Image.Image`. Height and width are even.
+        frames:
+            As a film or a `Clip` has them: `np.ndarray` `(n, height, width, 3)`, or `torch.Tensor` `(n, 3, height,
+            width)`, in [0, 1] or uint8, or any iterable of such frames or `PIL.Image.Image`s, which are asked for one
+            by one. Height and width are even.
         fps (`float`, defaults to 16): Frames a second.
 
     Raises:
@@ -38,10 +45,8 @@ def save_video(
     path = Path(path)
     check_choice("suffix of `path`", path.suffix, tuple(FORMATS))
     rate = frame_rate(fps)
-    pixels = [to_8_bits(frame) for frame in frames]
-    _check_frames(pixels)
     with written_whole(path) as unfinished:
-        encode_frames(unfinished, pixels, rate, container=FORMATS[path.suffix])
+        encode_frames(unfinished, map(to_8_bits, frames), rate, container=FORMATS[path.suffix])
 
 
 def frame_rate(fps: float) -> Fraction:
@@ -53,53 +58,80 @@ def frame_rate(fps: float) -> Fraction:
 
 def encode_frames(
     target: Path | BinaryIO,
-    frames: Sequence[np.ndarray],
+    frames: Iterable[np.ndarray],
     fps: Fraction,
     codec: str = "libx264",
-    crf: int = CONSTANT_RATE_FACTOR,
+    crf: int | None = CONSTANT_RATE_FACTOR,
     pixel_format: str = "yuv420p",
     *,
     container: str = "mp4",
     start: int = 0,
     options: dict[str, str] | None = None,
 ) -> None:
-    """Encode frames by themselves: what comes out depends on them and on nothing else.
+    """Encode frames by themselves: what comes out depends on them and on nothing else. One is held at a time.
 
     Args:
         target: Where to.
-        frames (`Sequence[np.ndarray]` of shape `(height, width, 3)`, uint8): At least one.
+        frames (`Iterable[np.ndarray]` of shape `(height, width, 3)`, uint8): At least one.
         fps (`Fraction`): Frames a second.
         codec, crf, pixel_format, container: As FFmpeg calls them.
         start (`int`, defaults to 0): The number of the first frame, which gives it its time.
         options (`dict`, *optional*): Of the container.
+
+    Raises:
+        ValueError: if there is none, or one is no picture of the size of the first, an even one for `yuv420p`.
     """
     import av
 
-    _check_frames(frames)
-    height, width, _ = frames[0].shape
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("`frames` must be RGB pictures, at least one, got none.")
+    height, width, channels = first.shape
+    if channels != 3 or not first.size or (pixel_format == "yuv420p" and (height % 2 or width % 2)):
+        raise ValueError(
+            "`frames` must be RGB pictures of even height and width, uint8 or in [0, 1], but the first is "
+            f"{first.shape} (height, width, channels). For latents see `decode_latents`."
+        )
     place = str(target) if isinstance(target, Path) else target
     with av.open(place, "w", format=container, options=options or {}) as output:
         stream = output.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         # With threads or frames that wait for later ones, two runs need not write the same.
-        stream.options = {"crf": str(crf), "bf": "0", "g": str(len(frames))}
+        stream.options = {"bf": "0", "g": LONGEST_GROUP} | ({} if crf is None else {"crf": str(crf)})
         stream.codec_context.thread_count = 1
-        for number, pixels in enumerate(frames, start=start):
+        for number, pixels in enumerate(itertools.chain([first], frames), start=start):
+            if pixels.shape != first.shape:
+                raise ValueError(
+                    f"`frames` must be of one size, but number {number - start} is {pixels.shape} (height, width, "
+                    f"channels), and the first {first.shape}."
+                )
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = number, 1 / fps
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
 
 
-def remux(source: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Write an MP4 again, nothing encoded anew, with its index at the beginning; whole or not at all."""
+def remux(source: str | os.PathLike, path: str | os.PathLike, comment: str) -> None:
+    """Write a video again, nothing encoded anew, with its index at the beginning; whole or not at all.
+
+    Args:
+        source: An MP4 or Matroska file.
+        path: Where to; its suffix says as what.
+        comment (`str`): For its metadata.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     import av
 
+    path = Path(path)
     with (
         written_whole(path) as unfinished,
         av.open(os.fspath(source)) as film,
-        av.open(str(unfinished), "w", format="mp4", options={"movflags": "faststart"}) as output,
+        av.open(str(unfinished), "w", format=FORMATS[path.suffix], options=INDEX_FIRST[path.suffix]) as output,
     ):
+        output.metadata["comment"] = comment
         streams = {stream: output.add_stream_from_template(stream) for stream in film.streams}
         for packet in film.demux():
             if packet.dts is not None:
@@ -108,20 +140,14 @@ def remux(source: str | os.PathLike, path: str | os.PathLike) -> None:
 
 
 def to_8_bits(frame: np.ndarray | torch.Tensor | PIL.Image.Image) -> np.ndarray:
-    """A frame as `(height, width, 3)` uint8; what is none has another shape then."""
+    """A frame as `(height, width, 3)` uint8, from floats in [0, 1] or uint8; what is none has another shape then."""
     if isinstance(frame, PIL.Image.Image):
         return np.asarray(frame.convert("RGB"))
-    array = frame.float().cpu().movedim(0, -1).numpy() if isinstance(frame, torch.Tensor) else np.asarray(frame)
-    if array.ndim != 3 or not np.issubdtype(array.dtype, np.floating):
+    if isinstance(frame, torch.Tensor):
+        frame = frame.cpu().movedim(0, -1) if frame.dtype == torch.uint8 else frame.float().cpu().movedim(0, -1)
+    array = np.asarray(frame)
+    if array.ndim != 3 or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
         return np.zeros((0, 0, 0), np.uint8)
-    return np.ascontiguousarray((array.clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def _check_frames(frames: Sequence[np.ndarray]) -> None:
-    shapes = {frame.shape for frame in frames}
-    height, width, channels = next(iter(shapes)) if len(shapes) == 1 else (0, 0, 0)
-    if channels != 3 or height % 2 or width % 2 or not height * width:
-        raise ValueError(
-            "`frames` must be RGB pictures in [0, 1], of one size, of even height and width, and at least one, got "
-            f"{len(frames)} of {sorted(shapes)} (height, width, channels). For latents see `decode_latents`."
-        )
+    if array.dtype != np.uint8:
+        array = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    return np.ascontiguousarray(array)

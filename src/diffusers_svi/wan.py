@@ -52,7 +52,9 @@ def _statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[torch.Ten
     return mean, inverse_std
 
 
-def known_mask(condition: torch.Tensor, known_frames: int | torch.Tensor = 1) -> torch.Tensor:
+def known_mask(
+    condition: torch.Tensor, known_frames: int | torch.Tensor = 1, last_is_known: bool = False
+) -> torch.Tensor:
     """The mask beside `condition`: `(batch, 4, latent_frames, h, w)`, 1 on the first `known_frames` frames, else 0.
 
     A latent frame has a channel for each of its four frames; the first of a clip has all four for its one. One frame
@@ -62,18 +64,25 @@ def known_mask(condition: torch.Tensor, known_frames: int | torch.Tensor = 1) ->
     Args:
         condition (`torch.Tensor` of shape `(batch, z_dim, latent_frames, h, w)`): Condition latents.
         known_frames (`int`, or `torch.Tensor` of shape `(batch,)`, defaults to 1): Frames, 1 or more.
+        last_is_known (`bool`, defaults to `False`): Mark the last frame too, as the parent does for its `last_image`.
     """
     batch, _, latent_frames = condition.shape[:3]
     # The frame that each channel of each latent frame is for.
     frames = torch.arange(latent_frames * TEMPORAL_FACTOR) - (TEMPORAL_FACTOR - 1)
     frames = frames.clamp(min=0).view(latent_frames, TEMPORAL_FACTOR).T
     known = frames < torch.as_tensor(known_frames).cpu().view(-1, 1, 1)
+    if last_is_known:
+        known = known | (frames == frames.max())
     mask = known.to(condition)[..., None, None]
     return mask.expand(batch, -1, -1, *condition.shape[3:])
 
 
 def pipeline_condition(
-    condition: torch.Tensor, latent_frames: int, expand_timesteps: bool, known_frames: int = 1
+    condition: torch.Tensor,
+    latent_frames: int,
+    expand_timesteps: bool,
+    known_frames: int = 1,
+    last_is_known: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """What `WanImageToVideoPipeline.prepare_latents` returns behind the noise.
 
@@ -82,17 +91,22 @@ def pipeline_condition(
         latent_frames (`int`): Of the clip.
         expand_timesteps (`bool`): Whether the model holds the condition in place of the first latent frames.
         known_frames (`int`, defaults to 1): As in [`known_mask`].
+        last_is_known (`bool`, defaults to `False`):
+            Whether the last latent frame of `condition` is for the last one of the clip.
 
     Returns:
         Mask and condition on channels, `(batch, 4 + z_dim, latent_frames, h, w)`; with `expand_timesteps`, the held
-        latents followed by zeros, `(batch, z_dim, latent_frames, h, w)`, and `(1, 1, latent_frames, h, w)`, 0 on them.
+        latents, zeros between, `(batch, z_dim, latent_frames, h, w)`, and `(1, 1, latent_frames, h, w)`, 0 on them.
     """
     if not expand_timesteps:
-        return (torch.cat([known_mask(condition, known_frames), condition], dim=1),)
-    held = condition.shape[2]
+        return (torch.cat([known_mask(condition, known_frames, last_is_known), condition], dim=1),)
+    held = condition.shape[2] - last_is_known
+    filled = F.pad(condition[:, :, :held], (0, 0, 0, 0, 0, latent_frames - held))
     mask = condition.new_ones(1, 1, latent_frames, *condition.shape[3:])
     mask[:, :, :held] = 0
-    return F.pad(condition, (0, 0, 0, 0, 0, latent_frames - held)), mask
+    if last_is_known:
+        filled[:, :, -1:], mask[:, :, -1:] = condition[:, :, -1:], 0
+    return filled, mask
 
 
 def transformer_inputs(

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import check_choice, check_count
+from ..frames import Video
 from ..pixels import from_uint8
 from .augmentation import augment
 from .cache import fingerprint
-from .frames import Video
 
 
 # Part of every key: to be raised whenever the same sample would come out differently.

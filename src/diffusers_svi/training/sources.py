@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
-from .frames import Video, open_source, open_video
+from ..frames import Video, open_source, open_video
 from .lists import CAPTION_COLUMNS, VIDEO_COLUMNS, check_caption, find_column, read_captions
 from .samples import SampleLayout
 

@@ -1,0 +1,44 @@
+"""How far a film is: bars where somebody watches, lines where nobody does."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
+from tqdm.autonotebook import tqdm as notebook_tqdm
+from tqdm.std import tqdm as terminal_tqdm
+
+
+class Progress:
+    """Clips of a film, with the time that is left: a bar in a terminal or notebook, else a line a clip on stderr.
+
+    Args:
+        total (`int`, *optional*): Clips of the film, if it is known.
+        done (`int`): Those made before.
+        config (`dict`): Of the bars, as `set_progress_bar_config` takes it; with `disable=True` nothing is told.
+    """
+
+    def __init__(self, total: int | None, done: int, config: Mapping[str, Any]):
+        watched = notebook_tqdm is not terminal_tqdm or config.get("file", sys.stderr).isatty()
+        self._total, self._first, self._done = total, done, done
+        self._told_in_lines = not watched and not config.get("disable", False)
+        self._began = time.monotonic()
+        # Bars in a log are a line for every step.
+        self.config = {**config, **({} if watched else {"disable": True})}
+        self._bar = tqdm(total=total, initial=done, **{"desc": "Clips", **self.config})
+
+    def clip_done(self) -> None:
+        """One more."""
+        self._done += 1
+        self._bar.update()
+        if self._told_in_lines:
+            each = (time.monotonic() - self._began) / (self._done - self._first)
+            of, left = "", ""
+            if self._total is not None:
+                of, left = f" of {self._total}", f", {tqdm.format_interval(each * (self._total - self._done))} left"
+            print(f"Clip {self._done}{of}: {each:.1f} s a clip{left}.", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
