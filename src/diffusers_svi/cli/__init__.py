@@ -22,7 +22,14 @@ def main() -> None:
         sys.exit(1)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        # --num-clips is --num_clips.
+        "token_normalize_func": lambda name: name.replace("-", "_"),
+    }
+)
 def commands() -> None:
     """Videos of any length with Wan models and Stable Video Infinity (SVI) LoRAs."""
 
