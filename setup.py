@@ -22,6 +22,7 @@ install_requires = [
 ]
 
 extras = {
+    "color": ["color-matcher>=0.6"],
     "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
     "train": ["datasets>=4.0", "tensorboard>=2.15"],
     "deepspeed": ["deepspeed>=0.17"],
@@ -37,7 +38,7 @@ extras = {
     ],
     "quality": ["ruff>=0.11", "mypy>=1.15", "import-linter>=2.10", "types-psutil", "types-tqdm"],
 }
-extras["test"] += extras["demo"] + extras["train"] + extras["deepspeed"] + extras["quality"]
+extras["test"] += extras["color"] + extras["demo"] + extras["train"] + extras["deepspeed"] + extras["quality"]
 
 setup(
     name="diffusers_svi",

@@ -15,6 +15,7 @@ should show, so a clip's quality, between 0 and 1, is the mean of three parts, r
 that at the last: what the chain adds to the error of one clip. *Alive*, the mean change from frame to frame over the
 true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap over chains. In
 the summary the best LoRA named `erft...` is compared with the `control...` of the same ending, or with `control`.
+`--color_match mkl` adds the base model with the colours of its clips matched.
 Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side. Chains are kept in the
 folder `chains` as they are done; a run that was interrupted, or has one more contestant, takes them there.
 
@@ -45,6 +46,7 @@ from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
+from diffusers_svi.color import METHODS, check_color_match
 from diffusers_svi.conditioning import Carried, Scheme
 from diffusers_svi.prompts import load_prompts
 from diffusers_svi.training.cache import fingerprint
@@ -66,6 +68,13 @@ OWN_OPTIONS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_ste
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_contestant_options(parser, PLAIN)
+    parser.add_argument(
+        "--color_match",
+        nargs="*",
+        choices=METHODS[1:],
+        default=[],
+        help="The base model once more with the colours of its clips matched, `base-mkl`. Default: not.",
+    )
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=SETTINGS, help="Default: both.")
     parser.add_argument("--num_chains", type=int, default=16, help="Default: %(default)s.")
     parser.add_argument("--num_clips", type=int, default=50, help="Clips of a chain. Default: %(default)s.")
@@ -86,6 +95,8 @@ def parse_args():
     args = parser.parse_args()
     if args.quick:
         args.num_chains, args.num_clips, args.contestants = 2, 10, ["base"]
+    for method in args.color_match:
+        check_color_match(method)
     if (args.images is None) != (args.prompts is None):
         parser.error("--images and --prompts come together.")
     if args.images:
@@ -154,6 +165,10 @@ def measure_against(states: list[world.State], frames: np.ndarray, start: int) -
 def own_films(setting: str, args) -> Iterator[Film]:
     """Films of one's own, of which nobody knows the truth: clips are measured against the first."""
     lines = load_prompts(args.prompts)
+    if not all(isinstance(line, str) for line in lines):
+        raise ValueError(
+            f"`--prompts`: {args.prompts} says more of a clip than its prompt, which is not compared here."
+        )
     prompts = [lines[0 if setting == "consistent" else clip % len(lines)] for clip in range(args.num_clips)]
     for number, image in enumerate(args.images):
         yield Film(number, load_image(image), prompts, FromFirst())
@@ -224,7 +239,7 @@ def direction(seen, states: list[world.State]) -> float:
 
 
 def run_chains(
-    pipe: SVIPipeline, name: str, scheme: Scheme, setting: str, args
+    pipe: SVIPipeline, name: str, scheme: Scheme, setting: str, args, color_match: str = "none"
 ) -> tuple[list[list[dict]], np.ndarray]:
     """Figures of every clip of every chain, and the last frames of the first chains for the contact sheet."""
     chains, rows = [], []
@@ -239,6 +254,8 @@ def run_chains(
                 "seeds": [1000 * film.number + clip for clip in range(args.num_clips)],
                 **args.options,
             }
+            if color_match != "none":  # chains of before have their key without it
+                options["color_match"] = color_match
             image = film.image.resize((args.options["width"], args.options["height"]))
             key = fingerprint(str(scheme), weights, image.tobytes(), sorted(options.items()), args.save_clips)
             path = args.output_dir / "chains" / f"{setting}-{name}-{film.number}-{key[:12]}.json"
@@ -378,13 +395,15 @@ def main():
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = {setting: {} for setting in args.settings}
     sheets = {setting: {} for setting in args.settings}
-    for name, scheme, pipe in contestants(args, PLAIN):
-        for setting in args.settings:
-            chains, rows = run_chains(pipe, name, scheme, setting, args)
-            results[setting][name] = {"scheme": str(scheme), **summarize(chains, args.num_clips)}
-            shown = np.unique(np.linspace(0, args.num_clips - 1, 12).round().astype(int))
-            grid(rows[:, shown]).save(args.output_dir / f"{setting}-{name}.png")
-            sheets[setting][name] = rows
+    for contestant, scheme, pipe in contestants(args, PLAIN):
+        for color_match in ["none", *(args.color_match if contestant == "base" else [])]:
+            name = contestant if color_match == "none" else f"{contestant}-{color_match}"
+            for setting in args.settings:
+                chains, rows = run_chains(pipe, name, scheme, setting, args, color_match)
+                results[setting][name] = {"scheme": str(scheme), **summarize(chains, args.num_clips)}
+                shown = np.unique(np.linspace(0, args.num_clips - 1, 12).round().astype(int))
+                grid(rows[:, shown]).save(args.output_dir / f"{setting}-{name}.png")
+                sheets[setting][name] = rows
 
     summary = {setting: summarize_setting(measured) for setting, measured in results.items()}
     write_json({**provenance(), "summary": summary, "results": results}, args.output_dir / "drift.json")

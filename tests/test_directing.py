@@ -276,3 +276,26 @@ def test_a_spec_as_plain_values(tmp_path, image):
 def test_pictures_that_cannot_be_read(values, folder, message):
     with pytest.raises(ValueError, match=message):
         ClipSpec.from_dict(values, folder)
+
+
+@pytest.mark.parametrize("scheme", [PixelMotion(5), LatentMotion(1)], ids=str)
+def test_colours_are_matched_to_what_a_clip_begins_with(i2v, image, scheme):
+    plain = made(i2v, image, ["a cat sits"] * 2, conditioning=scheme)
+    matched = made(i2v, image, ["a cat sits"] * 2, conditioning=scheme, color_match="mkl")
+    shown = pixels(image)[0].permute(1, 2, 0).numpy() / 2 + 0.5
+
+    def shift(clip):
+        return np.abs(clip.frames[0].mean((0, 1)) - shown.mean((0, 1))).max()
+
+    # What leaves [0, 1] is clipped.
+    assert shift(plain[0]) > 0.1 and shift(matched[0]) < 0.02
+    assert matched[0].state.made_with["color_match"] == "mkl"
+    if scheme == PixelMotion(5):
+        # What is carried on is matched too.
+        carried = matched[0].state.frames[0].permute(1, 2, 3, 0).numpy()
+        assert np.array_equal(levels(matched[0].tail), carried)
+
+
+def test_latents_have_no_colours_to_match(i2v, image):
+    with pytest.raises(ValueError, match="`color_match`='mkl' changes pixels, but `output_type`='latent' gives none"):
+        made(i2v, image, ["a cat sits"], color_match="mkl", output_type="latent")

@@ -1,5 +1,6 @@
 """The drift benchmark: what it measures, and that it runs."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -204,3 +205,10 @@ def test_pairs_are_compared_chain_by_chain(run, tmp_path):
     file.write_text(json.dumps({"results": {"consistent": measured}}))
     with pytest.raises(ValueError, match="`files` hold no pair"):
         run(pairs, file, f"--output_dir={tmp_path}")
+
+
+def test_prompts_that_say_more_of_a_clip_are_refused(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n[/duration=10s] a dog")
+    args = argparse.Namespace(prompts=tmp_path / "prompts.txt", num_clips=2, images=[])
+    with pytest.raises(ValueError, match="`--prompts`: .*prompts.txt says more of a clip than its prompt"):
+        list(drift.own_films("creative", args))

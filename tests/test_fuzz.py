@@ -243,6 +243,30 @@ FRAGMENTS = st.sampled_from(
             ",",
             "\t",
         ),
+        *(
+            "|",
+            ";;;",
+            "0:",
+            "1-2:",
+            "-1:",
+            "0-99999999:",
+            "[/duration=5s]",
+            "[/duration=",
+            "20%",
+            "[/loras_mult=1;3 ",
+            "]",
+        ),
+        *(
+            "[/new_shot,",
+            "/overlap=9]",
+            "[/x] a cat",
+            "! {A}=",
+            '{"prompt": "a"}',
+            '{"prompt": ',
+            '"seed": 1e99',
+            "}\n",
+        ),
+        *('[{"text": "a"}, ', '{"start_window": 3, "end_window": 1e9}', '"cut": "a.png"', '"text": 1', "null", "NaN"),
         *("x = 1", "def f():", "f'{1}'", "\0", "a" * 300, "(" * 300, "ä", "一只猫", "None", "1", "lambda: 0", "\x0c"),
     ]
 )
@@ -260,10 +284,36 @@ def test_prompt_files(parts, encoding, data, tmp_path, monkeypatch):
     if content and data.draw(st.booleans()):
         content = data.draw(damaged(content))
     (tmp_path / "prompts.txt").write_bytes(content)
+    options = data.draw(st.sampled_from([{}, {"num_clips": 4}, {"adapters": ["default_0"]}]))
     with refused("`path`="):
-        prompts = load_prompts(tmp_path / "prompts.txt")
-        assert prompts and all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
+        prompts = load_prompts(tmp_path / "prompts.txt", **options)
+        told = [prompt.prompt if isinstance(prompt, ClipSpec) else prompt for prompt in prompts]
+        assert told and all(isinstance(prompt, str) and prompt.strip() for prompt in told)
     assert not (tmp_path / "hacked").exists()
+
+
+clips = st.dictionaries(
+    st.sampled_from(["prompt", "seed", "lora_weights", "cut", "num_clips", "guidance_scale", "text", "end_window"])
+    | st.text(),
+    st.just("a cat") | st.integers(0, 5) | anything,
+    max_size=4,
+)
+
+
+@given(
+    values=st.lists(clips | st.just("a cat"), max_size=4), form=st.sampled_from(["list", "lines", "segments", "name"])
+)
+def test_prompt_files_of_clips(values, form, tmp_path):
+    text = {
+        "list": json.dumps(values),
+        "lines": "\n".join(map(json.dumps, values)),
+        "segments": json.dumps({"prompt_segments": values}),
+        "name": json.dumps({"prompts": values}),
+    }[form]
+    (tmp_path / "prompts.txt").write_text(text)
+    with refused("`path`="):
+        for clip in load_prompts(tmp_path / "prompts.txt"):
+            assert (clip.prompt if isinstance(clip, ClipSpec) else clip).strip()
 
 
 # Lists of videos

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
@@ -172,5 +173,58 @@ def test_a_recipe_that_changed_is_told_by_the_clip_it_changed_at(tmp_path):
 )
 def test_files_that_tell_no_recipe(tmp_path, content, message):
     (tmp_path / "film.mp4").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_recipe(tmp_path / "film.mp4")
+
+
+def write_comment(path, comment: str) -> None:
+    """As other programs write it: a video with a comment."""
+    with av.open(str(path), "w") as output:
+        output.metadata["comment"] = comment
+        stream = output.add_stream("libx264", rate=16)
+        stream.width = stream.height = 32
+        output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        output.mux(stream.encode())
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(
+    ("told", "clips"),
+    [
+        (
+            {"prompt": "a cat\n# a thought\n\nit jumps", "seed": 7},
+            [{"prompt": "a cat", "seed": 7}, {"prompt": "it jumps"}],
+        ),
+        ({"prompt": "a cat\nit jumps", "multi_prompts_gen_type": 1}, [{"prompt": "a cat"}, {"prompt": "it jumps"}]),
+        (
+            {"prompt": "a cat\nsits\n \nit jumps", "multi_prompts_gen_type": "PW"},
+            [{"prompt": "a cat\nsits"}, {"prompt": "it jumps"}],
+        ),
+        ({"prompt": "!enhanced!\na cat\nsits", "multi_prompts_gen_type": 2, "seed": -1}, [{"prompt": "a cat\nsits"}]),
+        ({"prompt": "a cat\nsits", "multi_prompts_gen_type": "FG", "seed": "no"}, [{"prompt": "a cat\nsits"}]),
+    ],
+)
+def test_prompts_and_seed_of_wan2gp_are_read(suffix, told, clips, tmp_path):
+    others = {"negative_prompt": "bad", "guidance_scale": 5, "num_inference_steps": 30, "model_type": "i2v"}
+    write_comment(tmp_path / f"film.{suffix}", json.dumps(told | others))
+    recipe = read_recipe(tmp_path / f"film.{suffix}")
+    assert recipe.film == {"format": "Wan2GP"} and recipe.clips == clips
+
+
+@pytest.mark.parametrize(
+    ("comment", "message"),
+    [
+        ("a holiday", "does not say how it was made"),
+        ('{"prompt": ', "cannot be read as a film"),
+        ('{"prompt": ["a cat"]}', "does not say how it was made"),
+        ('{"prompt": "# only a thought"}', "does not say how it was made"),
+        ('{"a":' + "[" * 10**5, "nested too deeply"),
+        ('{"a": "' + "a" * 2**24 + '"}', "its comment has 16777225 characters"),
+        ('{"format": "diffusers_svi.film", "notes": [1]}', "its comment is not as it was written"),
+        ('{"format": "diffusers_svi.film"}', "its comment is not as it was written"),
+    ],
+)
+def test_comments_that_tell_no_recipe(comment, message, tmp_path):
+    write_comment(tmp_path / "film.mp4", comment)
     with pytest.raises(ValueError, match=message):
         read_recipe(tmp_path / "film.mp4")

@@ -17,6 +17,7 @@ _MODULES = {
     "HeldLatents": "conditioning",
     "SVIEulerScheduler": "scheduler",
     "load_prompts": "prompts",
+    "parse_prompts": "prompts",
     "NEGATIVE_PROMPT": "prompts",
     "WAN_NEGATIVE_PROMPT": "prompts",
     "FilmWriter": "film",

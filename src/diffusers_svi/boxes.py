@@ -5,6 +5,8 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from .sound import PACKET
+
 
 def muxer_options(number: int) -> dict[str, str]:
     """FFmpeg's, for a clip by itself: what a player needs to know, then one fragment, the `number`-th of the film."""
@@ -18,7 +20,7 @@ def muxer_options(number: int) -> dict[str, str]:
 def parts(content: bytes) -> tuple[bytes, bytes]:
     """Of what was written with these options: what begins a film, and what is added to it."""
     found = {kind: content[place : place + size] for kind, place, size in boxes(io.BytesIO(content))}
-    return found["ftyp"] + found["moov"], found["moof"] + found["mdat"]
+    return found["ftyp"] + _first_packet_unheard(found["moov"]), found["moof"] + found["mdat"]
 
 
 def boxes(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
@@ -40,7 +42,7 @@ def boxes(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
 
 def note(mark: bytes, content: bytes) -> bytes:
     """A box that players skip. `mark` has 16 bytes, which tell whose it is."""
-    return struct.pack(">I4s", 24 + len(content), b"uuid") + mark + content
+    return _box(b"uuid", mark + content)
 
 
 def notes(file: BinaryIO, mark: bytes, limit: int) -> Iterator[bytes]:
@@ -52,3 +54,24 @@ def notes(file: BinaryIO, mark: bytes, limit: int) -> Iterator[bytes]:
                 if size > limit:
                     raise ValueError(f"the note at byte {place} has {size} bytes, more than {limit}")
                 yield file.read(size - 24)
+
+
+def _first_packet_unheard(moov: bytes) -> bytes:
+    """`moov` with an edit list for its sound, if it has any: it is heard from the second packet on."""
+    # FFmpeg writes none where no packet is known yet. A version, one entry: all of it, from that sample, at its speed.
+    edits = _box(b"edts", _box(b"elst", struct.pack(">IIIIHH", 0, 1, 0, PACKET, 1, 0)))
+    content = b""
+    for kind, track in _inner(moov):
+        if kind == "trak" and b"soun" in track:
+            track = _box(b"trak", b"".join(box + (edits if name == "tkhd" else b"") for name, box in _inner(track)))
+        content += track
+    return _box(b"moov", content)
+
+
+def _inner(box: bytes) -> Iterator[tuple[str, bytes]]:
+    content = box[8:]
+    return ((kind, content[place : place + size]) for kind, place, size in boxes(io.BytesIO(content)))
+
+
+def _box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(content), kind) + content

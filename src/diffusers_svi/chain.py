@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -16,7 +17,8 @@ from .checks import check_count
 from .conditioning import Carried, Scheme, scheme_from_dict
 from .files import written_whole
 from .pixels import from_uint8, to_uint8
-from .wan import TEMPORAL_FACTOR
+from .source_video import VideoLike, open_source_video
+from .wan import TEMPORAL_FACTOR, encode_video
 
 
 FORMAT = "diffusers_svi.chain"
@@ -182,6 +184,64 @@ class ChainState:
                 f"`path`={str(path)!r} is not a chain state ({error}). Give a file that `ChainState.save` wrote."
             ) from error
         return state
+
+    @classmethod
+    def from_video(
+        cls,
+        video: VideoLike,
+        conditioning: Scheme,
+        num_frames: int = 81,
+        *,
+        vae: AutoencoderKLWan | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: int | None = None,
+    ) -> "ChainState":
+        """The state from which a film goes on from a video: what it ends with is carried on, its first frame shown.
+
+        Where latents are carried, the end is encoded for them, with one latent frame more before it.
+
+        Args:
+            video: A file, or frames: `np.ndarray` `(n, height, width, 3)`, `torch.Tensor` `(n, 3, height, width)`,
+                both in [0, 1] or uint8, or a list of `PIL.Image.Image`.
+            conditioning (`Scheme`): How the film is chained, such as the `lora_conditioning` of a pipeline.
+            num_frames (`int`, defaults to 81): Of the clips to come.
+            vae (`AutoencoderKLWan`, *optional*): The pipeline's; needed where the scheme carries latents.
+            height, width (`int`, *optional*):
+                Of the film; by default the video's own, rounded down to multiples of 16. What does not fit is scaled,
+                and cut at the sides.
+            fps (`int`, *optional*): Of the film, for a file of another rate; its own frames if not given.
+
+        Returns:
+            `ChainState`: `num_clips` is 0, and `start` counts the frames of the video, those that the first clip
+            tells again left out.
+
+        Raises:
+            ValueError: if the video cannot be read or is too short for the scheme, or `vae` is missing.
+        """
+        source = open_source_video(video, height, width, fps)
+        latents = conditioning.carried_latents
+        needed = 1 + TEMPORAL_FACTOR * latents if latents else max(conditioning.carried_frames, 1)
+        if source.num_frames < needed:
+            raise ValueError(
+                f"`video` has {source.num_frames} frames, but {conditioning} goes on from {needed}. Take a longer one."
+            )
+        if latents and vae is None:
+            raise ValueError(f"{conditioning} carries latents: pass `vae`, the pipeline's, to encode the video's end.")
+
+        def end(count: int) -> torch.Tensor:
+            frames = np.stack(list(source.frames(source.num_frames - count)))
+            return torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
+
+        image = from_uint8(torch.from_numpy(next(source.frames()).copy()).permute(2, 0, 1)[None])
+        state = cls(conditioning, num_frames, image, start=source.num_frames, continues=True)
+        if not latents:
+            frames = end(conditioning.carried_frames) if conditioning.carried_frames else None
+            return replace(state, frames=frames, start=state.start - state.conditioning.carried_frames)
+        context = min(needed + TEMPORAL_FACTOR, 1 + (source.num_frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR)
+        with torch.no_grad():
+            encoded = encode_video(vae, from_uint8(end(context)))
+        return replace(state, latents=encoded[:, :, -latents:].cpu().clone())
 
     def _check(self) -> None:
         """Raise a `ValueError` unless the parts belong together, as those that `after` makes do."""

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import PIL.Image
 
 from .chain import ChainState
+from .conditioning import Scheme
 from .data_uri import PREFIX, from_data_uri, to_data_uri
+from .source_video import VideoLike, open_source_video
 
 
 T = TypeVar("T")
@@ -71,8 +73,11 @@ class ClipSpec:
             folder (*optional*): Where pictures that are told by their paths are looked for.
 
         Raises:
-            ValueError: if there is no `prompt`, a field that there is not, or a picture that cannot be read.
+            ValueError: if it is no dictionary or lacks a `prompt`, for fields that there are not, and for a picture
+                that cannot be read.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a clip is told by a dictionary of its fields, got {values!r}.")
         known = [of.name for of in fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown or "prompt" not in values:
@@ -80,7 +85,7 @@ class ClipSpec:
                 f"a clip has {'no `prompt`' if not unknown else f'no field {unknown[0]!r}'}. Its fields are "
                 f"{', '.join(known)}; `prompt` must be among them."
             )
-        told = {name: value for name, value in values.items() if value is not None}
+        told = {name: value for name, value in values.items() if value is not None or name == "prompt"}
         pictures = {name: _picture(name, told[name], folder) for name in PICTURES if name in told}
         return cls(**{**told, **pictures})
 
@@ -128,6 +133,17 @@ class Clip:
     tail: Any = ()
     spec: ClipSpec | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_video(cls, video: VideoLike, conditioning: Scheme, num_frames: int = 81, **options: Any) -> "Clip":
+        """A video as what a film begins with: for `FilmWriter.append`, before the first clip.
+
+        Arguments and errors are those of [`ChainState.from_video`]. Its frames are read one after the other.
+        """
+        state = ChainState.from_video(video, conditioning, num_frames, **options)
+        height, width = state.image.shape[-2:]
+        source = open_source_video(video, height, width, options.get("fps"))
+        return cls(-1, None, source.frames(), start=0, state=state)
 
 
 def one_per_clip(prompts: Iterable[T], num_clips: int | None) -> Iterator[T | None]:

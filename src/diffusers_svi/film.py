@@ -12,23 +12,28 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from diffusers.utils import logging
 from filelock import FileLock, Timeout
 
 from .chain import ChainState
 from .checks import check_choice
 from .clips import Clip
 from .growing import GrowingFile, digest
-from .notes import comment, note, read_notes
+from .notes import MAX_COMMENT, comment, note, read_notes
 from .pieces import Form
-from .recipe import RECIPE_KEY
+from .recipe import FORM_KEY, RECIPE_KEY
+from .sound import Sound
 from .video import remux, to_8_bits
+
+
+logger = logging.get_logger(__name__)
 
 
 class FilmWriter:
@@ -49,6 +54,9 @@ class FilmWriter:
         crf (`int`, *optional*, defaults to 18): Constant rate factor, 0 to 51: smaller is better and larger.
         pixel_format (`str`, *optional*, defaults to `"yuv420p"`):
             Or `"yuv444p"`, colours in full, which few players show. `"bgr0"`, and nothing else, with `"ffv1"`.
+        audio (*optional*):
+            A file with the sound of the film, mono or stereo, which begins with its first frame. In an .mp4 it becomes
+            AAC, in an .mkv it is kept in 16 bits. Where it is shorter than the film, silence follows.
         background (`bool`, defaults to `False`):
             Encode and write a clip in a thread, while the next one is generated. A kill then loses one clip more.
 
@@ -66,12 +74,15 @@ class FilmWriter:
         codec: str = "libx264",
         crf: int | None = None,
         pixel_format: str | None = None,
+        audio: str | os.PathLike | None = None,
         background: bool = False,
     ):
         self.path = Path(path)
         self._form = Form.checked(self.path.suffix, fps, codec, crf, pixel_format)
         if not self.path.parent.is_dir():
             raise ValueError(f"`path`={str(path)!r}: there is no folder {str(self.path.parent)!r}. Make it first.")
+        # What cannot be written looks to the lock as if another held it.
+        open(f"{self.path}.lock", "ab").close()
         self._lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
             self._lock.acquire()
@@ -80,6 +91,9 @@ class FilmWriter:
                 f"`path`={str(self.path)!r} is being written by another run. Wait for it or stop it."
             ) from error
         try:
+            self._sound = None if audio is None else Sound(audio)
+            if self._sound is not None:
+                self._form = replace(self._form, audio=self._sound.digest)
             self._file = GrowingFile(self.path, asdict(self._form))
         except BaseException:
             self._lock.release()
@@ -133,8 +147,8 @@ class FilmWriter:
     def finalize(self, path: str | os.PathLike) -> None:
         """Write the film so far as an ordinary file whose index comes first, as editors and web servers want it.
 
-        Nothing is encoded again, and how it was made is told in the container's comment. This film stays as it is and
-        can go on.
+        Nothing is encoded again, and how it was made is told in the container's comment, or, where that is too long
+        for one, not at all, with a warning. This film stays as it is and can go on.
 
         Raises:
             ValueError: if `path` is the film's own or of another kind of file, or there is no clip yet.
@@ -148,7 +162,14 @@ class FilmWriter:
         check_choice("suffix of `path`", Path(path).suffix, (self.path.suffix,))
         if not self.num_frames:
             raise ValueError(f"`path`={str(path)!r}: there is no clip yet that could be written.")
-        remux(self.path, path, comment(read_notes(self.path)))
+        told: str | None = comment(read_notes(self.path))
+        if told is not None and len(told) > MAX_COMMENT:
+            told = None
+            logger.warning(
+                f"How {self.path} was made is left out of {path}: with its images it is longer than a comment can be. "
+                "The film itself tells it."
+            )
+        remux(self.path, path, told)
 
     def close(self) -> None:
         """Let others write the film, once what was appended is on disk.
@@ -161,6 +182,8 @@ class FilmWriter:
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
+            if self._sound is not None:
+                self._sound.close()
             self._lock.release()
 
     def __enter__(self) -> "FilmWriter":
@@ -186,17 +209,19 @@ class FilmWriter:
         record, state = self._file.record, clip.state
         frames = _Pixels(itertools.chain(clip.frames, clip.tail), *state.image.shape[-2:])
         kept, number = state.start - clip.start, 2 * clip.index + 2
-        head, told = self._form.encode(itertools.islice(frames, kept), clip.start, number) if kept else (b"", b"")
+        head, told, held = b"", b"", b""
+        if kept:
+            head, told = self._form.encode(itertools.islice(frames, kept), clip.start, number, self._sound)
         if frames.count < kept:
             raise ValueError(f"`clip.frames` are {frames.count}, but the next clip begins {kept} after this one.")
-        held, more = b"", list(itertools.islice(frames, 1))
+        more = list(itertools.islice(frames, 1))
         if more:
-            head, held = self._form.encode(itertools.chain(more, frames), state.start, number + 1)
+            head, held = self._form.encode(itertools.chain(more, frames), state.start, number + 1, self._sound)
         recipe, notes = record.recipe_digest, b""
         if clip.recipe:
             recipe = digest(json.dumps(clip.recipe, sort_keys=True).encode())
             if recipe != record.recipe_digest:
-                notes += note({RECIPE_KEY: dict(clip.recipe)}, self._form.container)
+                notes += note({RECIPE_KEY: dict(clip.recipe), FORM_KEY: asdict(self._form)}, self._form.container)
         notes += note(_told_of(clip), self._form.container)
         told = (b"" if record.size else head) + notes + told
         grown = record.grown(clip.start, told, held, clip.start + frames.count, frames.count - kept, recipe)

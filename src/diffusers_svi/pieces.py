@@ -10,6 +10,7 @@ import numpy as np
 
 from .checks import check_choice, check_count
 from .notes import CONTAINERS
+from .sound import Sound
 from .video import CONSTANT_RATE_FACTOR, encode_frames, frame_rate
 
 
@@ -31,6 +32,7 @@ class Form:
         suffix (`str`): Of its file: which container it is.
         fps (`str`): Frames a second, a fraction.
         codec (`str`), crf (`int`, *optional*), pixel_format (`str`): As FFmpeg calls them.
+        audio (`str`, *optional*): Digest of the file of its sound.
     """
 
     suffix: str
@@ -38,6 +40,7 @@ class Form:
     codec: str
     crf: int | None
     pixel_format: str
+    audio: str | None = None
 
     @classmethod
     def checked(cls, suffix: str, fps: float, codec: str, crf: int | None, pixel_format: str | None) -> "Form":
@@ -66,13 +69,16 @@ class Form:
                 "width. Crop or scale the frames, or choose `pixel_format='yuv444p'`."
             )
 
-    def encode(self, frames: Iterable[np.ndarray], start: int, number: int) -> tuple[bytes, bytes]:
+    def encode(
+        self, frames: Iterable[np.ndarray], start: int, number: int, sound: Sound | None = None
+    ) -> tuple[bytes, bytes]:
         """What begins a film of this form, and a piece of it.
 
         Args:
             frames (`Iterable[np.ndarray]` of shape `(height, width, 3)`, uint8): At least one.
             start (`int`): The film frame that they begin with.
             number (`int`): Of the piece; those of later ones are higher.
+            sound (`Sound`, *optional*): Of the film, where the form has `audio`.
         """
         buffer = io.BytesIO()
         encode_frames(
@@ -85,5 +91,6 @@ class Form:
             container="matroska" if self.suffix == ".mkv" else "mp4",
             start=start,
             options=self.container.muxer_options(number),
+            sound=sound,
         )
         return self.container.parts(buffer.getvalue())

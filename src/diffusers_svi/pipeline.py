@@ -18,6 +18,7 @@ from .chain import ChainState, joined, kept_frames
 from .checks import check_choice
 from .clip_pipeline import ClipPipeline
 from .clips import Clip, ClipSpec, one_per_clip
+from .color import match_colors
 from .conditioning import Scheme
 from .directing import Direction, direct
 from .fingerprints import made_with
@@ -239,6 +240,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
             video = decode_video(self.vae, latents)
             self.maybe_free_model_hooks()
             self._check_finite(video, index, film)
+            video = match_colors(video, begun.shown[0], film.settings["color_match"])
         frames, tail = latents[0], ()
         if film.output_type != "latent":
             assert video is not None

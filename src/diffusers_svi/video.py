@@ -13,6 +13,7 @@ import torch
 
 from .checks import check_choice, check_number
 from .files import written_whole
+from .sound import Sound, Stretch
 
 
 # Containers that H.264 goes into, by suffix, as FFmpeg calls them.
@@ -67,6 +68,7 @@ def encode_frames(
     container: str = "mp4",
     start: int = 0,
     options: dict[str, str] | None = None,
+    sound: Sound | None = None,
 ) -> None:
     """Encode frames by themselves: what comes out depends on them and on nothing else. One is held at a time.
 
@@ -77,6 +79,7 @@ def encode_frames(
         codec, crf, pixel_format, container: As FFmpeg calls them.
         start (`int`, defaults to 0): The number of the first frame, which gives it its time.
         options (`dict`, *optional*): Of the container.
+        sound (`Sound`, *optional*): Of the film; what belongs to the frames goes along.
 
     Raises:
         ValueError: if there is none, or one is no picture of the size of the first, an even one for `yuv420p`.
@@ -100,6 +103,7 @@ def encode_frames(
         # With threads or frames that wait for later ones, two runs need not write the same.
         stream.options = {"bf": "0", "g": LONGEST_GROUP} | ({} if crf is None else {"crf": str(crf)})
         stream.codec_context.thread_count = 1
+        heard = None if sound is None else Stretch(sound, output, start / fps)
         for number, pixels in enumerate(itertools.chain([first], frames), start=start):
             if pixels.shape != first.shape:
                 raise ValueError(
@@ -109,16 +113,19 @@ def encode_frames(
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = number, 1 / fps
             output.mux(stream.encode(frame))
+            if heard is not None:
+                for packet in heard.until((number + 1) / fps):
+                    output.mux(packet)
         output.mux(stream.encode())
 
 
-def remux(source: str | os.PathLike, path: str | os.PathLike, comment: str) -> None:
+def remux(source: str | os.PathLike, path: str | os.PathLike, comment: str | None = None) -> None:
     """Write a video again, nothing encoded anew, with its index at the beginning; whole or not at all.
 
     Args:
         source: An MP4 or Matroska file.
         path: Where to; its suffix says as what.
-        comment (`str`): For its metadata.
+        comment (`str`, *optional*): For its metadata.
 
     Raises:
         OSError: if it cannot be written.
@@ -131,7 +138,8 @@ def remux(source: str | os.PathLike, path: str | os.PathLike, comment: str) -> N
         av.open(os.fspath(source)) as film,
         av.open(str(unfinished), "w", format=FORMATS[path.suffix], options=INDEX_FIRST[path.suffix]) as output,
     ):
-        output.metadata["comment"] = comment
+        if comment is not None:
+            output.metadata["comment"] = comment
         streams = {stream: output.add_stream_from_template(stream) for stream in film.streams}
         for packet in film.demux():
             if packet.dts is not None:

@@ -1,10 +1,25 @@
 """`diffusers-svi generate`: a film, clip by clip, in one file."""
 
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from .options import CLIPS, DRY_RUN, FILE, FINALIZE, MACHINE, MODEL, SETTINGS, START, GroupedCommand, with_options
+from .options import (
+    CLIPS,
+    DRY_RUN,
+    FILE,
+    MACHINE,
+    MODEL,
+    SEED,
+    SETTINGS,
+    SIZE,
+    START,
+    WRITING,
+    GroupedCommand,
+    with_options,
+)
 
 
 EXAMPLES = """
@@ -17,10 +32,23 @@ The same command again goes on with a film that was stopped, or that is to be lo
 
 
 @click.command(cls=GroupedCommand, epilog=EXAMPLES)
-@with_options(START, CLIPS, MODEL, SETTINGS, FILE, FINALIZE, MACHINE, DRY_RUN)
-def generate(dry_run: bool, **options: Any) -> None:
+@with_options(START, CLIPS, MODEL, SIZE, SETTINGS, SEED, FILE, WRITING, MACHINE, DRY_RUN)
+@click.pass_context
+def generate(context: click.Context, dry_run: bool, recipe: Path | None, **options: Any) -> None:
     """Make a film, clip by clip, in one file."""
+    from .again import remade
     from .making import make
     from .order import order
 
-    make(order(options), dry_run=dry_run)
+    if recipe is not None:
+        _refuse_told(context)
+    make(order(options) if recipe is None else remade(recipe, options), dry_run=dry_run)
+
+
+def _refuse_told(context: click.Context) -> None:
+    """Raise a `click.UsageError` for an option that says what a recipe tells."""
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) != ParameterSource.DEFAULT
+        told = getattr(parameter, "group", "") not in ("File", "Machine", "Other")
+        if given and told and parameter.name not in ("out", "model", "recipe"):
+            raise click.UsageError(f"`{parameter.opts[0]}` cannot be given with `--recipe`, which tells it.")
