@@ -63,10 +63,11 @@ def with_options(*groups: list[Callable[..., Any]]) -> Callable[..., Any]:
 
 
 START = [
-    option("What is made", "--out", type=PATH, required=True, help="The film, an MP4 or MKV file that grows."),
+    option("What is made", "--out", type=PATH, help="The film, an MP4 or MKV file that grows."),
     option("What is made", "--image", help="Its start image: file or address. Not needed to go on."),
     option("What is made", "--continue_from", type=PATH, help="A video that it begins with and goes on from."),
     option("What is made", "--recipe", type=PATH, help="A film to make once more, as its file tells."),
+    option("What is made", "--jobs", type=PATH, help="Many films: a line each, a JSON object of these options."),
 ]
 CLIPS = [
     option("What is made", "--prompt", "prompt_list", multiple=True, help="What happens in a clip; once for each."),
