@@ -104,7 +104,10 @@ def _read(path: Path, command: click.Command, options: Mapping[str, Any]) -> tup
 
 def _options(command: click.Command, line: str) -> dict[str, Any]:
     """The options that a line tells, as the command line would have them."""
-    values = json.loads(line)
+    try:
+        values = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply.") from error
     if not isinstance(values, dict) or "out" not in values:
         raise ValueError("a line is an object of options, with `out` among them.")
     known = {parameter.opts[0].removeprefix("--"): parameter for parameter in command.params}
