@@ -4,6 +4,7 @@ import sys
 
 import click
 
+from .extend import extend
 from .generate import generate
 from .inspect import inspect
 
@@ -35,4 +36,5 @@ def commands() -> None:
 
 
 commands.add_command(generate)
+commands.add_command(extend)
 commands.add_command(inspect)

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from ..clips import ClipSpec
+from ..clips import Clip, ClipSpec
+from ..conditioning import PixelMotion
 from ..film import FilmWriter
 from ..journal import Journal
 from ..pipeline import SVIPipeline
@@ -56,14 +57,14 @@ def make(order: Order, load: Callable[[], SVIPipeline] | None = None, *, dry_run
 def check(order: Order, film: FilmWriter) -> int:
     """The clips that the film has already, if it is the one that is ordered."""
     done = 0 if film.state is None else film.state.num_clips
-    if film.state is None and order.image is None:
-        raise click.UsageError(f"{order.out} is not begun: give `--image`, its first frame.")
+    if film.state is None and order.image is None and order.video is None:
+        raise click.UsageError(f"{order.out} is not begun: give `--image`, its first frame, or `--continue_from`.")
     if order.num_clips is not None and done > order.num_clips:
         raise click.UsageError(
             f"{order.out} has {done} clips, and {order.num_clips} are asked for: raise `--num_clips`, or choose "
             "another `--out`."
         )
-    if done and film.state is not None:
+    if done and film.state is not None and not order.settings.get("ignore_state_settings"):
         _check_settings(order, film.state.made_with)
     if order.journaled:
         _journal(order, done)
@@ -123,6 +124,11 @@ def _told(order: Order, film: FilmWriter, done: int) -> str:
 def _run(order: Order, film: FilmWriter, pipe: SVIPipeline) -> None:
     if film.state is not None and film.state.num_clips:
         _check_loaded(film, pipe)
+    if film.state is None and order.video is not None:
+        size = {name: order.settings.get(name) for name in ("height", "width")}
+        scheme = pipe.lora_conditioning or PixelMotion()
+        options = {"vae": pipe.vae, "fps": int(order.fps), **size}
+        film.append(Clip.from_video(order.video, scheme, order.settings["num_frames"], **options))
     journal = _journal(order, 0 if film.state is None else film.state.num_clips) if order.journaled else None
     with ExitStack() as stack:
         prompts: Any = order.prompts

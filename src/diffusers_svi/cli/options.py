@@ -62,48 +62,56 @@ def with_options(*groups: list[Callable[..., Any]]) -> Callable[..., Any]:
     return add
 
 
-def _family(name: str, *, preset: str | None) -> Callable[..., Any]:
-    return option(name, "--preset", type=click.Choice([*PRESETS]), default=preset, show_default=True, help="SVI LoRA.")
-
-
 START = [
-    option("What is made", "--out", type=PATH, help="The film, an MP4 that grows."),
+    option("What is made", "--out", type=PATH, help="The film, an MP4 or MKV file that grows."),
     option("What is made", "--image", help="Its start image: file or address. Not needed to go on."),
+    option("What is made", "--continue_from", type=PATH, help="A video that it begins with and goes on from."),
+    option("What is made", "--recipe", type=PATH, help="A film to make once more, as its file tells."),
+    option("What is made", "--jobs", type=PATH, help="Many films: a line each, a JSON object of these options."),
 ]
 CLIPS = [
     option("What is made", "--prompt", "prompt_list", multiple=True, help="What happens in a clip; once for each."),
     option("What is made", "--prompts", "prompt_file", help="File of prompts; - to type them while it is made."),
     option("What is made", "--num_clips", type=int, help="One a prompt if not given; after that the last holds."),
 ]
-MODEL = [
-    _family("Model", preset="film"),
+BASE = [
     option("Model", "--model", help="Another base model: Hub name or folder."),
+]
+MODEL = [
+    option("Model", "--preset", type=click.Choice([*PRESETS]), default="film", show_default=True, help="SVI LoRA."),
+    *BASE,
     option("Model", "--lora", help="Another LoRA: Hub name, folder or file; `none` for the plain chain."),
     option("Model", "--lora_weight_name", help="The file in it."),
     option("Model", "--lora_weight_name_2", help="The file for the low-noise expert of Wan 2.2 A14B."),
 ]
-SETTINGS = [
+SIZE = [
     option("Settings", "--height", type=int, help="In pixels; from the image's aspect if not given."),
     option("Settings", "--width", type=int, help="In pixels; from the image's aspect if not given."),
     option("Settings", "--resize_mode", help="An image of another aspect: stretch (if not given), crop or pad."),
     option("Settings", "--num_frames", type=int, help="Frames of a clip, 1 + 4n; the preset's if not given."),
+]
+SETTINGS = [
     option("Settings", "--num_inference_steps", type=int, help="Steps of a clip; the preset's if not given."),
     option("Settings", "--guidance_scale", type=float, help="Weight of the prompt; the preset's if not given."),
     option("Settings", "--guidance_scale_2", type=float, help="That of the low-noise expert."),
     option("Settings", "--negative_prompt", help="What it should not show; the authors' if not given."),
     option("Settings", "--color_match", help="Keep the colours of the start image: none (if not given), mkl, ..."),
     option("Settings", "--max_sequence_length", type=int, help="Tokens of a prompt; as many as Wan takes."),
+]
+SEED = [
     option(
         "Settings", "--seed", type=int, default=0, show_default=True, help=f"Of clip 1; {SEED_STEP} more for each."
     ),
 ]
 FILE = [
     option("File", "--fps", type=float, help="Frames a second; the preset's if not given."),
-    option("File", "--codec", help="libx264 (if not given), which everything plays, libx265 or libsvtav1."),
+    option("File", "--codec", help="libx264 (if not given), which all play, libx265, libsvtav1; ffv1 in MKV."),
     option("File", "--crf", type=int, help="Of the codec: smaller is better and larger."),
-    option("File", "--pixel_format", help="yuv420p (if not given), which everything plays, or yuv444p."),
+    option("File", "--pixel_format", help="yuv420p (if not given), which all play, or yuv444p."),
+    option("File", "--audio", type=PATH, help="Its sound: a sound file, or a video with sound."),
 ]
-FINALIZE = [
+WRITING = [
+    option("File", "--background", is_flag=True, help="Encode a clip while the next one is made."),
     option("File", "--finalize", type=PATH, help="When it is done, write it here as an ordinary MP4."),
 ]
 MACHINE = [

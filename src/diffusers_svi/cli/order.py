@@ -21,6 +21,7 @@ from ..noise import MAX_SEED
 from ..pipeline import SVIPipeline
 from ..presets import PRESETS, Preset
 from ..prompts import NEGATIVE_PROMPT, load_prompts
+from ..source_video import open_source_video
 from ..specs import check_clip, check_guidance
 from ..start_image import RESIZE_MODES, read_image
 from .options import SEED_STEP
@@ -28,8 +29,10 @@ from .options import SEED_STEP
 
 # Of `--prompts`: they are typed, or come through a pipe, while the film is made.
 TYPED = "-"
+# Of the LoRA that `load_pipeline` loads.
+ADAPTER = "default_0"
 LOADING = ("model", "lora", "device", "dtype", "offload", "vae_tiling", "attention_backend", "quantize")
-FILE = ("codec", "crf", "pixel_format", "background")
+FILE = ("codec", "crf", "pixel_format", "audio", "background")
 # Those whose defaults are the pipeline's.
 SETTINGS = ("height", "width", "resize_mode", "guidance_scale_2", "max_sequence_length", "color_match")
 
@@ -48,6 +51,7 @@ class Order:
         num_clips (`int`, *optional*): Its clips, if that is known.
         seeds (`Iterable[int]`): Of its clips, those included that are made already.
         image (`PIL.Image.Image`, *optional*): Its start image.
+        video (`Path`, *optional*): What it begins with instead.
         file (`dict`): The other arguments of `FilmWriter`.
         finalize (`Path`, *optional*): Where it is written as an ordinary MP4 once it is done.
     """
@@ -61,6 +65,7 @@ class Order:
     num_clips: int | None
     seeds: Iterable[int]
     image: PIL.Image.Image | None = None
+    video: Path | None = None
     file: Mapping[str, Any] = field(default_factory=dict)
     finalize: Path | None = None
 
@@ -76,31 +81,60 @@ def order(options: Mapping[str, Any]) -> Order:
         click.UsageError, ValueError: for what cannot be right.
     """
     family = PRESETS[options["preset"]]
-    if options["out"] is None:
-        raise click.UsageError("`--out` is missing: the film's file.")
     if bool(options["prompt_list"]) == bool(options["prompt_file"]):
         raise click.UsageError("Give either `--prompt` or `--prompts`.")
     check_finalize(options["finalize"], options["out"])
-    prompts = None
-    if options["prompt_file"] != TYPED:
-        told = load_prompts(options["prompt_file"]) if options["prompt_file"] else options["prompt_list"]
-        prompts = [check_clip(prompt, index) for index, prompt in enumerate(told)]
+    if options["image"] is not None and options["continue_from"] is not None:
+        raise click.UsageError("Give either `--image` or `--continue_from`: a film begins with one of them.")
+    fps = family.fps if options["fps"] is None else options["fps"]
+    settings = _settings(family, options)
+    if options["continue_from"] is not None:
+        _check_video(options["continue_from"], settings, fps)
+    has_lora = (options["lora"] or family.lora or "none") != "none"
+    prompts = read_prompts(options, settings, fps, [ADAPTER] if has_lora else [])
     loading = {name: options[name] for name in LOADING}
     loading |= {name: options[f"lora_{name}"] for name in ("weight_name", "weight_name_2")}
     check_loading(**{name: value for name, value in loading.items() if name not in ("model", "device", "vae_tiling")})
     return Order(
         out=options["out"],
-        fps=family.fps if options["fps"] is None else options["fps"],
+        fps=fps,
         load=partial(load_pipeline, family, **loading),
-        settings=_settings(family, options),
+        settings=settings,
         prompts=prompts,
         journaled=prompts is None,
         num_clips=_num_clips(options["num_clips"], prompts),
         seeds=itertools.count(check_count("--seed", options["seed"], 0, MAX_SEED), SEED_STEP),
         image=None if options["image"] is None else open_image(options["image"]),
+        video=options["continue_from"],
         file={name: options[name] for name in FILE if options.get(name) is not None},
         finalize=options["finalize"],
     )
+
+
+def _check_video(path: Path, settings: Mapping[str, Any], fps: float) -> None:
+    """Raise a `ValueError` unless a film can go on from a video."""
+    if fps != int(fps):
+        raise ValueError(f"`--fps` {fps:g}: a video is brought to whole frames a second. Give a whole number.")
+    try:
+        open_source_video(path, settings.get("height"), settings.get("width"), int(fps))
+    except ValueError as error:
+        raise ValueError(f"`--continue_from` {str(path)!r} cannot be gone on from: {error}") from error
+
+
+def read_prompts(
+    options: Mapping[str, Any], settings: Mapping[str, Any], fps: float, adapters: list[str], first: int = 0
+) -> list[ClipSpec] | None:
+    """The clips that the options tell, the first of which is clip `first`; `None` if they are typed.
+
+    `adapters` are the names of the LoRAs, in the order in which a schedule weighs them.
+    """
+    if options["prompt_file"] == TYPED:
+        return None
+    told: list[Any] = list(options["prompt_list"])
+    if options["prompt_file"]:
+        about = {"num_clips": options["num_clips"], "num_frames": settings["num_frames"], "fps": fps}
+        told = load_prompts(options["prompt_file"], **about, adapters=adapters)
+    return [check_clip(prompt, index) for index, prompt in enumerate(told, start=first)]
 
 
 def _num_clips(num_clips: int | None, prompts: list[ClipSpec] | None) -> int | None:
