@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from diffusers_svi import SVIPipeline
+from diffusers_svi.cli import main
 
 
 # Workers share the cores, and so do the processes they start: with one thread each they do not wait for one another.
@@ -172,3 +173,20 @@ def quiet(pipe):
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
+
+
+@pytest.fixture
+def run_command(tmp_path, monkeypatch, capfd):
+    """`diffusers-svi` in this process, which need not import everything once more: exit status, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["diffusers-svi", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as error:
+            status = error.code
+        return status, *capfd.readouterr()
+
+    return run

@@ -340,6 +340,8 @@ def test_a_folder_that_is_damaged_is_left_out(tmp_path, image):
         ({"fps": 0}, "`fps` must be above 0"),
         ({"fps": 1000}, "`fps` must be 120 at most"),
         ({"seed": -1}, "`seed` must be a whole number"),
+        ({"color_match": "bright"}, "`color_match` must be one of"),
+        ({"guidance_scale_2": float("inf")}, "`guidance_scale_2` must be a finite number"),
         ({"resize_mode": "warp"}, "`resize_mode` must be one of"),
         ({"negative_prompt": "x" * 5000}, "`negative_prompt` must be a text"),
         ({"max_sequence_length": 1000}, "`max_sequence_length` must be a whole number of 1 to 512"),

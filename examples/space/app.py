@@ -4,7 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
-from diffusers_svi.app.command import app
+from diffusers_svi.cli.app import app
 
 
 storage = Path("/data")

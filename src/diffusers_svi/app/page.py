@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..color import METHODS
 from ..prompts import parse_prompts
 from ..start_image import RESIZE_MODES
 from . import views
@@ -186,7 +187,7 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
 # In the order of `_new_film`.
 SETTING_NAMES = (
     *("preset", "width", "height", "num_frames", "num_inference_steps", "guidance_scale", "fps", "seed"),
-    *("resize_mode", "negative_prompt", "endless"),
+    *("resize_mode", "color_match", "negative_prompt", "endless"),
 )
 
 
@@ -241,6 +242,13 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
                     filterable=False,
                     min_width=120,
                 )
+            colors = gr.Dropdown(
+                [*METHODS],
+                value=defaults.color_match,
+                label="Keep the colours of the start image",
+                info="A remedy for films without an SVI LoRA, whose colours drift",
+                filterable=False,
+            )
             negative = gr.Textbox(defaults.negative_prompt, label="Not to be seen", lines=3, max_length=MAX_PROMPT)
             endless = gr.Checkbox(defaults.endless, label="Go on with the last line until I stop it")
         make = gr.Button("Make the film", variant="primary", size="lg")
@@ -257,7 +265,7 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
 
     preset.input(published, preset, [preset, frames, steps, guidance, fps], **AT_ONCE)
     image.upload(check, image, None, **QUEUED).failure(lambda: None, None, image, **AT_ONCE)
-    values = [preset, width, height, frames, steps, guidance, fps, seed, shape, negative, endless]
+    values = [preset, width, height, frames, steps, guidance, fps, seed, shape, colors, negative, endless]
     return [image, title, story, *values], make
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from ..chain import read_notes
 from ..checks import check_choice, check_count, check_number
 from ..clips import ClipSpec
+from ..color import check_color_match
 from ..files import written_whole
 from ..growing import RECORD_KEY
 from ..noise import MAX_SEED
@@ -46,7 +47,9 @@ class Settings:
         num_frames (`int`): Frames a clip, 1 + 4n.
         num_inference_steps (`int`): Steps a clip.
         guidance_scale (`float`): Weight of the prompt.
+        guidance_scale_2 (`float`, *optional*): That of the low-noise expert, for models with two.
         negative_prompt (`str`): What the film should not show.
+        color_match (`str`, defaults to `"none"`): How the colours of the start image are kept.
         seed (`int`, defaults to 0): Of the first clip.
         fps (`float`): Frames a second.
         max_sequence_length (`int`, *optional*): Tokens of a prompt; as many as the pipeline takes if not given.
@@ -63,7 +66,9 @@ class Settings:
     num_frames: int
     num_inference_steps: int
     guidance_scale: float
+    guidance_scale_2: float | None = None
     negative_prompt: str
+    color_match: str = "none"
     seed: int = 0
     fps: float
     max_sequence_length: int | None = None
@@ -80,6 +85,9 @@ class Settings:
             raise ValueError(f"`num_frames` must be 1 + 4n, 81 say, got {self.num_frames}.")
         check_count("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         check_number("guidance_scale", self.guidance_scale)
+        if self.guidance_scale_2 is not None:
+            check_number("guidance_scale_2", self.guidance_scale_2)
+        check_color_match(self.color_match)
         check_count("seed", self.seed, 0, MAX_SEED - SEED_STEP * MAX_CLIPS)
         if frame_rate(self.fps) > MAX_FPS:
             raise ValueError(f"`fps` must be {MAX_FPS} at most, got {self.fps}.")

@@ -277,6 +277,8 @@ class Studio:
             num_frames=settings.num_frames,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
+            guidance_scale_2=settings.guidance_scale_2,
+            color_match=settings.color_match,
             callback_on_step_end=step_made,
             **size,
         )

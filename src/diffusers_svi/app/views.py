@@ -82,6 +82,7 @@ def recipe(film: Project) -> str:
         "Frames a clip": settings.num_frames,
         "Steps a clip": settings.num_inference_steps,
         "Guidance": f"{settings.guidance_scale:g}",
+        "Colours": {"none": "as they come"}.get(settings.color_match, settings.color_match),
         "Frames a second": f"{settings.fps:g}",
         "Seed": settings.seed,
         "Not to be seen": settings.negative_prompt or "nothing is ruled out",

@@ -4,7 +4,8 @@ import sys
 
 import click
 
-from ..app.command import app
+from .app import app
+from .extend import extend
 from .generate import generate
 from .inspect import inspect
 
@@ -23,11 +24,19 @@ def main() -> None:
         sys.exit(1)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        # --num-clips is --num_clips.
+        "token_normalize_func": lambda name: name.replace("-", "_"),
+    }
+)
 def commands() -> None:
     """Videos of any length with Wan models and Stable Video Infinity (SVI) LoRAs."""
 
 
 commands.add_command(app)
 commands.add_command(generate)
+commands.add_command(extend)
 commands.add_command(inspect)
