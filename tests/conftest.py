@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from diffusers_svi import SVIPipeline
+from diffusers_svi.cli import main
 
 
 # Workers share the cores, and so do the processes they start: with one thread each they do not wait for one another.
@@ -137,7 +138,7 @@ def make_components(kind: str) -> dict:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with them at the end."""
     longest = (
-        *("test_train_erft", "test_push", "test_docs", "test_svi_tiny", "test_crash", "test_drift"),
+        *("test_train_erft", "test_app", "test_push", "test_docs", "test_svi_tiny", "test_crash", "test_drift"),
         "test_distributed_bank",
     )
     items.sort(key=lambda item: item.path.stem not in longest)
@@ -172,3 +173,20 @@ def quiet(pipe):
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
+
+
+@pytest.fixture
+def run_command(tmp_path, monkeypatch, capfd):
+    """`diffusers-svi` in this process, which need not import everything once more: exit status, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["diffusers-svi", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as error:
+            status = error.code
+        return status, *capfd.readouterr()
+
+    return run

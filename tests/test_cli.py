@@ -12,7 +12,6 @@ import PIL.Image
 import pytest
 
 from diffusers_svi import PixelMotion
-from diffusers_svi.cli import main
 from diffusers_svi.film import read_clips
 from diffusers_svi.lora_file import _published, read_lora
 from diffusers_svi.presets import PRESETS
@@ -20,23 +19,6 @@ from diffusers_svi.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 SVI_TINY = ROOT / "examples" / "svi_tiny"
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
-    """The command in this process, which need not import everything once more: exit status, output, errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["diffusers-svi", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as error:
-            status = error.code
-        return status, *capfd.readouterr()
-
-    return run
 
 
 def generate(**options: object) -> list[object]:
@@ -65,63 +47,113 @@ def generate(**options: object) -> list[object]:
     return ["generate", *arguments]
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def num_frames(path: Path) -> int:
     with av.open(str(path)) as container:
         return sum(1 for _ in container.decode(video=0))
 
 
-def test_a_film_is_made_stopped_gone_on_with_and_made_longer(run, tmp_path):
+def test_a_film_is_made_stopped_gone_on_with_and_made_longer(run_command, tmp_path):
     """The bytes are those of a film that was made at once."""
-    status, told, errors = run(*generate(out="whole.mp4", num_clips=4))
+    status, told, errors = run_command(*generate(out="whole.mp4", num_clips=4))
     assert status == 0, errors
     assert "whole.mp4: clips 1 to 4, about 8 seconds at 8 fps." in told
-    assert re.search(r"Clip 4 of 4: .* s a clip, 0.0 minutes left.", told)
+    assert re.search(r"Clip 4 of 4: .* s a clip, 00:00 left.", errors)
     assert told.splitlines()[-1] == "whole.mp4: 65 frames, 8.1 seconds."
 
     # As by Ctrl-C, while the second clip is made.
     process = subprocess.Popen(
         [sys.executable, "-m", "diffusers_svi", *map(str, generate())],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while "Clip 1 of 3" not in (line := process.stdout.readline()):
-        assert line, process.stderr.read()
+    while "Clip 1 of 3" not in (line := process.stderr.readline()):
+        assert line, process.stdout.read()
     process.send_signal(signal.SIGINT)
     _, told = process.communicate()
     assert process.returncode == 130, told
     assert "Traceback" not in told and "The same command goes on with it." in told
 
-    status, told, errors = run(*generate())
+    status, told, errors = run_command(*generate())
     assert status == 0 and "film.mp4: 49 frames" in told, errors
-    status, told, _ = run(*generate())
+    status, told, _ = run_command(*generate())
     assert status == 0 and "film.mp4 has 3 clips already" in told
     # Without the image, which the film has.
-    status, _, errors = run(*generate(image=None, num_clips=4))
+    status, _, errors = run_command(*generate(image=None, num_clips=4))
     assert status == 0, errors
     assert (tmp_path / "film.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
     assert num_frames(tmp_path / "film.mp4") == 65
     assert [clip["made_with"]["seed"] for clip in read_clips(tmp_path / "film.mp4")] == ["0", "42", "84", "126"]
 
-    status, told, _ = run("inspect", "film.mp4")
+    status, told, _ = run_command("inspect", "film.mp4")
     assert status == 0 and "clip 2, from frame 16: a large red circle moves left" in told
     assert re.search(r"num_inference_steps +8\n", told)
-    status, told, _ = run("inspect", "film.mp4.state")
+    status, told, _ = run_command("inspect", "film.mp4.state")
     assert status == 0 and re.search(r"next clip from frame +64\n", told)
 
 
-def test_a_lora_is_inspected(run):
-    status, told, errors = run("inspect", SVI_TINY / "loras" / "shot.safetensors")
+def test_a_lora_is_inspected(run_command):
+    status, told, errors = run_command("inspect", SVI_TINY / "loras" / "shot.safetensors")
     assert status == 0, errors
     scheme = read_lora(SVI_TINY / "loras" / "shot.safetensors").conditioning
     assert scheme == PixelMotion(1, "reference") and re.search(rf"scheme +{re.escape(str(scheme))}\n", told)
 
 
-def test_nothing_is_made_on_trial(run, tmp_path):
+def test_a_film_of_other_settings_is_not_gone_on_with(run_command, tmp_path):
+    quick = {"num_frames": 9, "num_inference_steps": 1, "num_clips": 1}
+    assert run_command(*generate(**quick))[0] == 0
+    before = (tmp_path / "film.mp4").read_bytes()
+    for changed, message in [
+        ({"num_inference_steps": 2}, "was made with `num_inference_steps` '1', and '2' is asked for"),
+        ({"guidance_scale": 3}, "was made with `guidance_scale` '1.0', and '3.0' is asked for"),
+        ({"negative_prompt": "blurry"}, "and 'blurry' is asked for"),
+        ({"crf": 30}, "'crf': 18"),
+        ({"dtype": "bfloat16"}, "was made with dtype float32, and now it is bfloat16"),
+        ({"lora": "none"}, "was made with LoRAs"),
+    ]:
+        status, _, errors = run_command(*generate(**{**quick, "num_clips": 2, **changed}))
+        assert status == 1 and message in errors, errors
+    # What was typed while it was made, the list does not know.
+    (tmp_path / "film.mp4.journal").touch()
+    status, _, errors = run_command(*generate(**{**quick, "num_clips": 2}))
+    assert status == 1 and "Go on with `--prompts -`" in errors
+    assert (tmp_path / "film.mp4").read_bytes() == before
+
+
+def test_a_film_is_written_as_an_ordinary_file_when_it_is_done(run_command, tmp_path):
+    quick = {"num_frames": 9, "num_inference_steps": 1, "num_clips": 1}
+    status, told, errors = run_command(*generate(**quick, finalize="done.mp4"))
+    assert status == 0 and "done.mp4: the same as an ordinary file." in told, errors
+    assert num_frames(tmp_path / "done.mp4") == num_frames(tmp_path / "film.mp4") == 9
+
+
+def test_hyphens_are_as_good_as_underscores(run_command):
+    status, told, errors = run_command(
+        *(str(argument).replace("--num_", "--num-") for argument in generate(dry_run=True))
+    )
+    assert status == 0 and "clips 1 to 3" in told, errors
+
+
+def test_help_is_quick_and_shows_options_in_groups(run_command):
+    script = "import sys; from diffusers_svi.cli import main; sys.argv[1:] = ['generate', '--help']\n"
+    script += "try: main()\nfinally: print(sorted({'torch', 'diffusers', 'av', 'numpy', 'PIL'} & set(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
+    assert told.returncode == 0 and told.stdout.splitlines()[-1] == "[]", told.stderr
+    headings = re.findall(r"^(\w[\w ]+):$", told.stdout, re.MULTILINE)
+    assert headings == ["What is made", "Model", "Settings", "File", "Machine", "Other", "Examples"]
+    names = re.findall(r"^  (--\w+)[ \n]", told.stdout, re.MULTILINE)
+    assert {"--out", "--prompts", "--quantize", "--dry_run"} <= set(names)
+
+
+def test_nothing_is_made_on_trial(run_command, tmp_path):
     (tmp_path / "story.txt").write_text("a cat wakes\nit jumps\n")
-    status, told, errors = run(
+    status, told, errors = run_command(
         *generate(prompt=None, prompts="story.txt", num_clips=None, model="no/model", dry_run=True)
     )
     assert status == 0 and "clips 1 to 2, about 4 seconds at 8 fps" in told, errors
@@ -139,12 +171,22 @@ def test_nothing_is_made_on_trial(run, tmp_path):
         ({"out": "film.avi"}, "`suffix of `path`` must be one of"),
         ({"preset": "movie"}, "'movie' is not one of 'film'"),
         ({"num_clips": "many"}, "'many' is not a valid integer"),
+        ({"num_clips": 0}, "`--num_clips` must be a whole number of at least 1"),
+        ({"num_frames": 16}, "`--num_frames` must be 1 + 4n"),
+        ({"height": 100}, "`--height` must be a multiple of 16"),
+        ({"seed": -1}, "`--seed` must be a whole number"),
+        ({"attention_backend": "quick"}, "`attention_backend` must be one of"),
+        ({"color_match": "paint"}, "`color_match` must be one of"),
+        ({"finalize": "film.mp4"}, "is the film itself"),
+        ({"finalize": "done.avi"}, "suffix of `--finalize`"),
+        ({"finalize": "gone/done.mp4"}, "there is no folder 'gone'"),
+        ({"lora": "none", "lora_weight_name": "x.safetensors"}, "name its repository or folder by `lora`"),
         ({"model": "missing", "offload": "none"}, "missing"),
     ],
 )
-def test_what_is_wrong_is_told_in_a_line(run, tmp_path, options, message):
+def test_what_is_wrong_is_told_in_a_line(run_command, tmp_path, options, message):
     PIL.Image.new("RGB", (64, 1)).save(tmp_path / "thin.png")
-    status, _, errors = run(*generate(**options))
+    status, _, errors = run_command(*generate(**options))
     assert status == 1 and message in errors and "Traceback" not in errors
     assert not (tmp_path / "film.mp4").exists()
 

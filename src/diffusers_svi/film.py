@@ -28,7 +28,7 @@ from .clips import Clip
 from .growing import GrowingFile, digest
 from .notes import MAX_COMMENT, comment, note, read_notes
 from .pieces import Form
-from .recipe import RECIPE_KEY
+from .recipe import FORM_KEY, RECIPE_KEY
 from .sound import Sound
 from .video import remux, to_8_bits
 
@@ -221,7 +221,7 @@ class FilmWriter:
         if clip.recipe:
             recipe = digest(json.dumps(clip.recipe, sort_keys=True).encode())
             if recipe != record.recipe_digest:
-                notes += note({RECIPE_KEY: dict(clip.recipe)}, self._form.container)
+                notes += note({RECIPE_KEY: dict(clip.recipe), FORM_KEY: asdict(self._form)}, self._form.container)
         notes += note(_told_of(clip), self._form.container)
         told = (b"" if record.size else head) + notes + told
         grown = record.grown(clip.start, told, held, clip.start + frames.count, frames.count - kept, recipe)

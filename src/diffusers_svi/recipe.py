@@ -25,6 +25,8 @@ from .pixels import to_pil, to_uint8
 FORMAT = "diffusers_svi.recipe"
 # Under this key of a note stands what holds for the film, not for one clip.
 RECIPE_KEY = "recipe"
+# And under this one, how the file is encoded.
+FORM_KEY = "form"
 _EXPERTS = ("transformer", "transformer_2")
 # A folder of the Hub's cache.
 _SNAPSHOT = re.compile(r"models--(?P<name>[^\\/]+)[\\/]snapshots[\\/](?P<commit>[0-9a-f]{40})")
@@ -71,11 +73,13 @@ class Recipe:
         film (`dict`): What held for all of it, as [`film_recipe`] gives it; empty where that was not told.
         clips (`list[dict]`): Every clip as `ClipSpec.to_dict` gives it, with the seed it had.
         changes (`dict[int, dict]`): What held from a clip on, by its number, where that changed.
+        form (`dict`): How the file of a `FilmWriter` is encoded: `fps`, `codec`, `crf`, `pixel_format`.
     """
 
     film: dict[str, Any]
     clips: list[dict[str, Any]]
     changes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    form: dict[str, Any] = field(default_factory=dict)
 
 
 def read_recipe(path: str | os.PathLike) -> Recipe:
@@ -90,9 +94,11 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
     """
     recipes: dict[int, dict[str, Any]] = {}
     clips: list[dict[str, Any]] = []
+    form: dict[str, Any] = {}
     for told in read_notes(path):
         if RECIPE_KEY in told:
             recipes[len(clips)] = told[RECIPE_KEY]
+            form = told.get(FORM_KEY, form)
         elif isinstance(told.get("index"), int) and told["index"] >= 0:
             prompt = told.get("prompt")
             clips.append(told.get("spec") or ({} if prompt is None else {"prompt": prompt}))
@@ -100,7 +106,7 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
             recipes[0], clips = {"format": "Wan2GP"}, _clips_of_wan2gp(told)
     if not clips:
         raise ValueError(f"`path`={str(path)!r} does not say how it was made.")
-    return Recipe(recipes.pop(0, {}), clips, recipes)
+    return Recipe(recipes.pop(0, {}), clips, recipes, form)
 
 
 def _clips_of_wan2gp(told: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import PIL.Image
+import torch
 
 from .checks import check_count, check_number
 from .clips import PICTURES, ClipSpec, once_told
@@ -145,3 +146,74 @@ def one_by_one(items: Iterable[Any]) -> Iterator[Any]:
                 last_image=spec.last_image if number == spec.num_clips - 1 else None,
             )
             index += 1
+
+
+def check_prompts(
+    prompts: str | ClipSpec | Iterable[str | ClipSpec] | None,
+    prompt_embeds: torch.Tensor | None,
+    num_clips: int | None,
+    noise: str,
+    has_experts: bool,
+    scheme: Scheme,
+    adapters: Mapping[str, Set[str]],
+) -> tuple[Iterable[Any], int | None]:
+    """What to iterate over for the clips of a film, and the number of its clips if it is known.
+
+    The last four are as in [`check_use`].
+    """
+    if (prompts is None) == (prompt_embeds is None):
+        raise ValueError(
+            "Pass either `prompts` or `prompt_embeds`: " + ("none" if prompts is None else "both") + " is given."
+        )
+    items: Iterable[Any]
+    known = None
+    if prompt_embeds is not None:
+        items = check_embeddings("prompt_embeds", prompt_embeds)
+        known = len(prompt_embeds)
+    elif isinstance(prompts, (str, ClipSpec, Mapping, list, tuple)):
+        given = [prompts] if isinstance(prompts, (str, ClipSpec, Mapping)) else prompts
+        if not given:
+            raise ValueError(f"`prompts` must be a string or a list of at least one string, got {prompts!r}.")
+        specs = [check_clip(item, index) for index, item in enumerate(given)]
+        for index, spec in enumerate(specs):
+            check_use(spec, index, noise, has_experts, scheme, adapters)
+        items, known = one_by_one(specs), sum(spec.num_clips for spec in specs)
+    elif isinstance(prompts, Iterable) and not isinstance(prompts, (Set, bytes)):
+        items = one_by_one(prompts)
+    else:
+        raise ValueError(f"`prompts` must be a string, a list of strings or an iterator of strings, got {prompts!r}.")
+    if num_clips is not None:
+        num_clips = check_count("num_clips", num_clips, 1)
+    if known is not None:
+        if num_clips is not None and num_clips < known:
+            raise ValueError(
+                f"`num_clips`={num_clips} leaves out some of the {known} prompts. Give no more prompts than clips."
+            )
+        num_clips = num_clips or known
+    return items, num_clips
+
+
+def check_embeddings(name: str, embeds: object) -> torch.Tensor:
+    """`embeds`, if it is a tensor `(clips, sequence_length, dim)` of finite numbers."""
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or len(embeds) == 0:
+        shape = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise ValueError(f"`{name}` must be a tensor (clips, sequence_length, dim), a row a clip, got {shape}.")
+    if not embeds.isfinite().all():
+        raise ValueError(f"`{name}` holds values that are not finite. Encode the prompts again.")
+    return embeds
+
+
+def check_negative(negative_embeds: torch.Tensor | None, num_clips: int | None) -> torch.Tensor | None:
+    """`negative_prompt_embeds` as one row, `(1, sequence_length, dim)`.
+
+    `encode_prompt` repeats the row for every prompt: rows that are all alike are one.
+    """
+    if negative_embeds is None:
+        return None
+    rows = check_embeddings("negative_prompt_embeds", negative_embeds)
+    if len(rows) not in (1, num_clips) or not torch.equal(rows, rows[:1].expand_as(rows)):
+        raise ValueError(
+            f"`negative_prompt_embeds` must be one row for the whole film, or the same row for each of its clips, got "
+            f"{tuple(rows.shape)}."
+        )
+    return rows[:1]

@@ -1,0 +1,139 @@
+"""The options of the commands, in groups, and how `--help` shows them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..presets import DTYPES, OFFLOADS, PRESETS, QUANTIZATIONS, SEED_STEP
+
+
+# Longer ones have a line to themselves in `--help`.
+WIDEST = 30
+PATH = click.Path(path_type=Path)
+
+
+class GroupedOption(click.Option):
+    """An option that `--help` shows under the heading `group`."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose `--help` shows options under their headings, and examples as they were written."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
+        # One column of names for all of them.
+        names = [name for records in groups.values() for name, _ in records if len(name) <= WIDEST]
+        width = max(map(len, names), default=0)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl([(name.ljust(width), told) for name, told in records])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.epilog:
+            with formatter.section("Examples"):
+                for line in self.epilog.strip().splitlines():
+                    formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
+
+
+def option(group: str, *names: str, **settings: Any) -> Callable[..., Any]:
+    return click.option(*names, cls=GroupedOption, group=group, **settings)
+
+
+def with_options(*groups: list[Callable[..., Any]]) -> Callable[..., Any]:
+    """A decorator that adds the options of `groups` in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for one in reversed([one for group in groups for one in group]):
+            command = one(command)
+        return command
+
+    return add
+
+
+START = [
+    option("What is made", "--out", type=PATH, help="The film, an MP4 or MKV file that grows."),
+    option("What is made", "--image", help="Its start image: file or address. Not needed to go on."),
+    option("What is made", "--continue_from", type=PATH, help="A video that it begins with and goes on from."),
+    option("What is made", "--recipe", type=PATH, help="A film to make once more, as its file tells."),
+    option("What is made", "--jobs", type=PATH, help="Many films: a line each, a JSON object of these options."),
+]
+CLIPS = [
+    option("What is made", "--prompt", "prompt_list", multiple=True, help="What happens in a clip; once for each."),
+    option("What is made", "--prompts", "prompt_file", help="File of prompts; - to type them while it is made."),
+    option("What is made", "--num_clips", type=int, help="One a prompt if not given; after that the last holds."),
+]
+BASE = [
+    option("Model", "--model", help="Another base model: Hub name or folder."),
+]
+MODEL = [
+    option("Model", "--preset", type=click.Choice([*PRESETS]), default="film", show_default=True, help="SVI LoRA."),
+    *BASE,
+    option("Model", "--lora", help="Another LoRA: Hub name, folder or file; `none` for the plain chain."),
+    option("Model", "--lora_weight_name", help="The file in it."),
+    option("Model", "--lora_weight_name_2", help="The file for the low-noise expert of Wan 2.2 A14B."),
+]
+SIZE = [
+    option("Settings", "--height", type=int, help="In pixels; from the image's aspect if not given."),
+    option("Settings", "--width", type=int, help="In pixels; from the image's aspect if not given."),
+    option("Settings", "--resize_mode", help="An image of another aspect: stretch (if not given), crop or pad."),
+    option("Settings", "--num_frames", type=int, help="Frames of a clip, 1 + 4n; the preset's if not given."),
+]
+SETTINGS = [
+    option("Settings", "--num_inference_steps", type=int, help="Steps of a clip; the preset's if not given."),
+    option("Settings", "--guidance_scale", type=float, help="Weight of the prompt; the preset's if not given."),
+    option("Settings", "--guidance_scale_2", type=float, help="That of the low-noise expert."),
+    option("Settings", "--negative_prompt", help="What it should not show; the authors' if not given."),
+    option("Settings", "--color_match", help="Keep the colours of the start image: none (if not given), mkl, ..."),
+    option("Settings", "--max_sequence_length", type=int, help="Tokens of a prompt; as many as Wan takes."),
+]
+SEED = [
+    option(
+        "Settings", "--seed", type=int, default=0, show_default=True, help=f"Of clip 1; {SEED_STEP} more for each."
+    ),
+]
+FILE = [
+    option("File", "--fps", type=float, help="Frames a second; the preset's if not given."),
+    option("File", "--codec", help="libx264 (if not given), which all play, libx265, libsvtav1; ffv1 in MKV."),
+    option("File", "--crf", type=int, help="Of the codec: smaller is better and larger."),
+    option("File", "--pixel_format", help="yuv420p (if not given), which all play, or yuv444p."),
+    option("File", "--audio", type=PATH, help="Its sound: a sound file, or a video with sound."),
+]
+WRITING = [
+    option("File", "--background", is_flag=True, help="Encode a clip while the next one is made."),
+    option("File", "--finalize", type=PATH, help="When it is done, write it here as an ordinary MP4."),
+]
+MACHINE = [
+    option("Machine", "--device", help="Where it runs; the accelerator if there is one."),
+    option("Machine", "--dtype", type=click.Choice(DTYPES), help="Of the model; float32 on a CPU, else bfloat16."),
+    option(
+        "Machine",
+        "--offload",
+        type=click.Choice(OFFLOADS),
+        default="none",
+        show_default=True,
+        help="Keep on the device what is at work: a model, or a group of its layers.",
+    ),
+    option("Machine", "--vae_tiling", is_flag=True, help="Less memory; static backgrounds may collect artifacts."),
+    option("Machine", "--attention_backend", help="Of diffusers' ways to compute attention: flash, sage, ..."),
+    option(
+        "Machine",
+        "--quantize",
+        type=click.Choice(QUANTIZATIONS),
+        default="none",
+        show_default=True,
+        help="Smaller weights: quanto (8 bits, by optimum-quanto) or fp8 (kept in float8, transformers only).",
+    ),
+]
+DRY_RUN = [
+    option("Other", "--dry_run", is_flag=True, help="Check everything, tell what would be made, and load no model."),
+]

@@ -1,0 +1,192 @@
+"""A film as it is asked for on the command line: what can be known to be wrong is told before anything is loaded."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import PIL.Image
+from diffusers.utils import load_image
+
+from ..checks import check_choice, check_count
+from ..clips import ClipSpec
+from ..color import check_color_match
+from ..film import FilmWriter
+from ..inputs import MAX_TOKENS
+from ..loading import check_loading, load_pipeline
+from ..noise import MAX_SEED
+from ..pipeline import SVIPipeline
+from ..presets import PRESETS, SEED_STEP, Preset
+from ..prompts import NEGATIVE_PROMPT, load_prompts
+from ..source_video import open_source_video
+from ..specs import check_clip, check_guidance
+from ..start_image import RESIZE_MODES, read_image
+
+
+# Of `--prompts`: they are typed, or come through a pipe, while the film is made.
+TYPED = "-"
+# Of the LoRA that `load_pipeline` loads.
+ADAPTER = "default_0"
+LOADING = ("model", "lora", "device", "dtype", "offload", "vae_tiling", "attention_backend", "quantize")
+FILE = ("codec", "crf", "pixel_format", "audio", "background")
+# Those whose defaults are the pipeline's.
+SETTINGS = ("height", "width", "resize_mode", "guidance_scale_2", "max_sequence_length", "color_match")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A film as it is asked for.
+
+    Args:
+        out (`Path`): Its file.
+        fps (`float`): Frames a second.
+        load (`partial`): Gives the pipeline that it is made with.
+        settings (`dict`): Arguments of `SVIPipeline.stream` that hold for all of it.
+        prompts (`list`, *optional*): Of all its clips, or if `journaled` of the new ones; `None` if they are typed.
+        journaled (`bool`): Whether prompts are kept in a journal when their clips begin.
+        num_clips (`int`, *optional*): Its clips, if that is known.
+        seeds (`Iterable[int]`): Of its clips, those included that are made already.
+        image (`PIL.Image.Image`, *optional*): Its start image.
+        video (`Path`, *optional*): What it begins with instead.
+        file (`dict`): The other arguments of `FilmWriter`.
+        finalize (`Path`, *optional*): Where it is written as an ordinary MP4 once it is done.
+    """
+
+    out: Path
+    fps: float
+    load: partial[SVIPipeline]
+    settings: Mapping[str, Any]
+    prompts: list[ClipSpec] | None
+    journaled: bool
+    num_clips: int | None
+    seeds: Iterable[int]
+    image: PIL.Image.Image | None = None
+    video: Path | None = None
+    file: Mapping[str, Any] = field(default_factory=dict)
+    finalize: Path | None = None
+
+    def writer(self) -> FilmWriter:
+        """Its file, taken up where it is there already."""
+        return FilmWriter(self.out, self.fps, **self.file)
+
+
+def order(options: Mapping[str, Any]) -> Order:
+    """The film that `options`, those of `generate`, ask for.
+
+    Raises:
+        click.UsageError, ValueError: for what cannot be right.
+    """
+    family = PRESETS[options["preset"]]
+    if bool(options["prompt_list"]) == bool(options["prompt_file"]):
+        raise click.UsageError("Give either `--prompt` or `--prompts`.")
+    check_finalize(options["finalize"], options["out"])
+    if options["image"] is not None and options["continue_from"] is not None:
+        raise click.UsageError("Give either `--image` or `--continue_from`: a film begins with one of them.")
+    fps = family.fps if options["fps"] is None else options["fps"]
+    settings = _settings(family, options)
+    if options["continue_from"] is not None:
+        _check_video(options["continue_from"], settings, fps)
+    has_lora = (options["lora"] or family.lora or "none") != "none"
+    prompts = read_prompts(options, settings, fps, [ADAPTER] if has_lora else [])
+    loading = {name: options[name] for name in LOADING}
+    loading |= {name: options[f"lora_{name}"] for name in ("weight_name", "weight_name_2")}
+    check_loading(**{name: value for name, value in loading.items() if name not in ("model", "device", "vae_tiling")})
+    return Order(
+        out=options["out"],
+        fps=fps,
+        load=partial(load_pipeline, family, **loading),
+        settings=settings,
+        prompts=prompts,
+        journaled=prompts is None,
+        num_clips=_num_clips(options["num_clips"], prompts),
+        seeds=itertools.count(check_count("--seed", options["seed"], 0, MAX_SEED), SEED_STEP),
+        image=None if options["image"] is None else open_image(options["image"]),
+        video=options["continue_from"],
+        file={name: options[name] for name in FILE if options.get(name) is not None},
+        finalize=options["finalize"],
+    )
+
+
+def _check_video(path: Path, settings: Mapping[str, Any], fps: float) -> None:
+    """Raise a `ValueError` unless a film can go on from a video."""
+    if fps != int(fps):
+        raise ValueError(f"`--fps` {fps:g}: a video is brought to whole frames a second. Give a whole number.")
+    try:
+        open_source_video(path, settings.get("height"), settings.get("width"), int(fps))
+    except ValueError as error:
+        raise ValueError(f"`--continue_from` {str(path)!r} cannot be gone on from: {error}") from error
+
+
+def read_prompts(
+    options: Mapping[str, Any], settings: Mapping[str, Any], fps: float, adapters: list[str], first: int = 0
+) -> list[ClipSpec] | None:
+    """The clips that the options tell, the first of which is clip `first`; `None` if they are typed.
+
+    `adapters` are the names of the LoRAs, in the order in which a schedule weighs them.
+    """
+    if options["prompt_file"] == TYPED:
+        return None
+    told: list[Any] = list(options["prompt_list"])
+    if options["prompt_file"]:
+        about = {"num_clips": options["num_clips"], "num_frames": settings["num_frames"], "fps": fps}
+        told = load_prompts(options["prompt_file"], **about, adapters=adapters)
+    return [check_clip(prompt, index) for index, prompt in enumerate(told, start=first)]
+
+
+def _num_clips(num_clips: int | None, prompts: list[ClipSpec] | None) -> int | None:
+    if num_clips is not None:
+        check_count("--num_clips", num_clips, 1)
+    if prompts is None:
+        return num_clips
+    told = sum(spec.num_clips for spec in prompts)
+    if num_clips is not None and num_clips < told:
+        raise click.UsageError(f"`--num_clips {num_clips}` leaves out some of the {told} clips that have a prompt.")
+    return told if num_clips is None else num_clips
+
+
+def _settings(family: Preset, options: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {name: options[name] for name in SETTINGS if options.get(name) is not None}
+    settings["negative_prompt"] = NEGATIVE_PROMPT if options["negative_prompt"] is None else options["negative_prompt"]
+    for name in ("num_frames", "num_inference_steps", "guidance_scale"):
+        settings[name] = getattr(family, name) if options[name] is None else options[name]
+    check_settings(settings)
+    return settings
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for what no model can make; what this one cannot is told once it is loaded."""
+    for name in ("num_frames", "num_inference_steps"):
+        check_count(f"--{name}", settings[name], 1)
+    if settings["num_frames"] % 4 != 1:
+        raise ValueError(f"`--num_frames` must be 1 + 4n, such as 81, got {settings['num_frames']}.")
+    for name in ("height", "width"):
+        if settings.get(name) is not None and (settings[name] < 16 or settings[name] % 16):
+            raise ValueError(f"`--{name}` must be a multiple of 16, got {settings[name]}.")
+    check_guidance(settings["guidance_scale"], settings.get("guidance_scale_2"))
+    check_count("--max_sequence_length", settings.get("max_sequence_length", MAX_TOKENS), 1, MAX_TOKENS)
+    check_choice("--resize_mode", settings.get("resize_mode", RESIZE_MODES[0]), RESIZE_MODES)
+    check_color_match(settings.get("color_match", "none"))
+
+
+def check_finalize(path: Path | None, out: Path) -> None:
+    """Raise a `ValueError` if the film could not be written there, which would be known after hours."""
+    if path is None:
+        return
+    check_choice("suffix of `--finalize`", path.suffix, (out.suffix,))
+    if path.resolve() == out.resolve():
+        raise ValueError(f"`--finalize {path}` is the film itself, which would not grow any more: choose another.")
+    if not path.parent.is_dir():
+        raise ValueError(f"`--finalize {path}`: there is no folder {str(path.parent)!r}. Make it first.")
+
+
+def open_image(image: str) -> PIL.Image.Image:
+    """The picture of a file or an address, if a film can begin with it."""
+    try:
+        picture = load_image(image)
+    except Exception as error:
+        raise ValueError(f"`--image`={image!r} cannot be read: {error}") from error
+    read_image(picture)
+    return picture

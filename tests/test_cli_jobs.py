@@ -1,0 +1,79 @@
+"""Many films by one command, dealt out to processes. On the embedded model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusers_svi.film import read_clips
+from test_cli import environment, generate
+
+
+QUICK = {"num_frames": 9, "num_inference_steps": 1, "prompt": None, "out": None, "num_clips": None}
+
+
+def write(folder: Path, *jobs: dict) -> None:
+    (folder / "films.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+
+
+def prompts(film: Path) -> list[str]:
+    return [clip["prompt"] for clip in read_clips(film)]
+
+
+def test_two_processes_make_two_films_and_a_film_that_fails_does_not_stop_the_others(tmp_path):
+    """By gloo, on the CPU; the third is a film that the model cannot make, which is known once that is loaded."""
+    write(
+        tmp_path,
+        {"out": "one.mp4", "prompt": ["a cat wakes", "it jumps"]},
+        {"out": "two.mp4", "prompt": "it sleeps", "num_clips": 2, "seed": 5},
+        {"out": "three.mp4", "prompt": "it flies", "num_frames": 801},
+        {"out": "four.mp4", "prompt": "it lands", "vae_tiling": False},
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    arguments = [*launch, "diffusers_svi", *map(str, generate(**QUICK, jobs="films.jsonl", device="cpu"))]
+    told = subprocess.run(arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert told.returncode == 1, told.stderr
+    assert "films.jsonl: 3 of 4 films." in told.stdout
+    assert "films.jsonl, line 3: `num_frames` must be at most" in told.stderr
+    assert prompts(tmp_path / "one.mp4") == ["a cat wakes", "it jumps"]
+    assert prompts(tmp_path / "two.mp4") == ["it sleeps", "it sleeps"]
+    assert [clip["made_with"]["seed"] for clip in read_clips(tmp_path / "two.mp4")] == ["5", "47"]
+    assert prompts(tmp_path / "four.mp4") == ["it lands"]
+    assert not (tmp_path / "three.mp4").exists()
+
+
+def test_a_process_by_itself_loads_a_model_once_and_leaves_out_what_is_done(run_command, tmp_path):
+    write(tmp_path, {"out": "one.mp4", "prompt": "a cat wakes"}, {"out": "two.mp4", "prompt": "it jumps"})
+    asked = generate(**QUICK, jobs="films.jsonl")
+    status, told, errors = run_command(*asked)
+    assert status == 0 and "films.jsonl: 2 of 2 films." in told, errors
+    assert errors.count("Loading pipeline components...: 100%") == 1
+    before = (tmp_path / "one.mp4").read_bytes()
+    status, told, errors = run_command(*asked)
+    assert status == 0 and "one.mp4 has 1 clips already" in told and "Loading pipeline" not in errors
+    assert (tmp_path / "one.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("jobs", "message"),
+    [
+        ([{"prompt": "a cat"}], "line 1: a line is an object of options, with `out` among them."),
+        ([{"out": "one.mp4", "prompt": "a cat", "steps": 3}], "line 1: there is no option 'steps' for a film."),
+        ([{"out": "one.mp4", "prompt": "a cat", "height": "tall"}], "'tall' is not a valid integer"),
+        ([{"out": "one.mp4", "prompts": "-"}], "line 1: prompts cannot be typed"),
+        (
+            [{"out": "one.mp4", "prompt": "a cat"}, {"out": "./one.mp4", "prompt": "a dog"}],
+            "line 2: another line makes",
+        ),
+        ([{"out": "one.mp4", "prompt": "a cat"}, {"out": "two.mp4", "prompt": " "}], "line 2: `prompts[0]` is empty"),
+        ([{"out": "one.mp4", "prompt": "a cat"}, {"out": "two.avi", "prompt": "a cat"}], "line 2: `suffix of `path``"),
+        ([], "holds no films"),
+    ],
+)
+def test_a_line_that_is_not_right_is_told_before_a_model_is_loaded(run_command, tmp_path, jobs, message):
+    write(tmp_path, *jobs)
+    status, _, errors = run_command(*generate(**QUICK, model="missing", jobs="films.jsonl"))
+    assert status == 1 and message in errors, errors
+    assert not (tmp_path / "one.mp4").exists()
