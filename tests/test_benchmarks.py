@@ -75,7 +75,7 @@ def test_film(run, tmp_path):
     append, kills, stream = (results[name] for name in ("append", "kills", "stream"))
     # The frames are the same; the numbers in a clip's note get longer.
     assert 0.9 < append["bytes"]["ratio"] < 1.1 and len(append["curves"]["bytes"]) == append["num_clips"] == 20
-    assert set(append["seconds"]) == {"wall", "cpu", "state"}
+    assert all(append[name]["ratio"] > 0 for name in ("seconds", "cpu_seconds", "state_seconds"))
     assert kills["equal"] == kills["films"] == 4 and kills["kills"] == sum(kills["hit"].values()) >= 4
     assert {(film["by"], film["scheme"]) for film in kills["runs"]} == {
         ("Python", "PixelMotion"),
