@@ -100,15 +100,18 @@ def measure_append(args, figures: dict, keep: Callable[[], None]) -> None:
     clips = list(stream(pipeline(), 10, 1))
     first, last, curves = [], [], []
     for _ in range(args.num_films):
-        with tempfile.TemporaryDirectory() as folder:
-            with FilmWriter(Path(folder, "old.mp4")) as old, FilmWriter(Path(folder, "new.mp4")) as new:
-                begin, curve = again_and_again(clips, 10), []
-                for clip in again_and_again(clips, args.num_clips):
-                    curve.append(timed_append(old, clip))
-                    if clip.index >= args.num_clips - 10:
-                        first.append(timed_append(new, next(begin)))
-                last += curve[-10:]
-                curves.append(curve)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            FilmWriter(Path(folder, "old.mp4")) as old,
+            FilmWriter(Path(folder, "new.mp4")) as new,
+        ):
+            begin, curve = again_and_again(clips, 10), []
+            for clip in again_and_again(clips, args.num_clips):
+                curve.append(timed_append(old, clip))
+                if clip.index >= args.num_clips - 10:
+                    first.append(timed_append(new, next(begin)))
+            last += curve[-10:]
+            curves.append(curve)
     figures["num_clips"], figures["num_films"] = args.num_clips, args.num_films
     for name in first[0]:
         values = [[clip[name] for clip in ten] for ten in (first, last)]
