@@ -212,3 +212,12 @@ def test_prompts_that_say_more_of_a_clip_are_refused(tmp_path):
     args = argparse.Namespace(prompts=tmp_path / "prompts.txt", num_clips=2, images=[])
     with pytest.raises(ValueError, match="`--prompts`: .*prompts.txt says more of a clip than its prompt"):
         list(drift.own_films("creative", args))
+
+
+def test_matched_colours_are_one_more_contestant(run, tmp_path):
+    options = ["--num_chains=1", "--num_clips=2", "--num_inference_steps=1", "--settings=consistent"]
+    run(drift, *options, f"--output_dir={tmp_path}", "--contestants", "base", "anchor", "--color_match", "mkl")
+    measured = json.loads((tmp_path / "drift.json").read_text())["results"]["consistent"]
+    assert list(measured) == ["base", "base-mkl", "anchor"]
+    assert measured["base"]["scheme"] == measured["base-mkl"]["scheme"]
+    assert measured["base"]["chains"] != measured["base-mkl"]["chains"]

@@ -29,7 +29,7 @@ from diffusers_svi.boxes import boxes
 from diffusers_svi.conditioning import scheme_from_dict
 from diffusers_svi.data_uri import from_data_uri
 from diffusers_svi.film import read_clips
-from diffusers_svi.notes import note, read_notes
+from diffusers_svi.notes import MARK, note, read_notes
 from diffusers_svi.recipe import read_recipe
 
 
@@ -116,6 +116,10 @@ def test_ffv1_loses_nothing(tmp_path):
     with FilmWriter(tmp_path / "film.mkv", fps=8, codec="ffv1") as film:
         film.finalize(tmp_path / "done.mkv")
     assert np.array_equal(read(tmp_path / "done.mkv")[0], expected)
+    with open(tmp_path / "done.mkv", "rb") as file:
+        kinds = [kind for kind, *_ in matroska.elements(file)]
+    cues = 0x1C53BB6B
+    assert kinds.index(cues) < kinds.index(matroska.CLUSTER)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -358,7 +362,7 @@ def test_how_its_clips_were_made_stands_in_the_film(tmp_path):
     ]
     assert clips[0]["made_with"] == {"vae": "0"}
     (tmp_path / "other.mp4").write_bytes(b"text")
-    with pytest.raises(ValueError, match="`path`=.*cannot be read as a film: it is no video"):
+    with pytest.raises(ValueError, match="`path`=.*cannot be read as a film: it is no MP4"):
         read_clips(tmp_path / "other.mp4")
 
 
@@ -425,6 +429,26 @@ def test_an_ordinary_file_has_the_recipe_in_its_comment(suffix, tmp_path):
     assert json.loads(told)["notes"][0]["recipe"] == large
     assert read_recipe(tmp_path / f"done.{suffix}") == read_recipe(tmp_path / f"film.{suffix}")
     assert read_clips(tmp_path / f"done.{suffix}") == read_clips(tmp_path / f"film.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_film_that_is_cut_anywhere_tells_the_clips_before_the_cut(suffix, tmp_path):
+    content = write(tmp_path / f"film.{suffix}", make_clips(LatentMotion(1), 3))
+    ends = [content.index(f"prompt {index}".encode()) for index in range(3)]
+    for place in range(ends[0] + 200, len(content), 37):
+        (tmp_path / f"cut.{suffix}").write_bytes(content[:place])
+        told = [clip["index"] for clip in read_clips(tmp_path / f"cut.{suffix}")]
+        least = [index for index, end in enumerate(ends) if end + 200 < place]
+        assert told == list(range(len(told))) and len(least) <= len(told) <= len([end for end in ends if end < place])
+
+
+@pytest.mark.parametrize("container", [mp4, matroska])
+def test_a_note_longer_than_can_be_is_refused_before_it_is_read(container):
+    content = container.note(MARK, b"a" * 100)
+    assert list(container.notes(io.BytesIO(content), MARK, len(content))) == [b"a" * 100]
+    with pytest.raises(ValueError, match="the note at byte 0 has .* bytes, more than"):
+        list(container.notes(io.BytesIO(content), MARK, len(content) - 1))
+    assert not list(container.notes(io.BytesIO(content), bytes(16), len(content)))
 
 
 def test_a_recipe_that_is_too_long_for_a_comment_is_left_out_of_it_with_a_warning(tmp_path, caplog):
@@ -662,6 +686,29 @@ def test_a_film_can_be_made_again_from_its_recipe(i2v, image, tmp_path):
         **settings,
     ).frames[0]
     assert np.array_equal(read(tmp_path / "film.mkv")[0], np.stack(again))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_pipeline_goes_on_from_a_video_in_a_film(scheme, i2v, image, tmp_path):
+    """Stopped after the video and after a clip, or not."""
+    video = np.random.default_rng(0).integers(0, 256, (14, 32, 32, 3), np.uint8)
+
+    def make(path: Path, *stops: int) -> bytes:
+        for stop in stops:
+            with FilmWriter(path, fps=8, codec="ffv1") as film:
+                if film.state is None:
+                    film.append(Clip.from_video(video, scheme, CLIP["num_frames"], vae=i2v.vae))
+                options = {"prompts": "a cat sits", "num_clips": stop, "generator": seeded(), **CLIP}
+                for clip in i2v.stream(state=film.state, **options) if stop else ():
+                    film.append(clip)
+        return path.read_bytes()
+
+    whole = make(tmp_path / "whole.mkv", 2)
+    assert make(tmp_path / "film.mkv", 0, 1, 2) == whole
+    frames, _ = read(tmp_path / "film.mkv")
+    assert len(frames) == 14 + 2 * (9 - scheme.overlap)
+    kept = 14 - (scheme.overlap if scheme.trims == "tail" else 0)
+    assert np.array_equal(frames[:kept], video[:kept]) and len(read_recipe(tmp_path / "film.mkv").clips) == 2
 
 
 def test_the_pipelines_tails_and_cuts_make_the_same_film_known_or_not(i2v, image, tmp_path):

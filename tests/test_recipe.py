@@ -165,7 +165,9 @@ def test_a_recipe_that_changed_is_told_by_the_clip_it_changed_at(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"text", "cannot be read as a film: it is no video"),
+        (b"text", "cannot be read as a film: it is no MP4 and no Matroska file"),
+        (b"#EXTM3U\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n", "it is no MP4 and no Matroska file"),
+        (b"\0\0\0\x08ftyp", "it is no video"),
         (note({"index": 0}, boxes)[:-4] + b"oops", "`path`=.*cannot be read as a film"),
         (note([1], boxes), "its JSON is no object but list"),
         (struct.pack(">I4s", 8 + 16 + 10**5, b"uuid") + MARK + b"[" * 10**5, "its JSON is nested too deeply"),

@@ -122,6 +122,32 @@ def test_an_ordinary_file_of_a_film_has_its_sound(suffix, tmp_path):
     assert np.array_equal(ours, theirs) and times[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec", "layout"),
+    [
+        ("mp3", "mp3", "stereo"),
+        ("flac", "flac", "mono"),
+        ("mp4", "aac", "stereo"),
+        ("ogg", "libopus", "stereo"),
+        ("wav", "pcm_s24le", "5.1"),
+    ],
+)
+def test_sounds_of_many_kinds_are_read_in_time(suffix, codec, layout, tmp_path):
+    """A tone after a second of silence, found where it begins."""
+    samples = np.zeros((48000 * 2, 1), np.int16)
+    samples[48000:, 0] = 20000 * np.sin(np.arange(48000) / 10)
+    channels = {"mono": 1, "stereo": 2, "5.1": 6}[layout]
+    with av.open(str(tmp_path / f"a.{suffix}"), "w") as output:
+        stream = output.add_stream(codec, rate=48000, layout=layout)
+        frame = av.AudioFrame.from_ndarray(samples.repeat(channels, 1).reshape(1, -1), format="s16", layout=layout)
+        frame.sample_rate, frame.pts = 48000, 0
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    heard = np.abs(Sound(tmp_path / f"a.{suffix}").samples(0, 96000)[:, 0].astype(int))
+    assert heard[:47500].max() < 1000 < 10000 < heard[48100:48600].max()
+    assert 47950 < np.argmax(heard > 5000) < 48050
+
+
 def test_what_is_resampled_and_what_is_not(tmp_path):
     for rate, expected in ((44100, 44100), (11025, 11025), (37000, 48000)):
         make_sound(tmp_path / "a.wav", 1, rate)
@@ -130,22 +156,12 @@ def test_what_is_resampled_and_what_is_not(tmp_path):
         assert not sound.samples(expected + 50, expected + 150).any()
 
 
-def test_the_sound_of_a_video_that_begins_later_does_so(tmp_path):
-    samples = make_sound(tmp_path / "a.wav", 1)
-    with av.open(str(tmp_path / "a.mkv"), "w") as output:
-        stream = output.add_stream("pcm_s16le", rate=48000, layout="stereo")
-        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout="stereo")
-        frame.sample_rate, frame.pts = 48000, 24000
-        output.mux(stream.encode(frame))
-    sound = Sound(tmp_path / "a.mkv")
-    assert not sound.samples(0, 24000).any() and np.array_equal(sound.samples(24000, 72000), samples)
-
-
 def test_what_is_refused(tmp_path):
     clips = make_clips(LatentMotion(1), 2)
     make_sound(tmp_path / "a.wav", 1)
     make_sound(tmp_path / "b.wav", 2)
     (tmp_path / "text.wav").write_text("no sound")
+    (tmp_path / "list.wav").write_text("#EXTM3U\n#EXTINF:1,\na.wav\n#EXT-X-ENDLIST\n")
     write(tmp_path / "mute.mp4", clips, None)
     write(tmp_path / "film.mp4", clips, tmp_path / "a.wav")
     for name, audio, message in (
@@ -153,6 +169,7 @@ def test_what_is_refused(tmp_path):
         ("film.mp4", None, "'audio': '.*'audio': None} is asked for"),
         ("mute.mp4", "a.wav", "'audio': None}, but .*'audio': '"),
         ("new.mp4", "text.wav", "`audio`=.*text.wav' cannot be read as sound"),
+        ("new.mp4", "list.wav", "`audio`=.*list.wav' cannot be read as sound"),
         ("new.mp4", "mute.mp4", "`audio`=.*mute.mp4' cannot be read as sound: there is no sound in it"),
         ("new.mp4", "none.wav", "`audio`=.*none.wav' cannot be read as sound"),
     ):

@@ -46,18 +46,22 @@ def read_notes(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            container = matroska if int.from_bytes(file.read(4), "big") == matroska.HEADER else boxes
+            start = file.read(8)
+            container = matroska if int.from_bytes(start[:4], "big") == matroska.HEADER else boxes
             notes = [_object(content) for content in container.notes(file, MARK, MAX_NOTE)]
-        return notes or _read_comment(path)
+        if not notes and container is boxes and start[4:] != b"ftyp":
+            raise ValueError("it is no MP4 and no Matroska file")
+        return notes or _read_comment(path, "mp4" if container is boxes else "matroska")
     except (OSError, ValueError) as error:
         raise ValueError(f"`path`={str(path)!r} cannot be read as a film: {error}") from error
 
 
-def _read_comment(path: Path) -> list[dict[str, Any]]:
+def _read_comment(path: Path, kind: str) -> list[dict[str, Any]]:
     import av
 
     try:
-        with av.open(str(path), metadata_errors="replace") as file:
+        # Left to guess, FFmpeg follows playlists to other files.
+        with av.open(str(path), format=kind, metadata_errors="replace") as file:
             text = {name.lower(): value for name, value in file.metadata.items()}.get("comment", "")
     except av.FFmpegError as error:
         raise ValueError(f"it is no video ({error})") from error

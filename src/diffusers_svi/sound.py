@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 
+# What FFmpeg may take a file for: left to guess, it follows playlists to other files.
+FORMATS = "wav,w64,aiff,caf,mp3,flac,ogg,aac,opus,ac3,avi,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm"
 # Samples a second that AAC has.
 RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
 # Samples of a packet of AAC. A decoder needs the one before as well: the sound begins with one that is not heard.
@@ -28,7 +30,7 @@ class Sound:
     """The first track of sound in a file, decoded, on disk: 16 bits a sample, mono or stereo.
 
     Args:
-        path: A sound file, or a video with sound.
+        path: A sound file, or a video with sound; its first sample is the first.
 
     Raises:
         ValueError: if it cannot be read, or has no sound.
@@ -40,7 +42,7 @@ class Sound:
         try:
             with open(path, "rb") as content:
                 self.digest = hashlib.file_digest(content, "sha256").hexdigest()
-            with av.open(os.fspath(path)) as file:
+            with av.open(os.fspath(path), options={"format_whitelist": FORMATS}) as file:
                 if not file.streams.audio:
                     raise ValueError("there is no sound in it")
                 stream = file.streams.audio[0]
@@ -50,9 +52,6 @@ class Sound:
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the film is written
                 resampler = av.AudioResampler(format="s16", layout=self.layout, rate=self.rate)
                 for frame in file.decode(stream):
-                    if not self._file.tell() and frame.time:
-                        # It begins later than the pictures beside it.
-                        self._file.write(bytes(2 * self.channels * max(0, round(frame.time * self.rate))))
                     self._write(resampler.resample(frame))
                 self._write(resampler.resample(None))
         except (OSError, ValueError, av.FFmpegError) as error:

@@ -7,6 +7,7 @@ import click
 from .extend import extend
 from .generate import generate
 from .inspect import inspect
+from .plan import plan
 
 
 def main() -> None:
@@ -38,3 +39,4 @@ def commands() -> None:
 commands.add_command(generate)
 commands.add_command(extend)
 commands.add_command(inspect)
+commands.add_command(plan)
