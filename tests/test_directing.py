@@ -1,6 +1,7 @@
 """What a `ClipSpec` says of its clip, in every scheme: cuts, anchors, end frames, LoRA weights."""
 
 import itertools
+import logging
 import threading
 from dataclasses import replace
 
@@ -176,7 +177,9 @@ def test_weights_of_loras_hold_from_their_clip_on(two_loras, image):
         state = clip.state
 
 
-def test_weights_of_loras_are_put_back_and_taken_up(two_loras, image, caplog):
+def test_weights_of_loras_are_put_back_and_taken_up(two_loras, image, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers_svi"), "propagate", True)
+
     def scales():
         layer = two_loras.transformer.blocks[0].attn1.to_q
         return dict(layer.scaling), list(layer.active_adapters)
@@ -187,6 +190,9 @@ def test_weights_of_loras_are_put_back_and_taken_up(two_loras, image, caplog):
     assert scales() == before
     rest = made(two_loras, image, prompts, state=clips[1].state)
     assert np.array_equal(rest[0].frames, clips[2].frames) and scales() == before
+    assert "something else" not in caplog.text
+    made(two_loras, image, ["a cat sits"] * 3, state=clips[1].state)
+    assert "LoRAs of transformer: " in caplog.text
     stream = two_loras.stream(image=image, prompts=prompts, conditioning=LatentMotion(1), **SEEDS)
     next(stream), next(stream)
     assert scales()[0]["style"] == 0.5 * before[0]["style"]

@@ -124,6 +124,32 @@ def test_weights_that_differ_from_layer_to_layer_are_told_by_layer(i2v, folder):
     assert weights.pop("blocks.0.attn1.to_q") == 0.25 and len(weights) == 19 and set(weights.values()) == {1.0}
 
 
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_lora_of_the_hub_is_told_with_its_commit(revision, i2v, folder, tmp_path):
+    """Also where a branch or tag was asked for, which may move on. From the cache, as it lies on disk."""
+    commit, cache = "0123456789" * 4, tmp_path / "cache" / "models--a--lora"
+    place = cache / "snapshots" / commit / "version-1" / "svi.safetensors"
+    for file in (place, cache / "refs" / (revision or "main")):
+        file.parent.mkdir(parents=True)
+    (cache / "refs" / (revision or "main")).write_text(commit)
+    place.write_bytes((folder / "high.safetensors").read_bytes())
+    options = {"subfolder": "version-1", "cache_dir": tmp_path / "cache", "local_files_only": True}
+    i2v.load_lora_weights("a/lora", weight_name="svi.safetensors", revision=revision, **options)
+    (lora,) = recipe_of(i2v)["loras"]
+    expected = {"name": "a/lora", "weight_name": "svi.safetensors", "subfolder": "version-1", "revision": commit}
+    assert {name: lora[name] for name in expected} == expected
+    assert lora["sha256"] == {"transformer": digest(folder / "high.safetensors")}
+
+
+def test_a_lora_that_is_found_in_its_folder_is_told_by_its_file(i2v, folder):
+    for name in ("low", "other"):
+        (folder / f"{name}.safetensors").unlink()
+    i2v.load_lora_weights(folder)
+    (lora,) = recipe_of(i2v)["loras"]
+    assert lora["weight_name"] == "high.safetensors"
+    assert lora["sha256"] == {"transformer": digest(folder / "high.safetensors")}
+
+
 def test_a_lora_goes_out_of_the_recipe_with_its_adapter(i2v, folder):
     i2v.load_lora_weights(folder / "high.safetensors")
     i2v.load_lora_weights(folder / "other.safetensors")

@@ -1,6 +1,8 @@
 """The sound of a film: at the time of its frames, without a gap or a seam, the same bytes whenever it is written."""
 
+import signal
 import wave
+from multiprocessing import get_context
 from pathlib import Path
 
 import av
@@ -98,6 +100,35 @@ def test_a_film_with_sound_that_was_stopped_ends_with_the_same_bytes(scheme, suf
     for first, stop in ((0, 1), (1, 3), (3, 4)):
         stopped = write(tmp_path / f"film.{suffix}", make_clips(scheme, stop, first=first), tmp_path / "a.wav")
     assert stopped == whole
+
+
+def write_what_is_missing(path: Path, clips, audio: Path, background: bool) -> None:
+    codec = "ffv1" if path.suffix == ".mkv" else "libx264"
+    with FilmWriter(path, fps=FPS, audio=audio, codec=codec, background=background) as film:
+        for clip in clips[film.state.num_clips if film.state else 0 :]:
+            film.append(clip)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_film_that_is_killed_again_and_again_ends_with_the_same_bytes(suffix, background, tmp_path):
+    """At moments that come as they come, a little later each time, until one run comes to the end."""
+    make_sound(tmp_path / "a.wav", 4)
+    clips = make_clips(PixelMotion(5), 6, finished=False)
+    whole = write(tmp_path / f"whole.{suffix}", clips, tmp_path / "a.wav")
+    arguments = (tmp_path / f"film.{suffix}", clips, tmp_path / "a.wav", background)
+    kills = 0
+    while True:
+        process = get_context("fork").Process(target=write_what_is_missing, args=arguments)
+        process.start()
+        process.join(0.02 * (1 + kills))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    assert kills > 0 and arguments[0].read_bytes() == whole
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])

@@ -21,6 +21,7 @@ _MODULES = {
     "NEGATIVE_PROMPT": "prompts",
     "WAN_NEGATIVE_PROMPT": "prompts",
     "FilmWriter": "film",
+    "read_recipe": "recipe",
     "save_video": "video",
 }
 __all__ = list(_MODULES)
