@@ -26,6 +26,12 @@ from .order import FILE, LOADING, SETTINGS, Order, check_finalize, check_setting
 TOLD = (*SETTINGS, "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt", "clip_resize")
 
 
+def prompts_only(path: Path) -> list[ClipSpec] | None:
+    """The prompts of a video of another program, of which nothing else is known; `None` for a film of this package."""
+    recipe = read_recipe(path)
+    return None if "model" in recipe.film else _specs(path, recipe)
+
+
 def remade(path: Path, options: Mapping[str, Any]) -> Order:
     """The film in `path`, once more.
 

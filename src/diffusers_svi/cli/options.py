@@ -74,6 +74,10 @@ CLIPS = [
     option("What is made", "--prompts", "prompt_file", help="File of prompts; - to type them while it is made."),
     option("What is made", "--num_clips", type=int, help="One a prompt if not given; after that the last holds."),
 ]
+NEW_CLIPS = [
+    *CLIPS[:-1],
+    option("What is made", "--num_clips", type=int, help="Clips more; without prompts the last one holds."),
+]
 BASE = [
     option("Model", "--model", help="Another base model: Hub name or folder."),
 ]
