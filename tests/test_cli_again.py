@@ -14,6 +14,7 @@ from diffusers_svi import FilmWriter, PixelMotion, SVIPipeline
 from diffusers_svi.recipe import read_recipe
 from test_cli import ROOT, SVI_TINY, generate, num_frames
 from test_recipe import write_comment
+from test_sound import make_sound
 
 
 QUICK = {"num_frames": 9, "num_inference_steps": 2}
@@ -150,6 +151,17 @@ def test_a_clip_that_was_begun_by_a_typed_prompt_comes_before_new_ones(run_comma
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     assert run_command("extend", "film.mp4", "--prompts", "-")[0] == 0
     assert read_recipe(tmp_path / "film.mp4").clips[3] == {"prompt": "it sleeps", "seed": 126}
+
+
+def test_sound_is_given_again(run_command, tmp_path):
+    make_sound(tmp_path / "a.wav", 3)
+    again = ("generate", "--recipe", "film.mp4", "--out", "again.mp4")
+    assert run_command(*generate(**QUICK, num_clips=1, audio="a.wav"))[0] == 0
+    status, _, errors = run_command(*again)
+    assert status == 1 and "has sound, which is not in its recipe: give its file by `--audio`" in errors
+    assert run_command(*again, "--audio", "a.wav")[0] == 0
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "film.mp4").read_bytes()
+    assert run_command("extend", "film.mp4", "--num_clips", 1, "--audio", "a.wav")[0] == 0
 
 
 def test_a_film_begins_with_a_video_and_goes_on_from_its_end(run_command, tmp_path):

@@ -41,6 +41,8 @@ def remade(path: Path, options: Mapping[str, Any]) -> Order:
     recipe = read_recipe(path)
     _check_remakable(path, recipe)
     specs = _specs(path, recipe)
+    if recipe.form.get("audio") is not None and options["audio"] is None:
+        raise ValueError(f"{path} has sound, which is not in its recipe: give its file by `--audio`.")
     if any(spec.seed is None for spec in specs):
         raise ValueError(
             f"{path} cannot be made again: its noise did not come from seeds, but from "
@@ -94,6 +96,7 @@ def extended(path: Path, options: Mapping[str, Any]) -> Order:
         # As if it had been asked for at once, where seeds are so far apart.
         seeds=chain(repeat(0, len(specs)), count(0 if last is None else last + SEED_STEP, SEED_STEP)),
         file=form,
+        goes_on="`diffusers-svi extend` goes on with it: give what is left.",
     )
 
 

@@ -54,6 +54,7 @@ class Order:
         video (`Path`, *optional*): What it begins with instead.
         file (`dict`): The other arguments of `FilmWriter`.
         finalize (`Path`, *optional*): Where it is written as an ordinary MP4 once it is done.
+        goes_on (`str`): What to do after it was stopped.
     """
 
     out: Path
@@ -68,6 +69,7 @@ class Order:
     video: Path | None = None
     file: Mapping[str, Any] = field(default_factory=dict)
     finalize: Path | None = None
+    goes_on: str = "The same command goes on with it."
 
     def writer(self) -> FilmWriter:
         """Its file, taken up where it is there already."""
