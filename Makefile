@@ -6,13 +6,18 @@ BIN := $(VENV)/bin
 LORAS := examples/svi_tiny/loras
 OLDEST_DIFFUSERS := $(shell sed -n 's/.*"diffusers>=\([0-9.]*\),.*/\1/p' setup.py).0
 
-.PHONY: help demo drift test compat fuzz mutants quality style clean
+.PHONY: help demo app drift test compat fuzz mutants screenshots quality style clean
 
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
 
 demo: $(VENV)/demo  ## Make long films with the embedded model: outputs/demo/film.mp4 and comparison.png
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
+
+app: $(VENV)/app  ## Show the page, on which films are made, with the embedded model: films in outputs/films
+	$(BIN)/diffusers-svi app --folder outputs/films --preset shot --model examples/svi_tiny/model \
+		--lora $(LORAS)/shot.safetensors --height 64 --width 64 --num_frames 17 --num_inference_steps 10 \
+		--guidance_scale 1 --fps 8 --max_sequence_length 64 --open
 
 drift: $(VENV)/test  ## Measure how chains drift, with error recycling and without: outputs/drift
 	$(BIN)/python benchmarks/drift.py --quick --output_dir outputs/drift \
@@ -30,6 +35,9 @@ fuzz: $(VENV)/test  ## Give 5,000 odd inputs of every kind (half an hour)
 
 mutants: $(VENV)/test  ## Break the product one line at a time and see whether a test notices (an hour)
 	PYTHONPATH=benchmarks $(BIN)/python tests/mutants.py --output_file outputs/mutants.json
+
+screenshots: $(VENV)/test  ## Take the pictures of the page that are in the docs; needs chromium
+	PYTHONPATH=tests $(BIN)/python tests/screenshots.py --docs
 
 quality: $(VENV)/test  ## Check style, format, types and the directions of imports
 	$(BIN)/ruff check .

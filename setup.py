@@ -26,6 +26,7 @@ extras = {
     "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
     "train": ["datasets>=4.0", "tensorboard>=2.15"],
     "deepspeed": ["deepspeed>=0.17"],
+    "app": ["gradio>=6.0,<7"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -34,11 +35,14 @@ extras = {
         "bitsandbytes>=0.45",
         "gguf>=0.10",
         "optimum-quanto>=0.2.6",
+        "playwright>=1.50",
         "prodigyopt>=1.0",
     ],
     "quality": ["ruff>=0.11", "mypy>=1.15", "import-linter>=2.10", "types-psutil", "types-tqdm"],
 }
-extras["test"] += extras["color"] + extras["demo"] + extras["train"] + extras["deepspeed"] + extras["quality"]
+extras["test"] += (
+    extras["app"] + extras["color"] + extras["demo"] + extras["train"] + extras["deepspeed"] + extras["quality"]
+)
 
 setup(
     name="diffusers_svi",
@@ -50,6 +54,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"diffusers_svi.app": ["page.css"]},
     python_requires=">=3.11",
     install_requires=install_requires,
     extras_require=extras,

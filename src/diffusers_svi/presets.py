@@ -7,6 +7,8 @@ WAN_21 = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
 WAN_22 = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
 WAN_22_5B = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 AUTHORS = "vita-video-gen/svi-model"
+# Seeds of the clips are so far apart. source: the authors' `seed_times`
+SEED_STEP = 42
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group")
 QUANTIZATIONS = ("none", "quanto", "fp8")

@@ -4,6 +4,7 @@ import sys
 
 import click
 
+from .app import app
 from .extend import extend
 from .generate import generate
 from .inspect import inspect
@@ -36,6 +37,7 @@ def commands() -> None:
     """Videos of any length with Wan models and Stable Video Infinity (SVI) LoRAs."""
 
 
+commands.add_command(app)
 commands.add_command(generate)
 commands.add_command(extend)
 commands.add_command(inspect)

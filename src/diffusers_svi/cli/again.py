@@ -15,10 +15,10 @@ from ..data_uri import from_data_uri
 from ..journal import Journal
 from ..loading import check_loading, check_recipe, load_recipe
 from ..notes import read_notes
+from ..presets import SEED_STEP
 from ..recipe import Recipe, read_recipe
 from ..specs import check_clip
 from .making import journal_of
-from .options import SEED_STEP
 from .order import FILE, LOADING, SETTINGS, Order, check_finalize, check_settings, read_prompts
 
 

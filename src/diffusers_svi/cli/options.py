@@ -6,11 +6,9 @@ from typing import Any
 
 import click
 
-from ..presets import DTYPES, OFFLOADS, PRESETS, QUANTIZATIONS
+from ..presets import DTYPES, OFFLOADS, PRESETS, QUANTIZATIONS, SEED_STEP
 
 
-# Seeds of the clips are so far apart. source: the authors' `seed_times`
-SEED_STEP = 42
 # Longer ones have a line to themselves in `--help`.
 WIDEST = 30
 PATH = click.Path(path_type=Path)

@@ -19,12 +19,11 @@ from ..inputs import MAX_TOKENS
 from ..loading import check_loading, load_pipeline
 from ..noise import MAX_SEED
 from ..pipeline import SVIPipeline
-from ..presets import PRESETS, Preset
+from ..presets import PRESETS, SEED_STEP, Preset
 from ..prompts import NEGATIVE_PROMPT, load_prompts
 from ..source_video import open_source_video
 from ..specs import check_clip, check_guidance
 from ..start_image import RESIZE_MODES, read_image
-from .options import SEED_STEP
 
 
 # Of `--prompts`: they are typed, or come through a pipe, while the film is made.

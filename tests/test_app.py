@@ -1,0 +1,682 @@
+"""The page: a studio and its queue without a browser; and in a real one a film made, changed, stopped and finished."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+from conftest import make_components, quiet
+from diffusers_svi import SVIPipeline
+from diffusers_svi.app.project import Project, Settings
+from diffusers_svi.app.studio import Progress, Studio, in_plain_words
+from diffusers_svi.app.uploads import read_upload
+from diffusers_svi.film import read_clips
+
+
+ROOT = Path(__file__).parents[1]
+START = ROOT / "docs" / "images" / "start.png"
+SMALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 1.0, "fps": 8}
+SETTINGS = Settings.of("none", **SMALL)
+LIMIT = 60  # seconds, after which a test that waits gives up
+
+
+def load(preset: str) -> SVIPipeline:
+    return quiet(SVIPipeline(**make_components("i2v")))
+
+
+class Gate:
+    """A pipeline whose steps can be held back, so that a test knows where a film stands."""
+
+    def __init__(self):
+        self._changed, self._left = threading.Condition(), float("inf")
+
+    def let(self, steps: float) -> None:
+        """Let so many steps through from now on."""
+        with self._changed:
+            self._left = steps
+            self._changed.notify_all()
+
+    def load(self, preset: str) -> SVIPipeline:
+        pipe = load(preset)
+        pipe.transformer.register_forward_pre_hook(self._pass)
+        return pipe
+
+    def _pass(self, *_: object) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._left > 0, LIMIT)
+            self._left -= 1
+
+
+@pytest.fixture
+def gate():
+    return Gate()
+
+
+@pytest.fixture
+def studio(tmp_path, gate):
+    studio = Studio(tmp_path / "films", gate.load)
+    yield studio
+    gate.let(float("inf"))
+    studio.close()
+
+
+def wait_for(true, what: str = "") -> None:
+    deadline = time.monotonic() + LIMIT
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def at_rest(studio: Studio, name: str) -> str:
+    wait_for(lambda: studio.status(name) not in ("queued", "making", "stopping"))
+    return studio.status(name)
+
+
+def prompts(film: Project) -> list[str]:
+    return [clip["prompt"] for clip in read_clips(film.path)]
+
+
+def num_frames(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_a_film_is_made_and_can_be_made_longer(studio, image):
+    film = studio.create(image, ["a cat sits", "", "it jumps"], SETTINGS, "  My cat  ")
+    assert studio.status(film.name) == "stopped" and film.title == "My cat"
+    studio.make(film.name)
+    assert at_rest(studio, film.name) == "done", studio.error(film.name)
+    assert prompts(film) == ["a cat sits", "a cat sits", "it jumps"]
+    assert film.num_frames == num_frames(film.path) == 3 * 8 + 1
+    assert [clip["made_with"]["seed"] for clip in read_clips(film.path)] == ["0", "42", "84"]
+
+    film.add(["the dog sleeps"])
+    assert studio.status(film.name) == "stopped"
+    studio.make(film.name)
+    assert at_rest(studio, film.name) == "done"
+    finished = studio.finished(film.name)
+    assert finished.name == f"{film.name}.mp4" and num_frames(finished) == 4 * 8 + 1
+    made = finished.stat().st_mtime_ns
+    assert studio.finished(film.name).stat().st_mtime_ns == made
+
+
+def test_what_has_not_begun_can_be_changed_while_the_film_is_made(studio, gate, image):
+    film = studio.create(image, [f"a cat {n}" for n in range(6)], SETTINGS)
+    numbers = [clip.number for clip in film.clips]
+    gate.let(0)
+    studio.make(film.name)
+    wait_for(lambda: film.num_fixed > 0)
+    fixed = film.num_fixed
+    with pytest.raises(ValueError, match="Clip 1 has begun"):
+        film.edit(numbers[0], "the dog")
+    with pytest.raises(ValueError, match="Clip 1 has begun"):
+        film.remove(numbers[0])
+    film.edit(numbers[3], "the  dog\n sleeps ")
+    film.remove(numbers[4])
+    film.add(["a red mat"])
+    film.move(numbers[5], -1)
+    with pytest.raises(ValueError, match="not on the timeline any more"):
+        film.edit(numbers[4], "gone")
+    changed = ["a cat 0", "a cat 1", "a cat 2", "a cat 5", "the dog sleeps", "a red mat"]
+    # On disk already, for who comes after a crash.
+    assert [clip["prompt"] for clip in json.loads((film.folder / "film.json").read_text())["clips"]] == changed
+    assert fixed <= 2
+    gate.let(float("inf"))
+    assert at_rest(studio, film.name) == "done", studio.error(film.name)
+    assert prompts(film) == changed
+
+
+def test_a_clip_is_not_moved_before_one_that_has_begun(studio, gate, image):
+    film = studio.create(image, [f"a cat {n}" for n in range(4)], SETTINGS)
+    gate.let(0)
+    studio.make(film.name)
+    wait_for(lambda: film.num_fixed > 0)
+    last = film.clips[-1].number
+    film.move(last, -10)
+    assert [clip.number for clip in film.clips].index(last) == film.num_fixed
+
+
+def test_a_film_is_stopped_and_goes_on_as_if_it_had_not_been(studio, gate, image):
+    story = [f"a cat {n}" for n in range(4)]
+    whole = studio.create(image, story, SETTINGS)
+    studio.make(whole.name)
+    assert at_rest(studio, whole.name) == "done"
+
+    film = studio.create(image, story, SETTINGS)
+    studio.make(film.name)
+    wait_for(lambda: film.num_done == 1)
+    studio.stop(film.name)
+    assert at_rest(studio, film.name) == "stopped" and film.num_done < 4
+    # What was dropped can be changed again.
+    assert film.num_fixed == film.num_done
+    studio.make(film.name)
+    assert at_rest(studio, film.name) == "done"
+    assert film.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_two_films_wait_for_each_other(studio, gate, image):
+    gate.let(0)
+    one, two, three = (studio.create(image, ["a cat sits"], SETTINGS) for _ in range(3))
+    assert one.name < two.name < three.name and len({film.folder for film in (one, two, three)}) == 3
+    for film in (one, two, three, two):
+        studio.make(film.name)
+    wait_for(lambda: studio.status(one.name) == "making")
+    assert [studio.status(film.name) for film in (two, three)] == ["queued", "queued"]
+    assert [studio.place(film.name) for film in (two, three)] == [1, 2]
+    studio.stop(two.name)
+    assert studio.status(two.name) == "stopped" and studio.place(three.name) == 1
+    with pytest.raises(ValueError, match="no clip yet"):
+        studio.finished(one.name)
+    gate.let(float("inf"))
+    assert [at_rest(studio, film.name) for film in (one, three)] == ["done", "done"]
+    assert [film.name for film in studio.films] == [three.name, two.name, one.name]
+
+
+def test_the_queue_goes_on_after_a_film_that_fails(tmp_path, image):
+    def fails(preset: str) -> SVIPipeline:
+        if preset == "shot":
+            raise OSError(28, "No space left on device")
+        return load(preset)
+
+    studio = Studio(tmp_path, fails)
+    bad = studio.create(image, ["a cat sits"], Settings.of("shot", **SMALL))
+    wrong = studio.create(image, ["a cat sits"], Settings.of("none", **{**SMALL, "height": 48, "num_frames": 5}))
+    good = studio.create(image, ["a cat sits"], SETTINGS)
+    wrong.edit(wrong.clips[0].number, "")
+    for film in (bad, wrong, good):
+        studio.make(film.name)
+    assert [at_rest(studio, film.name) for film in (bad, wrong, good)] == ["failed", "failed", "done"]
+    assert studio.error(bad.name) == "The disk is full. Make room, then continue: what was made is safe."
+    assert studio.error(wrong.name) == "The first clip has no prompt. Write what happens in it."
+    wrong.edit(wrong.clips[0].number, "a cat sits")
+    studio.make(wrong.name)
+    assert at_rest(studio, wrong.name) == "done" and studio.error(wrong.name) == ""
+    studio.close()
+
+
+def test_values_that_are_not_finite_are_told(studio, image):
+    pipe = load("none")
+    for weight in pipe.transformer.parameters():
+        weight.data.fill_(float("nan"))
+    studio._pipeline = "none", pipe
+    film = studio.create(image, ["a cat sits"], SETTINGS)
+    studio.make(film.name)
+    assert at_rest(studio, film.name) == "failed" and "not finite" in studio.error(film.name)
+    assert film.num_done == film.num_fixed == 0
+
+
+def test_what_nobody_expected_is_told_too(capsys):
+    assert in_plain_words(KeyError("odd")) == "KeyError: 'odd'"
+    assert "KeyError" in capsys.readouterr().err
+    assert in_plain_words(MemoryError()).startswith("The memory did not suffice.")
+
+
+def test_a_film_without_an_end_goes_on_with_its_last_prompt(studio, image):
+    film = studio.create(image, ["a cat sits"], Settings.of("none", **SMALL, endless=True))
+    studio.make(film.name)
+    wait_for(lambda: film.num_done >= 3)
+    studio.stop(film.name)
+    assert at_rest(studio, film.name) == "stopped"
+    assert set(prompts(film)) == {"a cat sits"} and len(prompts(film)) >= 3
+
+
+def test_progress_tells_the_time_left(studio, gate, image):
+    film = studio.create(image, ["a cat sits"] * 4, SETTINGS)
+    gate.let(3)
+    studio.make(film.name)
+    wait_for(lambda: film.num_done == 1 and studio.progress(film.name).step == 1)
+    progress = studio.progress(film.name)
+    assert (progress.clip, progress.step, progress.num_steps) == (1, 1, 2)
+    each = progress.seconds_a_clip
+    assert 2 * each <= progress.seconds_left(4) <= 3 * each
+    assert Progress(1, 1, 2, None, 0.0).seconds_left(4) is None
+    assert studio.progress("another") is None
+
+
+SERVER = """
+import sys, time
+from pathlib import Path
+
+import PIL.Image
+
+from diffusers_svi.app.studio import Studio
+from test_app import SETTINGS, load
+
+studio = Studio(sys.argv[1], load)
+film = studio.create(PIL.Image.open(sys.argv[2]), ["a cat sits", "it jumps", "", "the dog sleeps"], SETTINGS, "Killed")
+waits = studio.create(PIL.Image.open(sys.argv[2]), ["a cat sits"], SETTINGS)
+studio.make(film.name)
+studio.make(waits.name)
+while film.num_done < 2:
+    time.sleep(0.01)
+print(film.name, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_film_goes_on_after_its_server_was_killed(tmp_path, image):
+    """With the bytes of one that was never stopped."""
+    image.save(tmp_path / "image.png")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(tmp_path / "films"), str(tmp_path / "image.png")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests"), *sys.path]))},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    name = process.stdout.readline().strip()
+    with pytest.raises(ValueError, match="is open in another page"):
+        Studio(tmp_path / "films", load)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+    studio = Studio(tmp_path / "films", load)
+    film = studio.film(name)
+    assert film.title == "Killed" and film.num_done >= 2 and len(studio.films) == 2
+    if not film.is_complete:
+        assert studio.status(name) == "interrupted"
+    assert num_frames(studio.finished(name)) >= 2 * 8
+    for each in studio.films:
+        studio.make(each.name)
+    assert [at_rest(studio, each.name) for each in studio.films] == ["done", "done"]
+    whole = studio.create(image, ["a cat sits", "it jumps", "", "the dog sleeps"], SETTINGS)
+    studio.make(whole.name)
+    assert at_rest(studio, whole.name) == "done"
+    assert film.path.read_bytes() == whole.path.read_bytes()
+    studio.close()
+    Studio(tmp_path / "films", load).close()
+
+
+def test_films_that_wait_when_a_server_ends_are_interrupted(tmp_path, gate, image):
+    studio = Studio(tmp_path, gate.load)
+    gate.let(0)
+    one, two = (studio.create(image, ["a cat sits"] * 3, SETTINGS) for _ in range(2))
+    studio.make(one.name)
+    studio.make(two.name)
+    wait_for(lambda: studio.status(one.name) == "making")
+    threading.Timer(0.2, lambda: gate.let(float("inf"))).start()
+    studio.close()
+    again = Studio(tmp_path, load)
+    assert [again.status(film.name) for film in (one, two)] == ["interrupted", "interrupted"]
+    again.close()
+
+
+def test_a_folder_that_is_damaged_is_left_out(tmp_path, image):
+    studio = Studio(tmp_path, load)
+    names = [studio.create(image, ["a cat sits"], SETTINGS).name for _ in range(3)]
+    studio.close()
+    (tmp_path / names[0] / "film.json").write_text('{"format": "diffusers_svi.project"')
+    (tmp_path / names[1] / "film.mp4.state").write_bytes(b"no state")
+    again = Studio(tmp_path, load)
+    assert [film.name for film in again.films] == names[2:]
+    with pytest.raises(ValueError, match="There is no film"):
+        again.film("../elsewhere")
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preset": "movie"}, "`preset` must be one of"),
+        ({"height": 40}, "`height` must be a multiple of 16, got 40"),
+        ({"width": 4096}, "`width` must be a whole number of 16 to 2048"),
+        ({"num_frames": 12}, r"`num_frames` must be 1 \+ 4n"),
+        ({"num_frames": 4001}, "`num_frames` must be a whole number of 5 to 1001"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be a whole number of 1 to 200"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number"),
+        ({"fps": 0}, "`fps` must be above 0"),
+        ({"fps": 1000}, "`fps` must be 120 at most"),
+        ({"seed": -1}, "`seed` must be a whole number"),
+        ({"color_match": "bright"}, "`color_match` must be one of"),
+        ({"guidance_scale_2": float("inf")}, "`guidance_scale_2` must be a finite number"),
+        ({"resize_mode": "warp"}, "`resize_mode` must be one of"),
+        ({"negative_prompt": "x" * 5000}, "`negative_prompt` must be a text"),
+        ({"max_sequence_length": 1000}, "`max_sequence_length` must be a whole number of 1 to 512"),
+    ],
+)
+def test_settings_out_of_range_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Settings.of(**{"preset": "none", **SMALL, **given})
+
+
+def test_a_film_needs_a_prompt(studio, image):
+    for story in ([], ["", "a cat sits"]):
+        with pytest.raises(ValueError, match="needs a prompt for its first clip"):
+            studio.create(image, story, SETTINGS)
+    with pytest.raises(ValueError, match="may have 4000 characters"):
+        studio.create(image, ["a" * 4001], SETTINGS)
+    assert studio.films == [] and [path.name for path in studio.folder.iterdir()] == [".lock"]
+    film = studio.create(image, ["a cat sits"], SETTINGS)
+    with pytest.raises(ValueError, match="the only clip"):
+        film.remove(film.clips[0].number)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (b"GIF89a" + b"0" * 100, "no PNG, JPEG or WebP"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no PNG, JPEG or WebP"),
+        (b"", "no PNG, JPEG or WebP"),
+        (START.read_bytes()[:600], "damaged"),
+        (b"0" * 20_000_001, "larger than 20 MB"),
+        (PIL.Image.new("RGB", (64, 8)), "too small or too narrow"),
+        (PIL.Image.new("1", (8000, 6000)), "8000 x 6000 pixels. Make it smaller: 40 million at most"),
+        (PIL.Image.new("RGBA", (64, 64)), "transparent parts"),
+    ],
+)
+def test_bad_uploads_are_refused_in_plain_words(tmp_path, picture, message):
+    path = tmp_path / "upload"
+    if isinstance(picture, bytes):
+        path.write_bytes(picture)
+    else:
+        picture.save(path, format="PNG")
+    with pytest.raises(ValueError, match=message):
+        read_upload(path)
+
+
+def test_good_uploads_are_taken(tmp_path):
+    for kind in ("PNG", "JPEG", "WEBP"):
+        PIL.Image.new("RGB", (64, 48), "red").save(tmp_path / "upload", format=kind)
+        picture = read_upload(tmp_path / "upload")
+        assert picture.mode == "RGB" and picture.size == (64, 48)
+        assert np.abs(np.asarray(picture)[0, 0].astype(int) - (255, 0, 0)).max() <= 3
+
+
+# From here on with a real server, and where there is Chromium with a real browser.
+TINY = ROOT / "examples" / "svi_tiny"
+STORY = [
+    f"a large red circle moves {way} over a green meadow" for way in ("left", "up", "right", "down", "left", "up")
+]
+
+
+class Server:
+    """`diffusers-svi app` on svi-tiny, in a process of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.port = folder, 0
+        self.film = next((path.name for path in sorted(folder.glob("2*"))), "")  # one that is there before
+        self.start()
+
+    def start(self) -> None:
+        options = {
+            **{"folder": self.folder, "port": self.port, "preset": "shot", "model": TINY / "model"},
+            **{"lora": TINY / "loras" / "shot.safetensors", "height": 64, "width": 64, "num_frames": 17, "fps": 8},
+            **{"num_inference_steps": 10, "guidance_scale": 1, "max_sequence_length": 64},
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "diffusers_svi", "app", *(f"--{name}={value}" for name, value in options.items())],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        told = self.process.stdout.readline()
+        self.url = re.search(r"http://127.0.0.1:(\d+)/", told).group()
+        self.port = int(self.url.split(":")[-1].rstrip("/"))
+
+    def stop(self, how: int = signal.SIGKILL) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(LIMIT)
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=LIMIT) as answer:
+            return answer.read()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page") / "films"
+    studio = Studio(folder, load)
+    film = studio.create(PIL.Image.open(START), ["a cat sits", "it jumps"], SETTINGS, "Of yesterday")
+    studio.make(film.name)
+    assert at_rest(studio, film.name) == "done"
+    studio.close()
+    server = Server(folder)
+    yield server
+    # As by Ctrl-C.
+    assert server.stop(signal.SIGINT) == 130
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """A tab of its own, which asks nobody but the server for anything, and has no error of its own to tell."""
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.set_default_timeout(LIMIT * 1000)
+    asked, errors = [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    yield tab
+    assert [url for url in asked if not url.startswith((server.url, "blob:", "data:"))] == []
+    assert errors == []
+    tab.close()
+
+
+def state_of(page: Page) -> Locator:
+    return page.locator(".svi-state")
+
+
+def begin(page: Page, server: Server, story: list[str], title: str = "") -> str:
+    """Make a film as people do; its name."""
+    page.goto(server.url)
+    page.locator("input[type=file]").first.set_input_files(START)
+    page.get_by_label("Story").fill("\n".join(story))
+    page.get_by_label("Title").fill(title)
+    page.get_by_label("Remove Image").wait_for()  # the upload has arrived
+    page.get_by_role("button", name="Make the film").click()
+    page.wait_for_url("**/?film=*")
+    return page.url.partition("?film=")[2]
+
+
+def test_a_film_is_made_changed_stopped_killed_continued_and_downloaded(page, server):
+    name = begin(page, server, STORY, "My <b>film</b>")
+    page.get_by_role("heading", name="My <b>film</b>").wait_for()
+    page.get_by_label("Clip 5", exact=True).fill("a large red circle stays still, it turns blue")
+    page.get_by_label("Clip 1 · done").wait_for()
+    assert page.get_by_label("Clip 1 · done").is_disabled()
+    page.get_by_role("button", name="Stop").click()
+    go_on = page.get_by_role("button", name="Continue")
+    go_on.wait_for()
+    page.reload()
+    expect(page.get_by_label("Clip 5", exact=True)).to_have_value("a large red circle stays still, it turns blue")
+    stopped = int(re.search(r"Stopped after clip (\d) of 6", state_of(page).inner_text()).group(1))
+    go_on.click()
+    page.get_by_label(f"Clip {stopped + 1} · done").wait_for()
+    server.stop()
+    server.start()
+    page.goto(f"{server.url}?film={name}")
+    if "Done" not in state_of(page).inner_text():
+        assert "The server was stopped after clip" in state_of(page).inner_text()
+        go_on.click()
+    expect(state_of(page)).to_have_text("Done: 6 clips, 12.1 seconds.", timeout=LIMIT * 1000)
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download the film").click()
+    assert download.value.suggested_filename == f"{name}.mp4"
+    assert num_frames(download.value.path()) == 6 * 16 + 1
+    told = [clip["prompt"] for clip in read_clips(server.folder / name / "film.mp4")]
+    assert told == [*STORY[:4], "a large red circle stays still, it turns blue", STORY[5]]
+    # The browser can play it.
+    page.wait_for_function("document.querySelector('video').readyState >= 2")
+    assert page.evaluate("document.querySelector('video').duration") == pytest.approx(97 / 8, abs=0.05)
+
+
+def test_two_tabs_have_a_film_each(page, browser, server):
+    one = begin(page, server, STORY[:2])
+    other = browser.new_page()
+    two = begin(other, server, STORY[2:3], "The other")
+    assert one != two
+    told = state_of(other)
+    expect(told).to_have_text(re.compile("Waiting: 1 other film|Getting the model|Making clip 1 of 1|Done"))
+    expect(told).to_have_text("Done: 1 clip, 2.1 seconds.", timeout=LIMIT * 1000)
+    expect(state_of(page)).to_have_text("Done: 2 clips, 4.1 seconds.")
+    # Each sees the films of both, and opens one by a link.
+    page.get_by_role("link", name="The other").click()
+    page.get_by_role("heading", name="The other").wait_for()
+    expect(page.get_by_label("Clip 1 · done")).to_have_value(STORY[2])
+    # A finished film is made longer.
+    other.get_by_label("More clips").fill(STORY[3])
+    other.get_by_role("button", name="Extend the film").click()
+    expect(told).to_have_text("Done: 2 clips, 4.1 seconds.", timeout=LIMIT * 1000)
+    other.close()
+
+
+def test_clips_are_moved_and_cut_on_a_timeline_that_is_turned_over(page, server):
+    story = [f"a large red circle moves left {n}" for n in range(26)]
+    name = begin(page, server, story)
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Continue").wait_for()
+    page.get_by_role("button", name="Move 24 up").click()
+    expect(page.get_by_label("Clip 23", exact=True)).to_have_value(story[23])
+    page.get_by_role("button", name="Clips after").click()
+    expect(page.get_by_label("Clip 25", exact=True)).to_have_value(story[24])
+    expect(page.get_by_role("button", name="Clips after")).to_be_hidden()
+    page.get_by_role("button", name="Cut 25").click()
+    expect(page.get_by_label("Clip 25", exact=True)).to_have_value(story[25])
+    expect(page.get_by_label("Clip 26", exact=True)).to_be_hidden()
+    page.get_by_role("button", name="Clips before").click()
+    expect(page.get_by_label("Clip 24", exact=True)).to_have_value(story[22])
+    clips = json.loads((server.folder / name / "film.json").read_text())["clips"]
+    assert [clip["prompt"] for clip in clips] == [*story[:22], story[23], story[22], story[25]]
+
+
+def test_a_bad_upload_is_told(page, server, tmp_path):
+    (tmp_path / "evil.png").write_bytes(b"<script>alert(1)</script>")
+    page.goto(server.url)
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "evil.png")
+    page.get_by_text("This is no PNG, JPEG or WebP picture.").wait_for()
+    page.get_by_label("Story").fill(STORY[0])
+    page.get_by_role("button", name="Make the film").click()
+    page.get_by_text("Choose the picture that the film begins with.").wait_for()
+
+
+# The name that a screen reader tells, near enough: of its label, or what it is called by.
+NAMELESS = """() => {
+  const name = (e) => (e.getAttribute('aria-label') || [...(e.labels || [])].map((l) => l.innerText).join(' ')
+    || (e.getAttribute('aria-labelledby') || '').split(' ').map((i) => document.getElementById(i)?.innerText).join('')
+    || e.innerText || e.title || '').trim();
+  const controls = document.querySelectorAll('button, a[href], input, textarea, select, summary, video, progress');
+  return [...controls].filter((e) => e.checkVisibility() && e.type !== 'file' && !name(e)).map((e) => e.outerHTML);
+}"""
+
+
+def test_the_page_fits_and_everything_on_it_has_a_name(page, server):
+    """Wide and narrow, light and dark."""
+    for address in ("", f"?film={server.film}"):
+        page.goto(server.url + address)
+        page.get_by_role("button", name="Extend the film" if address else "Make the film").wait_for()
+        if not address:
+            page.get_by_role("button", name="Advanced settings").click()
+            page.get_by_label("Not to be seen").wait_for()
+        assert page.evaluate(NAMELESS) == []
+        for width, scheme in ((1280, "light"), (390, "dark"), (390, "light"), (1280, "dark")):
+            page.set_viewport_size({"width": width, "height": 844})
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            page.wait_for_function(f"document.body.classList.contains('dark') == {str(scheme == 'dark').lower()}")
+
+
+def test_a_film_is_made_with_the_keyboard(page, server):
+    page.goto(server.url)
+    page.locator("input[type=file]").first.set_input_files(START)
+    page.get_by_label("Remove Image").wait_for()
+    reached = []
+
+    def tab_to(name: str) -> None:
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            reached.append(
+                page.evaluate(
+                    "((e) => e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText)"
+                    "(document.activeElement)"
+                ).strip()
+            )
+            if reached[-1].startswith(name):
+                return
+        raise AssertionError(f"{name} is not reached: {reached}")
+
+    tab_to("New film")
+    tab_to("Title")
+    page.keyboard.type("By keyboard")
+    tab_to("Story")
+    page.keyboard.type(STORY[0])
+    tab_to("Advanced settings")
+    tab_to("Make the film")
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name="By keyboard").wait_for()
+    tab_to("Extend the film")
+
+
+def test_only_films_are_served(server):
+    assert server.get("").startswith(b"<!doctype html>")
+    folder = server.folder / server.film
+    assert server.get(f"films/{folder.name}/poster.jpg")[:3] == b"\xff\xd8\xff"
+    assert server.get(f"films/{folder.name}/film.mp4") == (folder / "film.mp4").read_bytes()
+    assert server.get(f"films/{folder.name}/download") == (folder / f"{folder.name}.mp4").read_bytes()
+    for path in (
+        f"films/{folder.name}/film.json",
+        f"films/{folder.name}/start.png",
+        f"films/{folder.name}/..%2F..%2F..%2Fetc%2Fpasswd",
+        "films/..%2F..%2Fetc/passwd",
+        "films/no-such-film/film.mp4",
+        "films/no-such-film/download",
+        "gradio_api/file=/etc/passwd",
+        f"gradio_api/file={folder}/film.json",
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.get(path)
+        assert refused.value.code in (403, 404), path
+
+
+def test_nothing_is_written_elsewhere(server):
+    """All that uploads and films leave behind lies in the folder."""
+    names = {path.name for path in server.folder.iterdir()}
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d-\d{3}", name) for name in names - {".lock", ".uploads"})
+    assert list((ROOT / "src").rglob("*.pyi")) == []
+
+
+def test_the_space_starts(tmp_path):
+    """As the Hub runs it, with nothing but its variables."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "examples" / "space" / "app.py"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            **{"SVI_FOLDER": str(tmp_path / "films"), "SVI_PRESET": "shot", "SVI_OPTIONS": "--fps 12 --height 480"},
+            "GRADIO_SERVER_PORT": "0",
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = re.search(r"http://localhost:\d+/", process.stdout.readline()).group()
+        with urllib.request.urlopen(address, timeout=LIMIT) as answer:
+            page = answer.read().decode()
+        assert "Make the film" in page and '"film-transitions"' in page
+        assert (tmp_path / "films" / ".lock").exists()
+    finally:
+        process.kill()
+        process.wait()
+    header = (ROOT / "examples" / "space" / "README.md").read_text(encoding="utf-8").split("---")[1]
+    assert "sdk: gradio\n" in header and "app_file: app.py\n" in header
