@@ -29,8 +29,6 @@ def main() -> None:
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
-        # --num-clips is --num_clips.
-        "token_normalize_func": lambda name: name.replace("-", "_"),
     }
 )
 def commands() -> None:
