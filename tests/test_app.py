@@ -414,7 +414,7 @@ class Server:
         options = {
             **{"folder": self.folder, "port": self.port, "preset": "shot", "model": TINY / "model"},
             **{"lora": TINY / "loras" / "shot.safetensors", "height": 64, "width": 64, "num_frames": 17, "fps": 8},
-            **{"num_inference_steps": 10, "guidance_scale": 1, "max_sequence_length": 64},
+            **{"num_inference_steps": 8, "guidance_scale": 1, "max_sequence_length": 64},
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "diffusers_svi", "app", *(f"--{name}={value}" for name, value in options.items())],
