@@ -8,6 +8,7 @@ from .app import app
 from .extend import extend
 from .generate import generate
 from .inspect import inspect
+from .plan import plan
 
 
 def main() -> None:
@@ -40,3 +41,4 @@ commands.add_command(app)
 commands.add_command(generate)
 commands.add_command(extend)
 commands.add_command(inspect)
+commands.add_command(plan)
