@@ -25,6 +25,7 @@ from diffusers_svi.app.project import Project, Settings
 from diffusers_svi.app.studio import Progress, Studio, in_plain_words
 from diffusers_svi.app.uploads import read_upload
 from diffusers_svi.film import read_clips
+from diffusers_svi.recipe import read_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -414,7 +415,7 @@ class Server:
         options = {
             **{"folder": self.folder, "port": self.port, "preset": "shot", "model": TINY / "model"},
             **{"lora": TINY / "loras" / "shot.safetensors", "height": 64, "width": 64, "num_frames": 17, "fps": 8},
-            **{"num_inference_steps": 10, "guidance_scale": 1, "max_sequence_length": 64},
+            **{"num_inference_steps": 8, "guidance_scale": 1, "max_sequence_length": 64},
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "diffusers_svi", "app", *(f"--{name}={value}" for name, value in options.items())],
@@ -514,7 +515,9 @@ def test_a_film_is_made_changed_stopped_killed_continued_and_downloaded(page, se
     with page.expect_download() as download:
         page.get_by_role("link", name="Download the film").click()
     assert download.value.suggested_filename == f"{name}.mp4"
-    assert num_frames(download.value.path()) == 6 * 16 + 1
+    file = shutil.copy(download.value.path(), server.folder.parent / "downloaded.mp4")
+    assert num_frames(file) == 6 * 16 + 1
+    assert [clip["prompt"] for clip in read_recipe(file).clips][4] == "a large red circle stays still, it turns blue"
     told = [clip["prompt"] for clip in read_clips(server.folder / name / "film.mp4")]
     assert told == [*STORY[:4], "a large red circle stays still, it turns blue", STORY[5]]
     # The browser can play it.

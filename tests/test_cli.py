@@ -1,5 +1,6 @@
 """The command, run as users run it, on the embedded model."""
 
+import json
 import os
 import re
 import signal
@@ -92,8 +93,11 @@ def test_a_film_is_made_stopped_gone_on_with_and_made_longer(run_command, tmp_pa
     assert [clip["made_with"]["seed"] for clip in read_clips(tmp_path / "film.mp4")] == ["0", "42", "84", "126"]
 
     status, told, _ = run_command("inspect", "film.mp4")
-    assert status == 0 and "clip 2, from frame 16: a large red circle moves left" in told
-    assert re.search(r"num_inference_steps +8\n", told)
+    assert status == 0 and "clip 2: a large red circle moves left over a green meadow (seed 42)" in told
+    assert re.search(r"num_inference_steps +8\n", told) and re.search(r"image +PNG, \d+ kB\n", told)
+    assert "base64" not in told and re.search(r"LoRA default_0 +.*sha256 transformer [0-9a-f]{64}", told)
+    status, told, _ = run_command("inspect", "film.mp4", "--json")
+    assert status == 0 and [clip["seed"] for clip in json.loads(told)["clips"]] == [0, 42, 84, 126]
     status, told, _ = run_command("inspect", "film.mp4.state")
     assert status == 0 and re.search(r"next clip from frame +64\n", told)
 

@@ -1,5 +1,8 @@
 """Films by their recipes: the same once more, longer, and gone on with from a video. On the embedded model."""
 
+import io
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from diffusers_svi import FilmWriter, PixelMotion, SVIPipeline
 from diffusers_svi.recipe import read_recipe
 from test_cli import ROOT, SVI_TINY, generate, num_frames
+from test_recipe import write_comment
+from test_sound import make_sound
 
 
 QUICK = {"num_frames": 9, "num_inference_steps": 2}
@@ -119,6 +124,44 @@ def test_what_is_to_be_new_must_be_told(run_command, tmp_path, arguments, messag
     status, _, errors = run_command("extend", "film.mp4", *arguments)
     assert status == 1 and message in errors
     assert (tmp_path / "film.mp4").read_bytes() == before
+
+
+def test_prompts_and_seed_of_another_program_are_taken_over(run_command, tmp_path):
+    write_comment(tmp_path / "wan.mp4", json.dumps({"prompt": "a cat wakes\nit jumps", "seed": 7}))
+    asked = {**QUICK, "prompt": None, "num_clips": None, "recipe": "wan.mp4"}
+    status, _, errors = run_command(*generate(**asked))
+    assert status == 0, errors
+    clips = read_recipe(tmp_path / "film.mp4").clips
+    assert clips == [{"prompt": "a cat wakes", "seed": 7}, {"prompt": "it jumps", "seed": 42}]
+    status, _, errors = run_command(*generate(**asked | {"prompt": "it sleeps", "out": "x.mp4"}))
+    assert status == 1 and "leave out `--prompt` and `--prompts`" in errors
+
+
+def test_a_clip_that_was_begun_by_a_typed_prompt_comes_before_new_ones(run_command, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a cat wakes\n"))
+    status, _, errors = run_command(*generate(**QUICK, prompt=None, prompts="-", num_clips=1))
+    assert status == 0, errors
+    with open(tmp_path / "film.mp4.journal", "a") as journal:
+        journal.write('{"prompt": "it jumps"}\n')
+    status, told, errors = run_command("extend", "film.mp4", "--prompt", "it sleeps")
+    assert status == 0 and "clips 2 to 3" in told, errors
+    clips = read_recipe(tmp_path / "film.mp4").clips
+    assert [clip["prompt"] for clip in clips] == ["a cat wakes", "it jumps", "it sleeps"]
+    assert [clip["seed"] for clip in clips] == [0, 42, 84]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert run_command("extend", "film.mp4", "--prompts", "-")[0] == 0
+    assert read_recipe(tmp_path / "film.mp4").clips[3] == {"prompt": "it sleeps", "seed": 126}
+
+
+def test_sound_is_given_again(run_command, tmp_path):
+    make_sound(tmp_path / "a.wav", 3)
+    again = ("generate", "--recipe", "film.mp4", "--out", "again.mp4")
+    assert run_command(*generate(**QUICK, num_clips=1, audio="a.wav"))[0] == 0
+    status, _, errors = run_command(*again)
+    assert status == 1 and "has sound, which is not in its recipe: give its file by `--audio`" in errors
+    assert run_command(*again, "--audio", "a.wav")[0] == 0
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "film.mp4").read_bytes()
+    assert run_command("extend", "film.mp4", "--num_clips", 1, "--audio", "a.wav")[0] == 0
 
 
 def test_a_film_begins_with_a_video_and_goes_on_from_its_end(run_command, tmp_path):

@@ -1,8 +1,10 @@
+import io
 import resource
 import signal
 import subprocess
 import sys
 import weakref
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -10,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
-from diffusers_svi.video import save_video
+from diffusers_svi.video import encode_frames, save_video
 
 
 def make_frames(num_frames: int = 7, height: int = 32, width: int = 48) -> np.ndarray:
@@ -98,3 +100,18 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(tmp_path):
     )
     assert done.returncode == 1 and "File too large" in done.stderr.splitlines()[-1]
     assert (tmp_path / "film.mp4").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "libsvtav1"])
+def test_the_same_frames_are_the_same_bytes(codec):
+    """Whatever threads an encoder has."""
+    noise = np.random.default_rng(0).integers(256, size=(60, 8, 8, 3), dtype=np.uint8)
+    frames = noise.repeat(12, 1).repeat(12, 2)
+
+    def encoded() -> bytes:
+        content = io.BytesIO()
+        options = {"movflags": "empty_moov+frag_keyframe"}
+        encode_frames(content, iter(frames), Fraction(16), codec, options=options)
+        return content.getvalue()
+
+    assert len({encoded() for _ in range(5)}) == 1

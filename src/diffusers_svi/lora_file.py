@@ -276,6 +276,11 @@ def _scale(config: PeftConfig, key: str) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
+def published_scheme(name: str) -> Scheme | None:
+    """The scheme of a LoRA that was published, known by the name of its repository or file."""
+    return _published(name)[0]
+
+
 def _published(name: str) -> tuple[Scheme | None, str | None]:
     name = name.lower()
     stem = os.path.basename(name)

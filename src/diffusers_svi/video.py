@@ -22,6 +22,11 @@ FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 INDEX_FIRST = {".mp4": {"movflags": "faststart"}, ".mkv": {"cues_to_front": "1"}}
 # Frames from one that stands by itself to the next: what a player must read to begin in the middle.
 LONGEST_GROUP = "250"
+# Encoders that have threads of their own, whatever FFmpeg is told.
+ONE_THREAD = {
+    "libx265": {"x265-params": "pools=none:frame-threads=1:log-level=error"},
+    "libsvtav1": {"svtav1-params": "lp=1"},
+}
 # Of H.264: hardly to be told from the frames.
 CONSTANT_RATE_FACTOR = 18
 
@@ -101,7 +106,12 @@ def encode_frames(
         stream = output.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         # With threads or frames that wait for later ones, two runs need not write the same.
-        stream.options = {"bf": "0", "g": LONGEST_GROUP} | ({} if crf is None else {"crf": str(crf)})
+        stream.options = {
+            "bf": "0",
+            "g": LONGEST_GROUP,
+            **ONE_THREAD.get(codec, {}),
+            **({} if crf is None else {"crf": str(crf)}),
+        }
         stream.codec_context.thread_count = 1
         heard = None if sound is None else Stretch(sound, output, start / fps)
         for number, pixels in enumerate(itertools.chain([first], frames), start=start):

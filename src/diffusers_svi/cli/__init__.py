@@ -8,6 +8,7 @@ from .app import app
 from .extend import extend
 from .generate import generate
 from .inspect import inspect
+from .plan import plan
 
 
 def main() -> None:
@@ -28,8 +29,6 @@ def main() -> None:
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
-        # --num-clips is --num_clips.
-        "token_normalize_func": lambda name: name.replace("-", "_"),
     }
 )
 def commands() -> None:
@@ -40,3 +39,4 @@ commands.add_command(app)
 commands.add_command(generate)
 commands.add_command(extend)
 commands.add_command(inspect)
+commands.add_command(plan)

@@ -26,6 +26,12 @@ from .order import FILE, LOADING, SETTINGS, Order, check_finalize, check_setting
 TOLD = (*SETTINGS, "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt", "clip_resize")
 
 
+def prompts_only(path: Path) -> list[ClipSpec] | None:
+    """The prompts of a video of another program, of which nothing else is known; `None` for a film of this package."""
+    recipe = read_recipe(path)
+    return None if "model" in recipe.film else _specs(path, recipe)
+
+
 def remade(path: Path, options: Mapping[str, Any]) -> Order:
     """The film in `path`, once more.
 
@@ -35,6 +41,8 @@ def remade(path: Path, options: Mapping[str, Any]) -> Order:
     recipe = read_recipe(path)
     _check_remakable(path, recipe)
     specs = _specs(path, recipe)
+    if recipe.form.get("audio") is not None and options["audio"] is None:
+        raise ValueError(f"{path} has sound, which is not in its recipe: give its file by `--audio`.")
     if any(spec.seed is None for spec in specs):
         raise ValueError(
             f"{path} cannot be made again: its noise did not come from seeds, but from "
@@ -88,6 +96,7 @@ def extended(path: Path, options: Mapping[str, Any]) -> Order:
         # As if it had been asked for at once, where seeds are so far apart.
         seeds=chain(repeat(0, len(specs)), count(0 if last is None else last + SEED_STEP, SEED_STEP)),
         file=form,
+        goes_on="`diffusers-svi extend` goes on with it: give what is left.",
     )
 
 

@@ -38,7 +38,7 @@ The same command again goes on with a film that was stopped, or that is to be lo
 @click.pass_context
 def generate(context: click.Context, dry_run: bool, recipe: Path | None, jobs: Path | None, **options: Any) -> None:
     """Make a film, clip by clip, in one file."""
-    from .again import remade
+    from .again import prompts_only, remade
     from .making import make
     from .order import order
 
@@ -51,9 +51,12 @@ def generate(context: click.Context, dry_run: bool, recipe: Path | None, jobs: P
         return
     if options["out"] is None:
         raise click.UsageError("`--out` is missing: the film's file.")
-    if recipe is not None:
+    told = None if recipe is None else prompts_only(recipe)
+    if recipe is None or told is not None:
+        make(order(options, told), dry_run=dry_run)
+    else:
         _refuse_told(context)
-    make(order(options) if recipe is None else remade(recipe, options), dry_run=dry_run)
+        make(remade(recipe, options), dry_run=dry_run)
 
 
 def _refuse_told(context: click.Context) -> None:

@@ -46,7 +46,7 @@ def make(order: Order, load: Callable[[], SVIPipeline] | None = None, *, dry_run
             try:
                 _run(order, film, (load or order.load)())
             except KeyboardInterrupt:
-                click.echo(f"\n{film.path} has {film.num_frames} frames. The same command goes on with it.", err=True)
+                click.echo(f"\n{film.path} has {film.num_frames} frames. {order.goes_on}", err=True)
                 raise
             click.echo(f"{film.path}: {film.num_frames} frames, {film.num_frames / float(film.fps):.1f} seconds.")
         if order.finalize is not None and not dry_run:

@@ -72,6 +72,10 @@ CLIPS = [
     option("What is made", "--prompts", "prompt_file", help="File of prompts; - to type them while it is made."),
     option("What is made", "--num_clips", type=int, help="One a prompt if not given; after that the last holds."),
 ]
+NEW_CLIPS = [
+    *CLIPS[:-1],
+    option("What is made", "--num_clips", type=int, help="Clips more; without prompts the last one holds."),
+]
 BASE = [
     option("Model", "--model", help="Another base model: Hub name or folder."),
 ]
@@ -106,9 +110,9 @@ FILE = [
     option("File", "--codec", help="libx264 (if not given), which all play, libx265, libsvtav1; ffv1 in MKV."),
     option("File", "--crf", type=int, help="Of the codec: smaller is better and larger."),
     option("File", "--pixel_format", help="yuv420p (if not given), which all play, or yuv444p."),
-    option("File", "--audio", type=PATH, help="Its sound: a sound file, or a video with sound."),
 ]
 WRITING = [
+    option("File", "--audio", type=PATH, help="Its sound: a sound file, or a video with sound."),
     option("File", "--background", is_flag=True, help="Encode a clip while the next one is made."),
     option("File", "--finalize", type=PATH, help="When it is done, write it here as an ordinary MP4."),
 ]

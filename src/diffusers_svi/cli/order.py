@@ -53,6 +53,7 @@ class Order:
         video (`Path`, *optional*): What it begins with instead.
         file (`dict`): The other arguments of `FilmWriter`.
         finalize (`Path`, *optional*): Where it is written as an ordinary MP4 once it is done.
+        goes_on (`str`): What to do after it was stopped.
     """
 
     out: Path
@@ -67,20 +68,23 @@ class Order:
     video: Path | None = None
     file: Mapping[str, Any] = field(default_factory=dict)
     finalize: Path | None = None
+    goes_on: str = "The same command goes on with it."
 
     def writer(self) -> FilmWriter:
         """Its file, taken up where it is there already."""
         return FilmWriter(self.out, self.fps, **self.file)
 
 
-def order(options: Mapping[str, Any]) -> Order:
-    """The film that `options`, those of `generate`, ask for.
+def order(options: Mapping[str, Any], told: list[ClipSpec] | None = None) -> Order:
+    """The film that `options`, those of `generate`, ask for; where `told` gives its prompts, they do not.
 
     Raises:
         click.UsageError, ValueError: for what cannot be right.
     """
     family = PRESETS[options["preset"]]
-    if bool(options["prompt_list"]) == bool(options["prompt_file"]):
+    if told is not None and (options["prompt_list"] or options["prompt_file"]):
+        raise click.UsageError("With `--recipe`, leave out `--prompt` and `--prompts`: it tells them.")
+    if told is None and bool(options["prompt_list"]) == bool(options["prompt_file"]):
         raise click.UsageError("Give either `--prompt` or `--prompts`.")
     check_finalize(options["finalize"], options["out"])
     if options["image"] is not None and options["continue_from"] is not None:
@@ -90,7 +94,7 @@ def order(options: Mapping[str, Any]) -> Order:
     if options["continue_from"] is not None:
         _check_video(options["continue_from"], settings, fps)
     has_lora = (options["lora"] or family.lora or "none") != "none"
-    prompts = read_prompts(options, settings, fps, [ADAPTER] if has_lora else [])
+    prompts = told or read_prompts(options, settings, fps, [ADAPTER] if has_lora else [])
     loading = {name: options[name] for name in LOADING}
     loading |= {name: options[f"lora_{name}"] for name in ("weight_name", "weight_name_2")}
     check_loading(**{name: value for name, value in loading.items() if name not in ("model", "device", "vae_tiling")})
