@@ -172,7 +172,7 @@ def test_nothing_is_made_on_trial(run_command, tmp_path):
         ({"image": "gone.png"}, "`--image`='gone.png' cannot be read"),
         ({"image": "thin.png"}, "`image` is 1 x 64 pixels"),
         ({"prompt": None, "prompts": "gone.txt"}, "`path`='gone.txt' cannot be read"),
-        ({"out": "film.avi"}, "`suffix of `path`` must be one of"),
+        ({"out": "film.avi"}, "`path.suffix` must be one of"),
         ({"preset": "movie"}, "'movie' is not one of 'film'"),
         ({"num_clips": "many"}, "'many' is not a valid integer"),
         ({"num_clips": 0}, "`--num_clips` must be a whole number of at least 1"),

@@ -512,7 +512,7 @@ def test_an_ordinary_file_of_it(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": "film.avi"}, "`suffix of `path`` must be one of .*'.avi'"),
+        ({"path": "film.avi"}, "`path.suffix` must be one of .*'.avi'"),
         ({"fps": -1}, "`fps` must be above 0, got -1"),
         ({"codec": "libvpx"}, "`codec` must be one of .*'libvpx'"),
         ({"crf": 99}, "`crf` must be a whole number of 0 to 51, got 99"),

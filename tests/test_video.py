@@ -51,7 +51,7 @@ def test_what_is_written_is_what_is_read(tmp_path, suffix, form):
 @pytest.mark.parametrize(
     ("name", "frames", "fps", "message"),
     [
-        ("film.avi", make_frames(), 16, "`suffix of `path`` must be one of .*, got '.avi'"),
+        ("film.avi", make_frames(), 16, "`path.suffix` must be one of .*, got '.avi'"),
         ("film.mp4", make_frames(), 0, "`fps` must be above 0, got 0"),
         ("film.mp4", make_frames(), float("nan"), "`fps` must be a finite number, got nan"),
         ("film.mp4", make_frames(0), 16, "at least one, got none"),

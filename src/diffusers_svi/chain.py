@@ -197,7 +197,7 @@ class ChainState:
         width: int | None = None,
         fps: int | None = None,
     ) -> "ChainState":
-        """The state from which a film goes on from a video: what it ends with is carried on, its first frame shown.
+        """The state from which a film goes on from a video: what it ends with is carried on, and shown as reference.
 
         Where latents are carried, the end is encoded for them, with one latent frame more before it.
 
@@ -233,7 +233,8 @@ class ChainState:
             frames = np.stack(list(source.frames(source.num_frames - count)))
             return torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
 
-        image = from_uint8(torch.from_numpy(next(source.frames()).copy()).permute(2, 0, 1)[None])
+        # Many videos begin in black: what is there when the film goes on is the better reference.
+        image = from_uint8(end(1)[:, :, 0])
         state = cls(conditioning, num_frames, image, start=source.num_frames, continues=True)
         if not latents:
             frames = end(conditioning.carried_frames) if conditioning.carried_frames else None

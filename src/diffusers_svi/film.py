@@ -159,7 +159,7 @@ class FilmWriter:
             raise ValueError(
                 f"`path`={str(path)!r} is the film itself, which would not grow any more: choose another."
             )
-        check_choice("suffix of `path`", Path(path).suffix, (self.path.suffix,))
+        check_choice("path.suffix", Path(path).suffix, (self.path.suffix,))
         if not self.num_frames:
             raise ValueError(f"`path`={str(path)!r}: there is no clip yet that could be written.")
         told: str | None = comment(read_notes(self.path))

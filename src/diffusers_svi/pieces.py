@@ -45,7 +45,7 @@ class Form:
     @classmethod
     def checked(cls, suffix: str, fps: float, codec: str, crf: int | None, pixel_format: str | None) -> "Form":
         """Raises a `ValueError` for what there is not, or does not go together."""
-        check_choice("suffix of `path`", suffix, tuple(CONTAINERS))
+        check_choice("path.suffix", suffix, tuple(CONTAINERS))
         check_choice("codec", codec, tuple(PIXEL_FORMATS))
         if codec in LOSSLESS and suffix != ".mkv":
             raise ValueError(f"`codec`={codec!r} goes into an .mkv file, got `path` with the suffix {suffix!r}.")

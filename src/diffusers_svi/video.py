@@ -49,7 +49,7 @@ def save_video(
         OSError: if it cannot be written.
     """
     path = Path(path)
-    check_choice("suffix of `path`", path.suffix, tuple(FORMATS))
+    check_choice("path.suffix", path.suffix, tuple(FORMATS))
     rate = frame_rate(fps)
     with written_whole(path) as unfinished:
         encode_frames(unfinished, map(to_8_bits, frames), rate, container=FORMATS[path.suffix])
