@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,8 @@ from diffusers_svi.cli import main
 # What is computed here is small, and a process that has one thread can be forked.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Where the tests are run in the background Ctrl-C is ignored, and so it would be by the processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = ["a", "the", "cat", "dog", "sits", "jumps", "sleeps", "on", "mat", "red", "blue", "bad", "blurry"]
 TEXT_DIM = 16

@@ -137,13 +137,6 @@ def test_a_film_is_written_as_an_ordinary_file_when_it_is_done(run_command, tmp_
     assert num_frames(tmp_path / "done.mp4") == num_frames(tmp_path / "film.mp4") == 9
 
 
-def test_hyphens_are_as_good_as_underscores(run_command):
-    status, told, errors = run_command(
-        *(str(argument).replace("--num_", "--num-") for argument in generate(dry_run=True))
-    )
-    assert status == 0 and "clips 1 to 3" in told, errors
-
-
 def test_help_is_quick_and_shows_options_in_groups(run_command):
     script = "import sys; from diffusers_svi.cli import main; sys.argv[1:] = ['generate', '--help']\n"
     script += "try: main()\nfinally: print(sorted({'torch', 'diffusers', 'av', 'numpy', 'PIL'} & set(sys.modules)))"

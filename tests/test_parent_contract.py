@@ -25,6 +25,8 @@ OWN_ARGUMENTS = {
     "ignore_state_settings",
     "resize_mode",
     "clip_resize",
+    "color_match",
+    "callback_on_clip_end",
 }
 # Of no meaning for a film: its images come from the chain.
 PARENT_ONLY = {"image_embeds", "last_image"}

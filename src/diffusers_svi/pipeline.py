@@ -193,8 +193,9 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
                 progress.clip_done()
                 if film.callback_on_clip_end is not None:
                     film.callback_on_clip_end(self, finished)
+                del latents, before, begun  # the next clip is made without them, and without this one
                 yield finished
-                del finished, latents  # the next clip is made without them
+                del finished
                 if self.interrupt:
                     return
         finally:
