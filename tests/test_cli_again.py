@@ -175,6 +175,7 @@ def test_a_film_begins_with_a_video_and_goes_on_from_its_end(run_command, tmp_pa
     assert num_frames(tmp_path / "film.mp4") == 9 + 9 - 1
     assert run_command("extend", "film.mp4", "--num_clips", 1)[0] == 0
     assert num_frames(tmp_path / "film.mp4") == 9 + 2 * 9 - 2
+    assert run_command("inspect", "film.mp4")[1].startswith("a video that the film begins with\nclip 1: ")
     status, _, errors = run_command("generate", "--recipe", "film.mp4", "--out", "x.mp4")
     assert status == 1 and "it begins with a video" in errors
     status, _, errors = run_command(*generate(**QUICK, out="y.mp4", image=None, continue_from="gone.mp4"))

@@ -74,12 +74,14 @@ class Recipe:
         clips (`list[dict]`): Every clip as `ClipSpec.to_dict` gives it, with the seed it had.
         changes (`dict[int, dict]`): What held from a clip on, by its number, where that changed.
         form (`dict`): How the file of a `FilmWriter` is encoded: `fps`, `codec`, `crf`, `pixel_format`.
+        after_video (`bool`): Whether the film begins with a video, which its clips go on from.
     """
 
     film: dict[str, Any]
     clips: list[dict[str, Any]]
     changes: dict[int, dict[str, Any]] = field(default_factory=dict)
     form: dict[str, Any] = field(default_factory=dict)
+    after_video: bool = False
 
 
 def read_recipe(path: str | os.PathLike) -> Recipe:
@@ -95,6 +97,7 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
     recipes: dict[int, dict[str, Any]] = {}
     clips: list[dict[str, Any]] = []
     form: dict[str, Any] = {}
+    after_video = False
     for told in read_notes(path):
         if RECIPE_KEY in told:
             recipes[len(clips)] = told[RECIPE_KEY]
@@ -102,11 +105,13 @@ def read_recipe(path: str | os.PathLike) -> Recipe:
         elif isinstance(told.get("index"), int) and told["index"] >= 0:
             prompt = told.get("prompt")
             clips.append(told.get("spec") or ({} if prompt is None else {"prompt": prompt}))
+        elif told.get("index") == -1:
+            after_video = True
         elif isinstance(told.get("prompt"), str):
             recipes[0], clips = {"format": "Wan2GP"}, _clips_of_wan2gp(told)
     if not clips:
         raise ValueError(f"`path`={str(path)!r} does not say how it was made.")
-    return Recipe(recipes.pop(0, {}), clips, recipes, form)
+    return Recipe(recipes.pop(0, {}), clips, recipes, form, after_video)
 
 
 def _clips_of_wan2gp(told: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from ..conditioning import scheme_from_dict
 from ..data_uri import from_data_uri
 from ..journal import Journal
 from ..loading import check_loading, check_recipe, load_recipe
-from ..notes import read_notes
 from ..presets import SEED_STEP
 from ..recipe import Recipe, read_recipe
 from ..specs import check_clip
@@ -113,7 +112,7 @@ def _check_remakable(path: Path, recipe: Recipe) -> None:
         check_recipe(recipe.film)
     except ValueError as error:
         raise ValueError(f"{path} cannot be made again: {error}") from error
-    if any(note.get("index") == -1 for note in read_notes(path)):
+    if recipe.after_video:
         raise ValueError(f"{path} cannot be made again: it begins with a video. Give that by `--continue_from`.")
     before = _but_weights(recipe.film)
     for index, film in recipe.changes.items():

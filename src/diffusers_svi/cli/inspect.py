@@ -35,6 +35,8 @@ def _film(file: Path, as_json: bool) -> None:
         told = {"film": recipe.film, "clips": recipe.clips, "changes": changes, "form": recipe.form}
         click.echo(json.dumps(told, indent=2, ensure_ascii=False))
         return
+    if recipe.after_video:
+        click.echo("a video that the film begins with")
     for index, clip in enumerate(recipe.clips, start=1):
         more = ", ".join(f"{name} {_readable(value)}" for name, value in clip.items() if name != "prompt")
         click.echo(f"clip {index}: {clip.get('prompt', 'embeddings')}{f' ({more})' if more else ''}")
