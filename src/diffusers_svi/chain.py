@@ -17,7 +17,7 @@ from .checks import check_count
 from .conditioning import Carried, Scheme, scheme_from_dict
 from .files import written_whole
 from .pixels import from_uint8, to_uint8
-from .source_video import VideoLike, open_source_video
+from .source_video import SourceVideo, VideoLike, open_source_video
 from .wan import TEMPORAL_FACTOR, encode_video
 
 
@@ -188,7 +188,7 @@ class ChainState:
     @classmethod
     def from_video(
         cls,
-        video: VideoLike,
+        video: VideoLike | SourceVideo,
         conditioning: Scheme,
         num_frames: int = 81,
         *,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import PIL.Image
+from diffusers import AutoencoderKLWan
 
 from .chain import ChainState
 from .conditioning import Scheme
@@ -135,14 +136,23 @@ class Clip:
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_video(cls, video: VideoLike, conditioning: Scheme, num_frames: int = 81, **options: Any) -> "Clip":
+    def from_video(
+        cls,
+        video: VideoLike,
+        conditioning: Scheme,
+        num_frames: int = 81,
+        *,
+        vae: AutoencoderKLWan | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: int | None = None,
+    ) -> "Clip":
         """A video as what a film begins with: for `FilmWriter.append`, before the first clip.
 
         Arguments and errors are those of [`ChainState.from_video`]. Its frames are read one after the other.
         """
-        state = ChainState.from_video(video, conditioning, num_frames, **options)
-        height, width = state.image.shape[-2:]
-        source = open_source_video(video, height, width, options.get("fps"))
+        source = open_source_video(video, height, width, fps)
+        state = ChainState.from_video(source, conditioning, num_frames, vae=vae)
         return cls(-1, None, source.frames(), start=0, state=state)
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from diffusers.utils.torch_utils import unwrap_module
 
-from .lora_layers import at_work, lora_layers
+from .lora_layers import at_work, experts_of, lora_layers
 
 
 # Values of a tensor that are looked at: to read all of a large model would take longer than to load it.
@@ -23,14 +23,10 @@ def made_with(pipe: WanImageToVideoPipeline, settings: Mapping[str, Any]) -> dic
         "model": _kind(pipe),
         "scheduler": f"{type(pipe.scheduler).__name__} {_digest(json.dumps(scheduler, sort_keys=True, default=str))}",
     }
-    for component in ("transformer", "transformer_2", "vae"):
-        module = getattr(pipe, component)
-        if module is not None:
-            told[component] = fingerprint_weights(module)
-    for component in ("transformer", "transformer_2"):
-        module = getattr(pipe, component)
-        if module is not None:
-            told[f"LoRAs of {component}"] = fingerprint_loras(module)
+    for component, module in {**experts_of(pipe), "vae": pipe.vae}.items():
+        told[component] = fingerprint_weights(module)
+    for component, module in experts_of(pipe).items():
+        told[f"LoRAs of {component}"] = fingerprint_loras(module)
     return told | {name: _text(value) for name, value in settings.items()}
 
 

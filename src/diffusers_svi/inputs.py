@@ -12,7 +12,6 @@ from diffusers import WanImageToVideoPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import unwrap_module
 
 from .chain import ChainState
 from .checks import check_choice, check_count
@@ -20,12 +19,12 @@ from .clips import ClipSpec
 from .color import check_color_match
 from .conditioning import PixelMotion, Scheme
 from .fingerprints import made_with
-from .lora_layers import adjustable
+from .lora_layers import adjustable, experts_of
 from .noise import clip_noise
 from .options import FILM_DEFAULTS, FilmOptions
 from .pixels import CLIP_RESIZES
 from .resume import first_state, refuse_changes
-from .specs import EXPERTS, check_guidance, check_negative, check_prompts
+from .specs import check_guidance, check_negative, check_prompts
 from .start_image import RESIZE_MODES, film_size, read_image, to_pixels
 from .wan import num_latent_frames
 
@@ -333,5 +332,4 @@ def latent_shape(pipe: WanImageToVideoPipeline, num_frames: int, height: int, wi
 
 def adapters_of(pipe: WanImageToVideoPipeline) -> dict[str, set[str]]:
     """The LoRAs whose weights can be set, by the transformer they are on."""
-    transformers = {name: getattr(pipe, name) for name in EXPERTS}
-    return {name: adjustable(unwrap_module(module)) for name, module in transformers.items() if module is not None}
+    return {name: adjustable(module) for name, module in experts_of(pipe).items()}

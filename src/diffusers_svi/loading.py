@@ -13,6 +13,8 @@ from diffusers.models import attention_dispatch
 from diffusers.utils.torch_utils import get_device
 
 from .checks import check_choice
+from .lora_file import NO_FILE
+from .lora_layers import EXPERTS
 from .pipeline import SVIPipeline
 from .presets import DTYPES, OFFLOADS, QUANTIZATIONS, Preset
 from .scheduler import SVIEulerScheduler
@@ -112,7 +114,7 @@ def load_recipe(
                     f"The LoRA {lora['name']!r} is not the one that the film was made with: its file has the SHA-256 "
                     f"{now}, that had {before}. Put that one back."
                 )
-    for name in ("transformer", "transformer_2"):
+    for name in EXPERTS:
         weights = {lora["adapter"]: lora["weights"][name] for lora in film["loras"] if name in lora["weights"]}
         if weights:
             getattr(pipe, name).set_adapters([*weights], [*weights.values()])
@@ -132,7 +134,7 @@ def check_recipe(film: Mapping[str, Any], model: str | Path | None = None) -> No
     if told["name"] is None and model is None:
         raise ValueError("The recipe does not tell where the model came from: give it by `model`.")
     for source in sources:
-        if source in ("a state dict", "loaded otherwise"):
+        if source in NO_FILE:
             raise ValueError(f"The film was made with a LoRA of which no file is known ({source}).")
     if any(isinstance(weight, Mapping) for weight in weights):
         raise ValueError("The film was made with a LoRA whose weight differs from layer to layer.")

@@ -39,6 +39,8 @@ CONDITIONING_KEY = "svi_conditioning"
 EXPERT_KEY = "svi_expert"
 CLIP_RESIZE_KEY = "svi_clip_resize"
 EXPERTS = ("high", "low")
+# What stands for the source of a LoRA that no file tells.
+NO_FILE = ("a state dict", "loaded otherwise")
 # Where a file of the Hub lies in the cache.
 _SNAPSHOT = re.compile(r"[\\/]snapshots[\\/](?P<commit>[0-9a-f]{40})[\\/]")
 _HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
@@ -334,7 +336,7 @@ def _origin(
 ) -> dict[str, str]:
     """Where a LoRA that was just read came from, and the digest of its file."""
     if isinstance(source, dict):
-        return {"name": "a state dict"}
+        return {"name": NO_FILE[0]}
     name, revision, subfolder = os.fspath(source), hub_options.get("revision"), hub_options.get("subfolder")
     file = _get_model_file(
         name,

@@ -3,7 +3,19 @@
 from typing import Any
 
 import torch
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers.utils.torch_utils import unwrap_module
 from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+# The transformers of a pipeline; with two, the high-noise expert first.
+EXPERTS = ("transformer", "transformer_2")
+
+
+def experts_of(pipe: WanImageToVideoPipeline) -> dict[str, WanTransformer3DModel]:
+    """The transformers that a pipeline has, by name; one that `torch.compile` wrapped, without the wrapping."""
+    modules = {name: getattr(pipe, name) for name in EXPERTS}
+    return {name: unwrap_module(module) for name, module in modules.items() if module is not None}
 
 
 def lora_layers(transformer: torch.nn.Module) -> dict[str, BaseTunerLayer]:

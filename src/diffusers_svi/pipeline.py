@@ -12,7 +12,6 @@ import PIL.Image
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils.torch_utils import unwrap_module
 
 from .chain import ChainState, joined, kept_frames
 from .checks import check_choice
@@ -25,14 +24,13 @@ from .fingerprints import made_with
 from .hub import HubModelMixin
 from .inputs import OUTPUT_TYPES, Film, adapters_of, check_film, choose_scheme
 from .lora import SVILoraLoaderMixin
-from .lora_layers import restore_weights, set_weight, weights_of
+from .lora_layers import experts_of, restore_weights, set_weight, weights_of
 from .options import FILM_DEFAULTS, FilmOptions
 from .pixels import from_uint8
 from .progress import Progress
 from .recipe import film_recipe
 from .resume import SEED, warn_of_changes
 from .scheduler import SVIEulerScheduler  # noqa: F401 - diffusers finds it in a saved pipeline once it is imported
-from .specs import EXPERTS
 from .start_image import to_pixels
 from .wan import TEMPORAL_FACTOR, decode_video
 
@@ -172,7 +170,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
                 has_experts = self.config.boundary_ratio is not None
                 clip = direct(item, index, film, noise_options, has_experts, adapters_of(self))
                 if clip.spec is not None and clip.spec.lora_weights is not None:
-                    for module in self._experts.values():
+                    for module in experts_of(self).values():
                         weights_before.callback(restore_weights, module, weights_of(module))
                     self._set_weights(clip.spec.lora_weights)
                 if index < first:
@@ -203,14 +201,9 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
             self._anchor = None
             weights_before.close()
 
-    @property
-    def _experts(self) -> dict[str, torch.nn.Module]:
-        modules = {name: getattr(self, name) for name in EXPERTS}
-        return {name: unwrap_module(module) for name, module in modules.items() if module is not None}
-
     def _set_weights(self, weights: Mapping[str, float | Mapping[str, float]]) -> None:
         for adapter, weight in weights.items():
-            for name, module in self._experts.items():
+            for name, module in experts_of(self).items():
                 value = weight.get(name) if isinstance(weight, Mapping) else weight
                 if value is not None:
                     set_weight(module, adapter, value)

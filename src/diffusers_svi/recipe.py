@@ -11,13 +11,13 @@ import diffusers
 import torch
 import transformers
 from diffusers import WanImageToVideoPipeline
-from diffusers.utils.torch_utils import unwrap_module
 
 from . import __version__
 from .conditioning import Scheme
 from .data_uri import to_data_uri
 from .lora import FUSED_KEY
-from .lora_layers import lora_layers
+from .lora_file import NO_FILE
+from .lora_layers import experts_of, lora_layers
 from .notes import read_notes
 from .pixels import to_pil, to_uint8
 
@@ -27,7 +27,6 @@ FORMAT = "diffusers_svi.recipe"
 RECIPE_KEY = "recipe"
 # And under this one, how the file is encoded.
 FORM_KEY = "form"
-_EXPERTS = ("transformer", "transformer_2")
 # A folder of the Hub's cache.
 _SNAPSHOT = re.compile(r"models--(?P<name>[^\\/]+)[\\/]snapshots[\\/](?P<commit>[0-9a-f]{40})")
 
@@ -133,7 +132,7 @@ def _clips_of_wan2gp(told: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _model(pipe: WanImageToVideoPipeline) -> dict[str, Any]:
     name = pipe.config.get("_name_or_path")
-    experts = [unwrap_module(module) for module in (pipe.transformer, pipe.transformer_2) if module is not None]
+    experts = [*experts_of(pipe).values()]
     found = None if name is None else _SNAPSHOT.search(str(experts[0].config.get("_name_or_path")))
     of_name = found is not None and found["name"] == str(name).replace("/", "--")
     told = {
@@ -148,13 +147,9 @@ def _model(pipe: WanImageToVideoPipeline) -> dict[str, Any]:
 def _loras(pipe: WanImageToVideoPipeline) -> list[dict[str, Any]]:
     """Every LoRA that is loaded: where it came from, and its weight in each expert. One for both is one."""
     loras: dict[tuple[str, str, str | None], dict[str, Any]] = {}
-    for component in _EXPERTS:
-        module = getattr(pipe, component)
-        if module is None:
-            continue
-        module = unwrap_module(module)
+    for component, module in experts_of(pipe).items():
         for adapter, config in getattr(module, "peft_config", {}).items():
-            source = getattr(config, "svi_source", {"name": "loaded otherwise"})
+            source = getattr(config, "svi_source", {"name": NO_FILE[1]})
             lora = loras.setdefault(
                 (adapter, source["name"], source.get("revision")),
                 {"adapter": adapter, "name": source["name"], "revision": source.get("revision")}

@@ -12,6 +12,7 @@ from diffusers.utils import logging
 
 from .checks import check_count
 from .clips import ClipSpec
+from .lora_layers import EXPERTS
 
 
 logger = logging.get_logger(__name__)
@@ -22,7 +23,6 @@ Weight: TypeAlias = float | dict[str, float]
 
 # A slip of the keyboard should not ask for a film of years: of clips of five seconds these are six days.
 MAX_CLIPS = 100_000
-EXPERTS = ("transformer", "transformer_2")
 
 _BLOCK = re.compile(r"\[\s*(/[^\]]*)\]\s*")
 _COMMAND = re.compile(r"\[\s*/\s*(duration|overlap|new_shot|no_end_image|loras_mult)\b", re.IGNORECASE)

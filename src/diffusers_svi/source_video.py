@@ -53,7 +53,7 @@ class SourceVideo:
 
 
 def open_source_video(
-    video: VideoLike, height: int | None = None, width: int | None = None, fps: int | None = None
+    video: "VideoLike | SourceVideo", height: int | None = None, width: int | None = None, fps: int | None = None
 ) -> SourceVideo:
     """A video that a film can go on from.
 
@@ -65,9 +65,13 @@ def open_source_video(
             cut at the sides.
         fps (`int`, *optional*): Of the film, for a file of another rate; its own frames if not given.
 
+    A video that was opened before is handed back.
+
     Raises:
         ValueError: if it cannot be read, is damaged, has no frames or too small ones.
     """
+    if isinstance(video, SourceVideo):
+        return video
     if isinstance(video, (str, os.PathLike)):
         source = open_video(video, "").resampled(fps)
         num_frames, read = source.num_frames, source.read

@@ -11,11 +11,9 @@ import torch
 from .checks import check_count, check_number
 from .clips import PICTURES, ClipSpec, once_told
 from .conditioning import Scheme
+from .lora_layers import EXPERTS
 from .noise import MAX_SEED
 from .start_image import read_image
-
-
-EXPERTS = ("transformer", "transformer_2")
 
 
 def check_clip(item: Any, index: int) -> ClipSpec:

@@ -17,6 +17,7 @@ from ..clips import ClipSpec
 from ..color import check_color_match
 from ..files import written_whole
 from ..growing import RECORD_KEY
+from ..inputs import MAX_TOKENS
 from ..noise import MAX_SEED
 from ..presets import PRESETS, SEED_STEP
 from ..prompts import NEGATIVE_PROMPT
@@ -92,7 +93,7 @@ class Settings:
         if frame_rate(self.fps) > MAX_FPS:
             raise ValueError(f"`fps` must be {MAX_FPS} at most, got {self.fps}.")
         if self.max_sequence_length is not None:
-            check_count("max_sequence_length", self.max_sequence_length, 1, 512)
+            check_count("max_sequence_length", self.max_sequence_length, 1, MAX_TOKENS)
         if not isinstance(self.negative_prompt, str) or len(self.negative_prompt) > MAX_PROMPT:
             raise ValueError(f"`negative_prompt` must be a text of {MAX_PROMPT} characters at most.")
 
