@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 
 from conftest import make_components
-from diffusers_svi import SVIPipeline
+from diffusers_svi import PixelMotion, SVIPipeline
 from svi_tiny import world
 
 
@@ -63,6 +63,17 @@ def test_the_truth_has_full_marks():
 def test_every_kind_of_damage_shows_in_its_figure(change, part):
     figures = drift.measure(change(world.render(states()) / 255.0), states())
     assert figures[part] < 0.8
+
+
+def test_films_may_lie_in_one_of_eight_lights():
+    def first(**options) -> np.ndarray:
+        args = argparse.Namespace(num_chains=1, num_clips=1, **options)
+        (film,) = drift.world_films("consistent", args, PixelMotion(1))
+        state, _ = world.sample_story(drift.HELD_OUT_SEED, film.number, 1, "consistent", args.eight_lights)
+        assert np.array_equal(np.asarray(film.image), world.render(state))
+        return np.asarray(film.image)
+
+    assert not np.array_equal(first(eight_lights=True), first(eight_lights=False))
 
 
 def test_intervals_contain_the_value_and_shrink_with_agreement():
