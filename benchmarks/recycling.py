@@ -228,26 +228,44 @@ def check_bars(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return bars
 
 
-def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def curves(trainings: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the plot shows of trainings with several seeds: for each seed a list. Of long chains some clips."""
+    found = {measure: [rounded(one[measure]) for one in trainings] for measure in ("identity", "distance")}
+    if "long" in trainings[0]:
+        count = len(trainings[0]["long"]["identity"])
+        clips = np.unique(np.geomspace(1, count, 60).round().astype(int)).tolist()
+        found["long_clips"] = clips
+        for measure in ("identity", "distance"):
+            found[f"long_{measure}"] = [rounded([one["long"][measure][c - 1] for c in clips]) for one in trainings]
+    found["watched_steps"] = [int(step) for step in trainings[0]["watched"]]
+    for kind in ERRORS:
+        found[f"watched_{kind}"] = [rounded([w[kind] for w in one["watched"].values()]) for one in trainings]
+    return found
+
+
+def rounded(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in values]
+
+
+def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Identity and distance over clips, a line for each seed, and slopes over training, from `curves`."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for colour, name in enumerate(MAIN):
         for axis, measure in ((left, "identity"), (middle, "distance")):
-            for index, one in enumerate(runs[name]):
-                label = name if index == 0 else None
-                for figures, style in ((one, "-"), (one["long"], ":")):
-                    clips = np.arange(1, len(figures[measure]) + 1)
-                    axis.plot(clips, figures[measure], style, color=f"C{colour}", alpha=0.6, lw=1, label=label)
-                    label = None
-        if name == "base":
-            continue
+            for index, (values, long) in enumerate(
+                zip(found[name][measure], found[name][f"long_{measure}"], strict=True)
+            ):
+                label = {0: name}.get(index)
+                axis.plot(range(1, len(values) + 1), values, color=f"C{colour}", alpha=0.6, lw=1, label=label)
+                axis.plot(found[name]["long_clips"], long, ":", color=f"C{colour}", alpha=0.6, lw=1)
         for kind, style in zip(ERRORS, ("-", "--", ":"), strict=True):
-            steps = [int(step) for step in runs[name][0]["watched"]]
-            values = [np.mean([one["watched"][str(step)][kind] for one in runs[name]]) for step in steps]
-            right.plot(steps, values, style, color=f"C{colour}", label=f"{name}: {kind}")
+            values = np.mean(found[name][f"watched_{kind}"], axis=0)
+            if len(values):
+                right.plot(found[name]["watched_steps"], values, style, color=f"C{colour}", label=f"{name}: {kind}")
     left.set(title="Identity kept", ylabel="share of chains", ylim=(0, 1.03))
     middle.set(title="Distance from the surface", ylabel="root mean square", ylim=(0, None))
     for axis in (left, middle):
-        axis.set(xscale="log", xlabel="clip")
+        axis.set(xscale="log", xlabel="clip; dotted: fewer chains, longer")
         axis.legend()
     right.axhline(1, color="grey", linewidth=0.8)
     right.set(title=f"What a clip leaves of an error of {WATCHED}", xlabel="training step", ylim=(0, None))
@@ -276,9 +294,10 @@ def main() -> None:
         "settings": {k: v for k, v in runs["base"][0]["key"].items() if k not in ("seed", "contestant")},
         "table": {name: summarize(trainings) for name, trainings in runs.items()},
         "bars": check_bars(runs),
+        "curves": {name: curves(trainings) for name, trainings in runs.items()},
     }
     write_json(results, args.output_dir / "recycling.json")
-    plot(runs, args.output_dir / "recycling.png")
+    plot(results["curves"], args.output_dir / "recycling.png")
     for name, row in results["table"].items():
         last = max(row["distance"])
         told = ", ".join(f"{measure} {row[measure][last][0]:.3f}" for measure in MEASURES)

@@ -182,6 +182,11 @@ def test_quick_makes_the_figures(monkeypatch, tmp_path, capsys):
     figures = json.loads((tmp_path / "runs" / "published-0.json").read_text())
     assert list(figures["watched"]) == ["0", "150", "300"] and len(figures["identity"]) == 6
     assert figures["watched"]["300"]["off"] == figures["slopes"]["off"][recycling.SIZES.index(recycling.WATCHED)]
+    shown = results["curves"]["published"]
+    assert shown["watched_steps"] == [0, 150, 300] and shown["long_clips"] == list(range(1, 9))
+    assert shown["identity"] == [recycling.rounded(figures["identity"])]
+    assert shown["long_distance"] == [recycling.rounded(figures["long"]["distance"])]
+    assert shown["watched_off"] == [recycling.rounded([one["off"] for one in figures["watched"].values()])]
     assert PIL.Image.open(tmp_path / "recycling.png").size[0] > 1200
     assert "published            clip 6: distance" in capsys.readouterr().out
     # What is there is not made again, and with other settings it is not taken for theirs.
