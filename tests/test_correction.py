@@ -296,7 +296,7 @@ def test_round_trips_are_counted(i2v, image, tmp_path):
 
 @torch.no_grad()
 def test_the_own_error_is_the_clip_denoised_from_a_noise_level(i2v, image, tmp_path):
-    """Of two steps the second is made, from its noise level: one step of Euler, whatever the sampler of the pipeline."""
+    """Of two steps the second is made, from its noise level: one step of Euler, whatever the pipeline samples with."""
     sampler = i2v.scheduler
     found = measured(tmp_path, i2v, samples(image), [Error("own", "large")])["measured"][BASE]["0"]["own large"]
     assert i2v.scheduler is sampler
@@ -435,9 +435,9 @@ def test_a_fused_lora_is_measured_alone(image, tmp_path):
         assert contestants(pipe, without_base=True) == (LORA,)
         pipe.unload_lora_weights()
     fused = measured(tmp_path, pipe, samples(image), [Error("cast", "large")], without_base=True)["measured"]
-    loaded = measured(
-        tmp_path / "plain", with_lora("a14b", PixelMotion(1)), samples(image), [Error("cast", "large")]
-    )["measured"]
+    loaded = measured(tmp_path / "plain", with_lora("a14b", PixelMotion(1)), samples(image), [Error("cast", "large")])[
+        "measured"
+    ]
     assert list(fused) == [LORA]
     assert fused[LORA]["0"]["cast large"] == pytest.approx(loaded[LORA]["0"]["cast large"], rel=0.05, abs=1e-4)
 
@@ -559,7 +559,7 @@ def test_the_summary_has_means_and_what_the_lora_leaves_less(tmp_path):
 def test_the_table_and_the_verdict_say_what_was_found(tmp_path):
     figures = figures_of(tmp_path)
     lines = table(figures).splitlines()
-    assert lines[0].split() == "all that is carried in base lora lora less base".split()
+    assert lines[0].split() == ["all", "that", "is", "carried", "in", "base", "lora", "lora", "less", "base"]
     assert re.match(r"vae large +10 0.1000 +1.45 \(0.81 to 2.09\) +0.55 \(-0.09 to 1.19\) -0.90 \(-0.90 to", lines[1])
     assert lines[2].startswith("cast small") and lines[4].startswith("its colours")
     assert re.match(r"vae large +10 0.1000 +2.00 \(2.00 to 2.00\) +0.20 \(0.20 to 0.20\) +-1.80 \(-1.80", lines[5])
@@ -717,5 +717,6 @@ def test_help_names_kinds_and_sizes(run_command):
 def test_a_missing_matplotlib_is_told_before_anything_is_loaded(tmp_path):
     script = "import sys; sys.modules['matplotlib'] = None\nfrom diffusers_svi.cli import main\n"
     script += f"sys.argv[1:] = {[*map(str, correct(model='no/model'))]!r}\nmain()"
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
     assert ran.returncode == 1 and 'pip install "diffusers_svi[demo]"' in ran.stderr and "--without_plot" in ran.stderr
