@@ -244,7 +244,7 @@ def test_figures_are_those_of_clips_made_by_hand(kind, scheme, image, tmp_path):
     found = measured(tmp_path, pipe, samples(image), [error])["measured"]
 
     def by_hand(pipe: SVIPipeline) -> dict[str, float]:
-        still = from_uint8(torch.from_numpy(np.asarray(image))).permute(2, 0, 1)[None, :, None]
+        still = from_uint8(torch.from_numpy(np.array(image))).permute(2, 0, 1)[None, :, None]
         still = still.expand(-1, -1, 9, -1, -1)
         begun, given, left = ChainState(scheme, 9, still[:, :, 0]), [], []
         for video in (still, (still + 1) * (1 - error.value) - 1):
@@ -284,7 +284,7 @@ def folder_of_the_plain_one(tmp_path):
 @torch.no_grad()
 def test_round_trips_are_counted(i2v, image, tmp_path):
     found = measured(tmp_path, i2v, samples(image), all_errors(("vae",), ("small", "medium")))["measured"]
-    video = from_uint8(torch.from_numpy(np.asarray(image))).permute(2, 0, 1)[None, :, None].expand(-1, -1, 9, -1, -1)
+    video = from_uint8(torch.from_numpy(np.array(image))).permute(2, 0, 1)[None, :, None].expand(-1, -1, 9, -1, -1)
     clean = to_uint8(video[:, :, -1]).double() / 255
     for trips, error in ((1, "vae small"), (3, "vae medium")):
         flawed = video
@@ -305,7 +305,7 @@ def test_the_own_error_is_the_clip_denoised_from_a_noise_level(i2v, image, tmp_p
     level = scheduler.sigmas[1]
     assert found["level"] == pytest.approx(level.item())
 
-    video = from_uint8(torch.from_numpy(np.asarray(image))).permute(2, 0, 1)[None, :, None].expand(-1, -1, 9, -1, -1)
+    video = from_uint8(torch.from_numpy(np.array(image))).permute(2, 0, 1)[None, :, None].expand(-1, -1, 9, -1, -1)
     begun = ChainState(PixelMotion(), 9, video[:, :, 0])
     latents = encode_video(i2v.vae, video)
     noisy = interpolate(latents, torch.randn(latents.shape, generator=seeded(8)), level[None])
