@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
-import correction
 import drift
 import numpy as np
 import pairs
@@ -123,21 +122,6 @@ def test_any_model_on_images_and_prompts_of_ones_own(run, tmp_path):
         assert set(curves) == {"quality", "colour", "contrast", "sharpness", "alive"}
         assert curves["quality"][0] == pytest.approx(1) and 0 < curves["quality"][1] < 1
     assert PIL.Image.open(tmp_path / "creative-base.png").size == (2 * 32, 2 * 32)
-
-
-def test_correction_runs(run, tmp_path):
-    """Errors are 0 where there are none, and grow with the trips through the VAE."""
-    run(correction, "--quick", f"--output_dir={tmp_path}", "--contestants", "base", "anchor")
-    results = json.loads((tmp_path / "correction.json").read_text())["results"]
-    assert set(results) == {"base", "anchor"}
-    for result in results.values():
-        errors = result["errors"]
-        assert errors["clean"]["in"] == 0 < errors["clean"]["out"]
-        assert errors["vae 1"]["in"] < errors["vae 3"]["in"] < errors["vae 10"]["in"]
-        assert 0 < errors["step 0.3"]["in"] < errors["step 0.95"]["in"]
-    # Latents that are handed over take no trip.
-    assert results["anchor"]["errors"]["vae 1"]["in"] < 1e-4 < results["base"]["errors"]["vae 1"]["in"]
-    assert PIL.Image.open(tmp_path / "correction.png").size[0] >= 800
 
 
 def test_it_runs(run, tmp_path):
