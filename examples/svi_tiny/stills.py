@@ -2,7 +2,7 @@
 
     PYTHONPATH=examples python -m svi_tiny.stills --output_dir outputs/stills --num_images 16
 
-Writes `0.png`, `1.png`, ... and `prompts.txt`, a line for each.
+Writes `000.png`, `001.png`, ... and `prompts.txt`, a line for each.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def write_stills(folder: str | os.PathLike, num_images: int, seed: int = 1) -> l
     prompts = []
     for index in range(num_images):
         state, (action,) = sample_story(seed, index)
-        PIL.Image.fromarray(render(state)).save(folder / f"{index}.png")
+        PIL.Image.fromarray(render(state)).save(folder / f"{index:03d}.png")
         prompts.append(caption(state, action))
     (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
     return prompts
