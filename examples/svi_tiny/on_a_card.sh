@@ -38,11 +38,12 @@ case $SIZE in
 card)
     precision=bf16 device=cuda workers=$(nproc) optimizer=muon
     vae=(--max_train_steps 5000 --train_batch_size 32 --checkpointing_steps 500)
-    transformer=(--max_train_steps 20000 --train_batch_size 64 --checkpointing_steps 1000 --num_clips 32768)
+    transformer=(--max_train_steps 20000 --train_batch_size 64 --checkpointing_steps 1000 --validation_steps 2000
+        --num_clips 32768)
     video_folders=8 videos_a_folder=64
     plain_steps=3000 rounds=4 round_steps=2500 lora=(--train_batch_size 16 --checkpointing_steps 250)
     drift=(--num_chains 16 --num_clips 50)
-    images=16
+    images=16 correction=()
     ;;
 tenth)
     precision=no device=cpu workers=0 optimizer=adamw # Muon is in bfloat16, which few CPUs are quick at
@@ -52,7 +53,7 @@ tenth)
     video_folders=1 videos_a_folder=4
     plain_steps=10 rounds=1 round_steps=10 lora=(--train_batch_size 2 --dataloader_num_workers 0)
     drift=(--num_chains 1 --num_clips 2 --num_inference_steps 2)
-    images=2
+    images=2 correction=(--kind exposure --size medium)
     ;;
 *)
     echo "SIZE is card or tenth, got $SIZE." >&2
@@ -200,12 +201,16 @@ measure_drift() { # Chains that are done stay in its folder.
     mv "$keep/drift/drift.json" "$results/drift"
 }
 
-measure_correction() { # control|erft: of one LoRA beside the base.
-    local prompts
+measure_correction() { # control|erft: of one LoRA beside the base. Its plot is the last that is written.
+    local prompts prompt image given=()
     "$PYTHON" -m svi_tiny.stills --output_dir "$again/stills" --num_images "$images"
     mapfile -t prompts <"$again/stills/prompts.txt"
+    for image in "$again/stills/"*.png; do given+=(--image "$image"); done
+    for prompt in "${prompts[@]}"; do given+=(--prompt "$prompt"); done
     within_time "$PYTHON" -m diffusers_svi correct --model "$model" --lora "$keep/loras/$1-$rounds.safetensors" \
-        --preset shot --image "$again/stills/"*.png --prompt "${prompts[@]}" --out_dir "$results/correction/$1"
+        --preset shot --height 64 --width 64 --num_frames 17 --num_inference_steps 10 --guidance_scale 1 \
+        --max_sequence_length 32 --device "$device" --dtype float32 "${given[@]}" "${correction[@]}" \
+        --out_dir "$results/correction/$1"
 }
 
 started=0
@@ -221,7 +226,7 @@ for stage in "$@"; do
     drift) step "drift" "$results/drift/drift.json" measure_drift ;;
     correction)
         for kind in control erft; do
-            step "correction, $kind" "$results/correction/$kind/correction.json" measure_correction $kind
+            step "correction, $kind" "$results/correction/$kind/correction.png" measure_correction $kind
         done
         ;;
     esac

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -34,8 +33,8 @@ from report import provenance
 
 EMA_NAME = "ema.safetensors"
 WEIGHTS_NAME = "weights.safetensors"
-# The exit status of a training that is not finished: "start it again".
-UNFINISHED = os.EX_TEMPFAIL
+# The exit status of a training that is not finished, EX_TEMPFAIL of sysexits.h: "try again".
+UNFINISHED = 75
 # Clips with an index from here on are never trained on.
 HELD_OUT = 2**31
 
