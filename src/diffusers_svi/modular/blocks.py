@@ -1,14 +1,19 @@
 """`SVIBlocks`, and the modular pipeline that they make."""
 
+import json
 import os
 from copy import deepcopy
 from typing import Any
 
-from diffusers.modular_pipelines import ComponentsManager, ModularPipelineBlocks, SequentialPipelineBlocks
+from diffusers.modular_pipelines import (
+    ComponentsManager,
+    ModularPipelineBlocks,
+    PipelineState,
+    SequentialPipelineBlocks,
+)
 from diffusers.modular_pipelines.modular_pipeline_utils import ConfigSpec, OutputParam
 from diffusers.modular_pipelines.wan.modular_pipeline import WanModularPipeline
 
-from ..chain import ChainState
 from ..lora import SVILoraLoaderMixin
 from .inputs import SVIInputsStep
 from .loop import SVIClipLoop
@@ -81,6 +86,11 @@ class SVIModularPipeline(SVILoraLoaderMixin, WanModularPipeline):
         """
         return cls(None, pretrained_model_name_or_path, **kwargs)
 
+    def to_json_string(self) -> str:
+        """The text of `modular_model_index.json`, under diffusers' own name, by which `ModularPipeline` loads it."""
+        index = {**json.loads(super().to_json_string()), "_class_name": WanModularPipeline.__name__}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
     def __call__(self, state: Any = None, output: str | list[str] | None = None, **inputs: Any) -> Any:
         """As in diffusers; `state` may be a `ChainState`, as in `SVIPipeline`, which is the input `chain` then.
 
@@ -91,6 +101,6 @@ class SVIModularPipeline(SVILoraLoaderMixin, WanModularPipeline):
         unknown = [name for name in inputs if name not in known]
         if unknown:
             raise TypeError(f"No block has an input {', '.join(unknown)}. There are: {', '.join(known)}.")
-        if isinstance(state, ChainState):
+        if state is not None and not isinstance(state, PipelineState):
             state, inputs = None, {**inputs, "chain": state}
         return super().__call__(state, output, **inputs)
