@@ -288,6 +288,13 @@ def test_a_clip_has_no_guidance_of_its_own(lazily, image):
         )
 
 
+def test_models_that_are_not_loaded_are_named(image):
+    components = make_components("i2v")
+    pipe = modular({name: components[name] for name in ("vae", "scheduler", "tokenizer")})
+    with pytest.raises(ValueError, match=r"`text_encoder`, `transformer` is missing. Call `pipe.load_components\(\)`"):
+        film(pipe, image=image, **SHORT)
+
+
 def test_a_cache_is_refused(image):
     components = make_components("a14b")
     components["transformer_2"].enable_cache(FirstBlockCacheConfig(threshold=0.1))

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from diffusers import WanImageToVideoPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
+from .caches import check_caches, steps_told
 from .chain import ChainState
 from .inputs import MAX_TOKENS, latent_shape
+from .lora_layers import experts_of
 from .pixels import squash, to_pil, to_uint8
 from .wan import encode_video, pipeline_condition
 
@@ -60,7 +62,9 @@ class ClipPipeline(WanImageToVideoPipeline):
             self._state, self._last = state, last
         self.set_progress_bar_config(**{"desc": f"Clip {state.num_clips + 1}", "leave": False, **bar_config})
         try:
-            return super().__call__(output_type="latent", return_dict=False, **seen, **options)[0]
+            check_caches(experts_of(self).values(), options["guidance_scale"])
+            with steps_told(experts_of(self).values(), self.scheduler):
+                return super().__call__(output_type="latent", return_dict=False, **seen, **options)[0]
         finally:
             self._state = self._last = None
             self.set_progress_bar_config(**before)

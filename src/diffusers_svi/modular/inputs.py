@@ -82,12 +82,13 @@ class SVIInputsStep(ModularPipelineBlocks):
         options = {name: getattr(given, name) for name in OPTIONS}
         options["conditioning"] = _scheme(options["conditioning"] or components.config.get("conditioning"))
         options["state"] = given.chain
+        _refuse_absent(components, given.prompt_embeds)
+        _refuse_caches(components)
         first, second = (_scale(getattr(components, name)) for name in GUIDERS)
         options["guidance_scale"] = first
         if components.config.boundary_ratio is not None and second != first:
             options["guidance_scale_2"] = second
         pipe = pipeline_of(components)
-        _refuse_caches(components)
         scheme, clip_resize = pipe.lora_conditioning, pipe.lora_clip_resize
         film = check_film(pipe, scheme, clip_resize, given.image, given.prompts, cast(FilmOptions, options))
         prompts = given.prompts if given.prompt is None else given.prompt
@@ -112,6 +113,19 @@ def refuse_guidance(item: Any, index: int) -> None:
                 "clips. Leave it out and set `pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale="
                 f"{value}))`, or use `SVIPipeline`."
             )
+
+
+def _refuse_absent(components: Any, prompt_embeds: Any) -> None:
+    """Raise a `ValueError` where models are not loaded."""
+    needed = ["vae", "scheduler", *([] if prompt_embeds is not None else ["tokenizer", "text_encoder"])]
+    absent = [name for name in needed if getattr(components, name, None) is None]
+    if not experts_of(components):
+        absent.append("transformer")
+    if absent:
+        raise ValueError(
+            f"`{'`, `'.join(absent)}` is missing. Call `pipe.load_components()`, or pass models to "
+            "`pipe.update_components(...)`."
+        )
 
 
 def _refuse_caches(components: Any) -> None:
