@@ -95,4 +95,4 @@ def test_every_picture_is_on_a_page():
 
 def test_the_measurement_is_told_on_one_page():
     text = text_of("docs/does_it_work.md")
-    assert len(text.split()) <= 800 and text.count("![") == 1
+    assert len(text.split()) <= 800 and text.count("![") == 2
