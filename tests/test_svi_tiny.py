@@ -94,6 +94,11 @@ def test_demo(tmp_path):
     with av.open(film) as container:
         assert sum(1 for _ in container.decode(video=0)) == PixelMotion(1).film_length(3, 17)
     assert PIL.Image.open(sheet).size[0] > 500 and PIL.Image.open(comparison).size[0] > 200
+    assert PIL.Image.open(tmp_path / "recycling.png").size[0] > 1200
+    clips, kept, plain = re.search(
+        r"after (\d+) clips (\d+)% of .* recycling, (\d+)% by plain tuning", printed
+    ).groups()
+    assert int(clips) == 1000 and int(kept) > int(plain) > 0
 
 
 def test_evaluation_runs(tmp_path):
