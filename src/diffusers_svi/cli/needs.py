@@ -117,14 +117,8 @@ def _clip_size(model: "ModelShapes", options: Mapping[str, Any], num_frames: int
 
     frames = options["num_frames"] or num_frames
     height, width = options["height"] or model.size[1], options["width"] or model.size[2]
-    settings = {
-        "num_frames": frames,
-        "height": height,
-        "width": width,
-        "num_inference_steps": 1,
-        "guidance_scale": 1.0,
-    }
-    check_settings(settings)
+    size = {"num_frames": frames, "height": height, "width": width}
+    check_settings({**size, "num_inference_steps": 1, "guidance_scale": 1.0})
     return frames, height, width
 
 

@@ -7,6 +7,7 @@ All of it is read off diffusers' own modules: a test runs them at the true shape
 what is alive at every operation, and compares.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def training_peak(tokens: Tokens, num_layers: int, rank: int, precision: str, ch
 
 
 def encode_peak(vae: Mapping[str, Any], num_frames: int, height: int, width: int, tiling: bool = False) -> int:
-    """Bytes alive at the worst moment of encoding, in float32: see [`decode_peak`]; the pixels are there all the while."""
+    """Bytes alive at the worst moment of encoding, in float32: see [`decode_peak`]; all pixels are there too."""
     pixels = 3 * num_frames * height * width * FLOAT
     if vae.get("patch_size"):
         pixels *= 2  # once more, as patches
@@ -191,7 +192,7 @@ def _blocks(vae: Mapping[str, Any], decoder: bool) -> Iterator[_Block]:
         steps, frames = list(reversed(temporal)), GROUP_FRAMES // 2 ** sum(temporal)
     else:
         channels, steps, frames = [base * multiplier for multiplier in [1, *multipliers]], temporal, GROUP_FRAMES
-    for level, (inputs, outputs) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+    for level, (inputs, outputs) in enumerate(itertools.pairwise(channels)):
         share = 4.0 ** -((levels - 1 - level) if decoder else level)
         if decoder and level and not residual:
             inputs //= 2

@@ -55,9 +55,9 @@ class Clip:
     attention: str = "flash"
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, FORMATS)
+        check_choice("form", self.form, tuple(FORMATS))
         check_choice("offload", self.offload, OFFLOADS)
-        check_choice("attention", self.attention, ATTENTION_COPIES)
+        check_choice("attention", self.attention, tuple(ATTENTION_COPIES))
 
 
 def inference_memory(model: ModelShapes, clip: Clip) -> Plan:

@@ -52,7 +52,7 @@ class Weights:
 
     def num_bytes(self, dtype: torch.dtype, form: str = "none") -> int:
         """Bytes of them all, computed in `dtype`, with those in blocks kept in one of `FORMATS`."""
-        check_choice("form", form, FORMATS)
+        check_choice("form", form, tuple(FORMATS))
         each = FORMATS[form]
         in_float32 = self.in_float32 * (4 - dtype.itemsize)
         small = 0 if each is None else round(self.in_blocks * (dtype.itemsize - each))

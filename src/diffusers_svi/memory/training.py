@@ -1,4 +1,4 @@
-"""What a training run of `examples/train_erft.py` needs: encoding, which a full cache leaves out, loading, and steps."""
+"""What a run of `examples/train_erft.py` needs: encoding, which a full cache leaves out, loading, and steps."""
 
 import math
 from dataclasses import dataclass, field
