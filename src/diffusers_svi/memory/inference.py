@@ -75,7 +75,7 @@ def inference_memory(model: ModelShapes, clip: Clip) -> Plan:
     denoisers = [name for name in TRANSFORMERS if name in model.weights]
     work = {
         "text": (("text_encoder",), text_peak(model.text_encoder, MAX_TOKENS, clip.dtype.itemsize)),
-        "encode": ((encoder, "vae"), encode_peak(model.vae, *size, clip.vae_tiling)),
+        "encode": (("vae", encoder), encode_peak(model.vae, *size, clip.vae_tiling)),
         **{
             f"denoise{'' if len(denoisers) == 1 else f' {number}'}": (
                 (name, "vae"),
@@ -128,7 +128,8 @@ def _there(model: ModelShapes, stored: dict[str, int], there: tuple[str, ...], c
     if clip.offload == "model":
         return {name: stored[name] for name in there}
     layers = _LAYERS_THERE[clip.offload]
-    largest = max(model.weights[name].largest * model.dtype_of(name, clip.dtype).itemsize for name in there)
+    at_work = there[0]
+    largest = model.weights[at_work].largest * model.dtype_of(at_work, clip.dtype).itemsize
     return {"layers": layers * largest}
 
 

@@ -132,6 +132,18 @@ def model_shapes(model: str | os.PathLike) -> ModelShapes:
         index = DiffusionPipeline.load_config(model)
         parts, name = _loaded_parts(index, model), os.fspath(model)
         expand_timesteps, size = bool(index.get("expand_timesteps")), (81, 480, 832)
+    return shapes_of(name, parts, expand_timesteps, size)
+
+
+def shapes_of(
+    name: str, parts: Mapping[str, torch.nn.Module], expand_timesteps: bool, size: tuple[int, int, int]
+) -> ModelShapes:
+    """The shapes of a model whose parts are at hand, under their names in the pipeline; the others as in
+    [`ModelShapes`].
+
+    Raises:
+        ValueError: if a part is missing without which nothing can be planned.
+    """
     for needed in ("transformer", "vae", "text_encoder"):
         if needed not in parts and (needed != "transformer" or "transformer_2" not in parts):
             raise ValueError(f"`model`={name!r} has no `{needed}`: it is no model of Wan's kind in diffusers' layout.")
