@@ -79,6 +79,7 @@ def parse_args():
     parser.add_argument("--num_chains", type=int, default=16, help="Default: %(default)s.")
     parser.add_argument("--num_clips", type=int, default=50, help="Clips of a chain. Default: %(default)s.")
     parser.add_argument("--num_inference_steps", type=int, help="Default: 10 for svi-tiny, else 50.")
+    parser.add_argument("--eight_lights", action="store_true", help="Films of the world in one of eight lights.")
     parser.add_argument("--images", nargs="*", help="Start images of one's own, a chain each, for any model.")
     parser.add_argument("--prompts", help="Their prompts, a file with one a line: the first, or one a clip in turn.")
     parser.add_argument("--height", type=int, help="Default: 480.")
@@ -147,7 +148,7 @@ def world_films(setting: str, args, scheme: Scheme) -> Iterator[Film]:
     found, index = 0, FIRST_STORY
     while found < args.num_chains:
         index += 1
-        state, actions = world.sample_story(HELD_OUT_SEED, index, args.num_clips, setting)
+        state, actions = world.sample_story(HELD_OUT_SEED, index, args.num_clips, setting, args.eight_lights)
         if state.sprite is None:
             continue
         found += 1

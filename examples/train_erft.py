@@ -84,6 +84,7 @@ from diffusers_svi.training.run_arguments import (
 )
 from diffusers_svi.training.samples import SampleLayout, Samples
 from diffusers_svi.training.sources import open_dataset, open_folder, usable_videos
+from diffusers_svi.training.step_times import StepTimes
 from diffusers_svi.training.weighting import SCHEMES, timestep_pool, timestep_weights
 from diffusers_svi.wan import num_latent_frames, transformer_inputs
 
@@ -91,6 +92,8 @@ from diffusers_svi.wan import num_latent_frames, transformer_inputs
 logger = get_logger(__name__)
 
 TRAIN_TIMESTEPS = 1000
+# After so many steps of a run it is told how long it takes.
+STEPS_TO_TELL = 10
 LORA_NAME = "pytorch_lora_weights.safetensors"
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -533,6 +536,7 @@ class TrainingStep:
     patch_size: tuple[int, int, int]
     expand_timesteps: bool
     weight_dtype: torch.dtype
+    times: StepTimes
 
     def __post_init__(self):
         self.sigmas = shifted_sigmas(TRAIN_TIMESTEPS, self.args.flow_shift)
@@ -549,18 +553,20 @@ class TrainingStep:
         picks = self.timesteps[torch.randint(len(self.timesteps), (len(latents),), generator=generator)]
         sigmas, weights = (values[picks].to(latents.device).float() for values in (self.sigmas, self.weights))
 
-        injected = self.recycler.inject(latents, noise, condition, sigmas)
+        with self.times.part("inject"):
+            injected = self.recycler.inject(latents, noise, condition, sigmas)
         noisy = interpolate(injected.latents, injected.noise, sigmas)
         hidden_states, timesteps = transformer_inputs(
             noisy, injected.condition, sigmas, self.patch_size, self.expand_timesteps, known_frames
         )
-        prediction = self.transformer(
-            hidden_states=hidden_states.to(self.weight_dtype),
-            timestep=timesteps,
-            encoder_hidden_states=prompt_embeds.to(self.weight_dtype),
-            encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(self.weight_dtype),
-            return_dict=False,
-        )[0].float()
+        with self.times.part("forward"):
+            prediction = self.transformer(
+                hidden_states=hidden_states.to(self.weight_dtype),
+                timestep=timesteps,
+                encoder_hidden_states=prompt_embeds.to(self.weight_dtype),
+                encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(self.weight_dtype),
+                return_dict=False,
+            )[0].float()
 
         target = recycled_velocity(latents, injected.noise)
         residual, mask = prediction - target, None
@@ -568,7 +574,8 @@ class TrainingStep:
             mask = torch.ones_like(target[:1, :1, :, :1, :1])
             mask[:, :, : condition.shape[2]] = 0
             residual = residual * mask
-        self.recycler.recycle(residual, sigmas, injected.switches)
+        with self.times.part("bank"):
+            self.recycler.recycle(residual, sigmas, injected.switches)
         return erft_loss(prediction, target, weights, mask), injected.switches.clean
 
     def choose_condition(
@@ -867,8 +874,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # The step
     assert dataset[0]["latents"].shape == latents_shape
     generator = torch.Generator().manual_seed(args.seed * 1000 + 500 + accelerator.process_index)
+    times = StepTimes(accelerator.device)
     training_step = TrainingStep(
-        args, transformer, recycler, generator, timesteps, no_prompt, patch_size, expand_timesteps, weight_dtype
+        args, transformer, recycler, generator, timesteps, no_prompt, patch_size, expand_timesteps, weight_dtype, times
     )
 
     # Resume
@@ -877,6 +885,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if resumed:
         global_step = checkpoints.resume(str(resumed[0]))
         apply_learning_rate(lr_scheduler.scheduler, learning_rate)
+    first_step = global_step
     if accelerator.is_main_process and accelerator.log_with:
         values = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers(args.tracker_name, config={k: v for k, v in values.items() if k != "hub_token"})
@@ -919,20 +928,22 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         epoch, done = divmod(global_step, steps_per_epoch)
         dataloader.set_epoch(epoch)
         batches = accelerator.skip_first_batches(dataloader, done * args.gradient_accumulation_steps)
-        for batch in batches if done else dataloader:
+        for batch in times.waiting(batches if done else dataloader):
             with accelerator.accumulate(transformer):
                 losses, clean = training_step(batch)
                 must_be_finite("the loss", losses)
-                accelerator.backward(losses.mean())
+                with times.part("backward"):
+                    accelerator.backward(losses.mean())
                 norm = None
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                    # In fp16 gradients may overflow: then the step is left out and their scale lowered.
-                    if norm is not None and accelerator.mixed_precision != "fp16":
-                        must_be_finite("the gradient", torch.as_tensor(norm))
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
+                with times.part("optimizer"):
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                        # In fp16 gradients may overflow: then the step is left out and their scale lowered.
+                        if norm is not None and accelerator.mixed_precision != "fp16":
+                            must_be_finite("the gradient", torch.as_tensor(norm))
+                    optimizer.step()
+                    lr_scheduler.step()
+                    optimizer.zero_grad()
             for loss, is_clean in zip(losses.tolist(), clean.tolist(), strict=True):
                 seen["clean" if is_clean else "corrupted"].append(loss)
             if not accelerator.sync_gradients:
@@ -946,9 +957,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             logs |= {f"loss/{kind}": sum(values) / len(values) for kind, values in seen.items() if values}
             logs |= {} if norm is None else {"grad_norm": float(norm)}
             logs["bank/errors"] = int(recycler.bank.counts.sum())
+            logs |= times.step_done()
             progress.set_postfix(loss=f"{logs['loss']:.4f}", errors=logs["bank/errors"])
             accelerator.log(logs, step=global_step)
             seen = {"clean": [], "corrupted": []}
+            if global_step == first_step + STEPS_TO_TELL or global_step % args.checkpointing_steps == 0:
+                logger.info(times.describe(args.max_train_steps - global_step))
             checkpoints.poll()
             if global_step % args.checkpointing_steps == 0:
                 checkpoints.save(global_step)

@@ -36,6 +36,8 @@ ROOMS = {
     "src/diffusers_svi/clips.py": ["clips", "pipeline"],
     "src/diffusers_svi/pixels.py": ["pixels", "chain"],
     "src/diffusers_svi/pipeline.py": ["pipeline", "parent_contract"],
+    "src/diffusers_svi/clip_steps.py": ["pipeline", "directing", "resume"],
+    "src/diffusers_svi/modular/denoise.py": ["modular"],
     "src/diffusers_svi/inputs.py": ["pipeline"],
     "src/diffusers_svi/lora.py": ["lora"],
     "src/diffusers_svi/lora_file.py": ["lora_file", "lora"],

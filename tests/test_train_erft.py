@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import load_script, make_components, make_transformer, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
@@ -319,7 +320,7 @@ def test_deepspeed(models, tmp_path, stage):
 def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
     image = tmp_path / "start.png"
     PIL.Image.fromarray(world.render(world.State("blue sky", 0))).save(image)
-    train(
+    told = train(
         models / "wan2.1",
         tmp_path / "run",
         max_train_steps=3,
@@ -342,7 +343,15 @@ def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
         assert PIL.Image.open(run / "validation" / f"step-{step}.png").size == (2 * 64, 64)
         figures = json.loads((run / "validation" / f"step-{step}.json").read_text())
         assert figures["sharpness_kept"][0] == 1 and len(figures["colour_shift"]) == 2
-    assert list((run / "logs").rglob("events.out.tfevents*"))
+    # What a step costs: in the log, and told at every checkpoint.
+    (events,) = (run / "logs" / "svi-erft").glob("events.out.tfevents*")
+    scalars = EventAccumulator(str(events)).Reload()
+    parts = ("data", "inject", "forward", "bank", "backward", "optimizer")
+    for index in range(3):
+        step, *of = (scalars.Scalars(f"seconds/{name}")[index].value for name in ("step", *parts))
+        assert min(of) > 0 and step == pytest.approx(sum(of), rel=1e-4)
+    assert scalars.Scalars("memory/peak_gb")[0].value > 0.1
+    assert all(f"; {left} more take " in told for left in range(3))
     card = (run / "README.md").read_text()
     assert "validation/step-3.png" in card and "sharpness kept" in card and "| p_vid | 0.9 |" in card
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 
 from conftest import TEXT_DIM, load_script, make_components, seeded
+from diffusers_svi.training.step_times import StepTimes
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_erft.py"
@@ -40,6 +41,7 @@ def make_step(train_erft, args, kind: str, dtype: torch.dtype = torch.float64):
         patch_size=(1, 2, 2),
         expand_timesteps=kind == "ti2v-5b",
         weight_dtype=dtype,
+        times=StepTimes(torch.device("cpu")),
     )
 
 

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -117,6 +118,17 @@ def test_a_sprite_enters_from_outside_and_leaves_completely():
         leaving = film(State("blue sky", 0, sprite), [Action("leaves", side=side)])
         assert world.coverage(leaving[11].sprite).sum() < 0.5 * world.coverage(sprite).sum()
         assert np.array_equal(render(leaving[12]), render(State("blue sky", 0)))
+
+
+def test_a_light_may_be_one_of_eight():
+    told = [world.sample_story(0, index, eight_lights=True) for index in range(200)]
+    lights = {state.light for state, _ in told}
+    assert lights == set(itertools.product(world.LIGHT, repeat=3))
+    # Nothing else of a film is another, and its light is the nearest of them.
+    for index, (state, actions) in enumerate(told[:20]):
+        plain, plain_actions = world.sample_story(0, index)
+        assert replace(state, light=plain.light) == plain and actions == plain_actions
+        assert max(abs(a - b) for a, b in zip(state.light, plain.light, strict=True)) <= 0.15
 
 
 def test_a_film_has_one_light_that_no_prompt_tells():
@@ -247,7 +259,7 @@ def test_clips_that_cannot_be(tmp_path, before, retold):
 
 def test_the_command_writes_what_the_trainer_reads(tmp_path):
     command = [sys.executable, "-m", "svi_tiny.videos", f"--output_dir={tmp_path / 'world'}", "--num_videos=2"]
-    options = ["--seed=3", "--setting=consistent", "--before=1"]
+    options = ["--seed=3", "--setting=consistent", "--before=1", "--eight_lights"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])}
     finished = subprocess.run(
         [*command, *options], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
@@ -258,7 +270,7 @@ def test_the_command_writes_what_the_trainer_reads(tmp_path):
     videos, skipped = usable_videos(open_folder(tmp_path / "world"), layout)
     assert len(videos) == 2 and not skipped
     sample = Samples(videos, layout, seed=0)[1]
-    state, actions = world.sample_story(3, 1, 2, "consistent")
+    state, actions = world.sample_story(3, 1, 2, "consistent", eight_lights=True)
     states = film(state, actions)
     truth = from_uint8(torch.from_numpy(render(states[15:]))).permute(3, 0, 1, 2)
     assert (sample["reference"] - truth[:, 0]).abs().mean() < 0.03

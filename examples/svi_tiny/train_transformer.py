@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -31,14 +30,18 @@ from diffusers_svi.flow import interpolate, shift_sigma, velocity
 from diffusers_svi.wan import encode_video, num_latent_frames, transformer_inputs
 
 from . import world
+from .sizes import HEAD_DIM, SIZES, Size
 from .training import (
     HELD_OUT,
+    Checkpoints,
+    Deadline,
     Record,
     add_shared_options,
-    checkpoint,
+    clip_batches,
+    cosine_schedule,
     matrix_optimizer,
-    resume,
     sample_clips,
+    stop_unfinished,
     training_steps,
 )
 
@@ -113,22 +116,22 @@ def look_back(text_encoder: UMT5EncoderModel) -> None:
         bias[1, 0] = bias[2, 1] = bias[3, 2] = 4
 
 
-def build_transformer(z_dim: int) -> WanTransformer3DModel:
+def build_transformer(z_dim: int, size: Size = SIZES["tiny"]) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 1, 1),
-        num_attention_heads=4,
-        attention_head_dim=64,
+        num_attention_heads=size.num_heads,
+        attention_head_dim=HEAD_DIM,
         in_channels=z_dim + 4 + z_dim,
         out_channels=z_dim,
         text_dim=128,
         freq_dim=128,
-        ffn_dim=768,
-        num_layers=6,
+        ffn_dim=size.ffn_dim,
+        num_layers=size.num_layers,
         rope_max_seq_len=64,
     )
 
 
-def encode_clips(args, vae: AutoencoderKLWan, tokenizer, device, batch_size: int = 16) -> dict[str, np.ndarray]:
+def encode_clips(args, vae: AutoencoderKLWan, tokenizer, deadline: Deadline) -> dict[str, np.ndarray]:
     """Latents, condition latents and tokens of the training clips, in files; an interrupted run goes on."""
     args.cache_dir.mkdir(parents=True, exist_ok=True)
     shape = (vae.config.z_dim, num_latent_frames(world.CLIP_FRAMES), world.SIZE // 8, world.SIZE // 8)
@@ -145,9 +148,13 @@ def encode_clips(args, vae: AutoencoderKLWan, tokenizer, device, batch_size: int
     }
     done_file = args.cache_dir / "clips_done"
     done = int(done_file.read_text()) if exists and done_file.exists() else 0
-    for first in tqdm(range(done, args.num_clips, batch_size), desc="Encoding clips"):
-        rows = slice(first, min(first + batch_size, args.num_clips))
-        prompts, pixels = sample_clips(args.seed, range(rows.start, rows.stop), device)
+    numbers = [
+        range(first, min(first + args.train_batch_size, args.num_clips))
+        for first in range(done, args.num_clips, args.train_batch_size)
+    ]
+    batches = clip_batches(args.seed, numbers, vae.device, args.dataloader_num_workers)
+    for clips, (prompts, pixels) in zip(tqdm(numbers, desc="Encoding clips"), batches, strict=True):
+        rows = slice(clips.start, clips.stop)
         with torch.no_grad():
             arrays["latents"][rows] = encode_video(vae, pixels).cpu().half()
             condition = PixelMotion().condition(
@@ -156,6 +163,8 @@ def encode_clips(args, vae: AutoencoderKLWan, tokenizer, device, batch_size: int
             arrays["conditions"][rows] = condition.cpu().half()
         arrays["tokens"][rows] = tokenizer(prompts, padding="max_length", max_length=PROMPT_TOKENS).input_ids
         done_file.write_text(str(rows.stop))
+        if deadline.over() and rows.stop < args.num_clips:
+            stop_unfinished(rows.stop, args.num_clips, "clips encoded")
     return arrays
 
 
@@ -191,17 +200,21 @@ def validation_error(pipe: SVIPipeline, seed: int, num_clips: int) -> dict[str, 
 
 def main():
     args = parse_args()
+    deadline = Deadline(args.max_minutes)
     set_seed(args.seed)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     device = accelerator.device
     vae = AutoencoderKLWan.from_pretrained(args.output_dir / "vae").to(device).requires_grad_(False)
     tokenizer = build_tokenizer()
-    arrays = encode_clips(args, vae, tokenizer, device)
+    arrays = encode_clips(args, vae, tokenizer, deadline)
 
     text_encoder = build_text_encoder(len(tokenizer))
-    transformer = build_transformer(vae.config.z_dim)
+    transformer = build_transformer(vae.config.z_dim, SIZES[args.size])
     text_encoder, transformer = text_encoder.to(device), transformer.to(device).train()
     accelerator.print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M parameters")
+    models = {"text_encoder": text_encoder, "transformer": transformer}
+    checkpoints = Checkpoints(args.checkpoint_dir, models, args.weights_only)
+    first_step = checkpoints.load_weights()
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT, num_train_timesteps=1000
     )
@@ -212,15 +225,13 @@ def main():
         matrix_optimizer(args, matrices, weight_decay=0.01),
         torch.optim.AdamW(others, lr=args.learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    schedules = [
-        get_scheduler("cosine", optimizer, num_warmup_steps=200, num_training_steps=args.max_train_steps)
-        for optimizer in optimizers
-    ]
+    schedules = [cosine_schedule(optimizer, 200, args.max_train_steps, first_step) for optimizer in optimizers]
     text_encoder, transformer, *prepared = accelerator.prepare(text_encoder, transformer, *optimizers, *schedules)
     optimizers, schedules = prepared[:2], prepared[2:]
     parameters = [*transformer.parameters(), *text_encoder.parameters()]
     ema = EMAModel(parameters, decay=args.ema_decay)
-    first_step = resume(accelerator, args.checkpoint_dir, ema)
+    if not args.weights_only:
+        first_step = checkpoints.load_everything(accelerator, ema)
     ema.to(device)
     if device.type == "cpu":
         # At 320 tokens, and kept in bfloat16, twice as fast as PyTorch's fused kernel for CPUs.
@@ -258,7 +269,8 @@ def main():
         tokens[dropped] = torch.tensor([tokenizer.eos_token_id] + [0] * (PROMPT_TOKENS - 1), device=device)
         u = torch.from_numpy(rng.random(len(rows), dtype=np.float32)).to(device)
         sigmas = shift_sigma(u, FLOW_SHIFT)
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(args.seed + step)).to(device)
+        generator = torch.Generator(device).manual_seed(args.seed + step)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
         noisy = interpolate(latents, noise, sigmas)
         # The pipeline pads prompts to 512 tokens unless told otherwise; now and then training does too.
         length = 512 if step % 8 == 0 else PROMPT_TOKENS
@@ -284,8 +296,12 @@ def main():
             figures = {"loss": running_loss, **validation_error(pipe, args.seed, args.num_validation_clips)}
             ema.restore(parameters)
             record.add(step + 1, progress, **figures)
-        if (step + 1) % args.checkpointing_steps == 0:
-            checkpoint(accelerator, args.checkpoint_dir, step + 1, ema)
+        over = deadline.over() and step + 1 < args.max_train_steps
+        if over or (step + 1) % args.checkpointing_steps == 0:
+            checkpoints.save(accelerator, step + 1, ema)
+        if over:
+            record.write()
+            stop_unfinished(step + 1, args.max_train_steps, "steps of the transformer")
 
     ema.copy_to(parameters)
     # Half the bytes; loading turns them into float32 again. What Wan keeps in float32 stays so.

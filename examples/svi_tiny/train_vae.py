@@ -16,18 +16,21 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, unpatchify
-from diffusers.optimization import get_scheduler
 
 from diffusers_svi.pixels import from_uint8, to_uint8
 
+from .sizes import SIZES, Size
 from .training import (
     HELD_OUT,
+    Checkpoints,
+    Deadline,
     Record,
     add_shared_options,
-    checkpoint,
+    clip_batches,
+    cosine_schedule,
     matrix_optimizer,
-    resume,
     sample_clips,
+    stop_unfinished,
     training_steps,
 )
 
@@ -59,11 +62,11 @@ def parse_args():
     return parser.parse_args()
 
 
-def build_vae() -> AutoencoderKLWan:
+def build_vae(size: Size = SIZES["tiny"]) -> AutoencoderKLWan:
     """A small relative of the Wan 2.2 VAE: residual, 8x in space, 4x in time, 48 channels."""
     vae = AutoencoderKLWan(
-        base_dim=32,
-        decoder_base_dim=32,
+        base_dim=size.vae_dim,
+        decoder_base_dim=size.vae_dim,
         z_dim=Z_DIM,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,
@@ -125,7 +128,7 @@ def set_latent_statistics(vae: AutoencoderKLWan, seed: int, num_clips: int, batc
     """Write the mean and standard deviation of the latents of training clips into the VAE's config."""
     latents = []
     for first in range(0, num_clips, batch_size):
-        _, pixels = sample_clips(seed, range(first, min(first + batch_size, num_clips)))
+        _, pixels = sample_clips(seed, range(first, min(first + batch_size, num_clips)), vae.device)
         latents.append(vae.encode(pixels).latent_dist.mode())
     latents = torch.cat(latents)
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
@@ -134,32 +137,38 @@ def set_latent_statistics(vae: AutoencoderKLWan, seed: int, num_clips: int, batc
 
 def main():
     args = parse_args()
+    deadline = Deadline(args.max_minutes)
     set_seed(args.seed)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     device = accelerator.device
-    vae = build_vae().to(device)
+    vae = build_vae(SIZES[args.size]).to(device)
     accelerator.print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
+    checkpoints = Checkpoints(args.checkpoint_dir, {"vae": vae}, args.weights_only)
+    first_step = checkpoints.load_weights()
+    if first_step:  # else every part would draw the noise of the first
+        set_seed(args.seed + first_step)
     flat = flat_convolutions(vae)
     others = [p for p in vae.parameters() if p not in flat]
     optimizers = [
         matrix_optimizer(args, flat.values(), weight_decay=0.0),
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    schedules = [
-        get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=args.max_train_steps)
-        for optimizer in optimizers
-    ]
+    schedules = [cosine_schedule(optimizer, 100, args.max_train_steps, first_step) for optimizer in optimizers]
     vae, *prepared = accelerator.prepare(vae, *optimizers, *schedules)
     optimizers, schedules = prepared[:2], prepared[2:]
-    first_step = resume(accelerator, args.checkpoint_dir)
+    if not args.weights_only:
+        first_step = checkpoints.load_everything(accelerator)
 
     record = Record(args.output_dir / "training" / "vae.json", args.seed)
     _, held_out = sample_clips(args.seed, range(HELD_OUT, HELD_OUT + args.num_validation_clips), device)
     progress = training_steps(accelerator, first_step, args.max_train_steps, "VAE")
-    for step in progress:
+    numbers = [
+        range(step * args.train_batch_size, (step + 1) * args.train_batch_size)
+        for step in range(first_step, args.max_train_steps)
+    ]
+    batches = clip_batches(args.seed, numbers, device, args.dataloader_num_workers)
+    for step, (_, target) in zip(progress, batches, strict=True):
         rng = np.random.default_rng([args.seed, step])
-        first = step * args.train_batch_size
-        _, target = sample_clips(args.seed, range(first, first + args.train_batch_size), device)
         with accelerator.autocast():
             inputs = target
             if step >= args.round_trips_from * args.max_train_steps and step % 2:
@@ -185,10 +194,14 @@ def main():
 
         if (step + 1) % args.validation_steps == 0 or step + 1 == args.max_train_steps:
             record.add(step + 1, progress, loss=reconstruction.detach(), kl=kl.detach(), **psnr(vae, held_out))
-        if (step + 1) % args.checkpointing_steps == 0:
-            checkpoint(accelerator, args.checkpoint_dir, step + 1)
+        over = deadline.over() and step + 1 < args.max_train_steps
+        if over or (step + 1) % args.checkpointing_steps == 0:
+            checkpoints.save(accelerator, step + 1)
+        if over:
+            record.write()
+            stop_unfinished(step + 1, args.max_train_steps, "steps of the VAE")
 
-    vae = accelerator.unwrap_model(vae).cpu()
+    vae = accelerator.unwrap_model(vae)
     set_latent_statistics(vae, args.seed, args.num_statistics_clips)
     vae.half()  # half the bytes: loading turns them into float32 again
     vae.save_pretrained(args.output_dir / "vae")

@@ -52,6 +52,9 @@ def parse_args():
         default=1,
         help="With --before: frames at the start of the clip that belong to the action before. Default: %(default)s.",
     )
+    parser.add_argument(
+        "--eight_lights", action="store_true", help="Films in one of eight lights, and not in any between."
+    )
     return parser.parse_args()
 
 
@@ -63,6 +66,7 @@ def write_videos(
     setting: str = "creative",
     before: int | None = None,
     retold: int = 1,
+    eight_lights: bool = False,
 ) -> Path:
     """Write `num_videos` mp4 files and `<folder>.csv` with their captions into `folder`.
 
@@ -77,6 +81,7 @@ def write_videos(
             Not a film, but the end of one: a clip of 17 frames, captioned by the last action, and so many frames
             before it. The film has as many actions as that takes, each of `17 - retold` frames.
         retold (`int`, defaults to 1): Frames of that clip, from 1 to 5, that belong to the action before.
+        eight_lights (`bool`, defaults to `False`): As in `sample_story`.
 
     Returns:
         The path of the CSV file.
@@ -97,7 +102,7 @@ def write_videos(
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(num_videos):
-        state, actions = sample_story(seed, index, num_clips, setting)
+        state, actions = sample_story(seed, index, num_clips, setting, eight_lights)
         states = film(state, actions, new)
         captions = [caption(states[new * clip], action) for clip, action in enumerate(actions)]
         if before is not None:

@@ -390,11 +390,18 @@ def sample_actions(rng: np.random.Generator, state: State, num_clips: int, setti
     return actions
 
 
-def sample_story(seed: int, index: int, num_clips: int = 1, setting: str = "creative") -> tuple[State, list[Action]]:
-    """Where film `index` of a collection begins and what happens in its clips: the same whatever was drawn before."""
+def sample_story(
+    seed: int, index: int, num_clips: int = 1, setting: str = "creative", eight_lights: bool = False
+) -> tuple[State, list[Action]]:
+    """Where film `index` of a collection begins and what happens in its clips: the same whatever was drawn before.
+
+    With `eight_lights` every factor of the light is one of the two ends of `LIGHT`, and not any between.
+    """
     rng = np.random.default_rng([seed, index])
     state = sample_state(rng)
     light = np.random.default_rng([seed, index, 1]).uniform(*LIGHT, size=3)
+    if eight_lights:
+        light = np.where(light < np.mean(LIGHT), *LIGHT)
     state = replace(state, light=tuple(light.tolist()))
     return state, sample_actions(rng, state, num_clips, setting)
 

@@ -8,6 +8,8 @@ __version__ = "0.1.0.dev0"
 
 _MODULES = {
     "SVIPipeline": "pipeline",
+    "SVIBlocks": "modular",
+    "SVIModularPipeline": "modular",
     "FilmOptions": "options",
     "ClipSpec": "clips",
     "Clip": "clips",

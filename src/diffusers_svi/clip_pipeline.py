@@ -5,13 +5,16 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import WanImageToVideoPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
+from .caches import check_caches, steps_told
 from .chain import ChainState
 from .inputs import MAX_TOKENS, latent_shape
+from .lora_layers import experts_of
 from .pixels import squash, to_pil, to_uint8
 from .wan import encode_video, pipeline_condition
 
@@ -48,13 +51,7 @@ class ClipPipeline(WanImageToVideoPipeline):
             bar_config (`dict`): Of the bar over its steps.
             options: Of the parent.
         """
-        image = to_pil(state.shown[0])
-        if clip_resize == "squash" and self.image_encoder is not None:
-            image = squash(image, self.image_encoder.config.image_size)
-        seen = {}
-        if last is not None and self._transformers[0].config.pos_embed_seq_len is not None:
-            # CLIP is only shown the end where the model was trained to see both.
-            seen["last_image"] = to_pil(to_uint8(last)[0])
+        seen = dict(zip(("image", "last_image"), self._shown(state, last, clip_resize), strict=False))
         before = self._bar_config
         with _ONE_AT_A_TIME:
             if self._state is not None:
@@ -65,13 +62,25 @@ class ClipPipeline(WanImageToVideoPipeline):
             self._state, self._last = state, last
         self.set_progress_bar_config(**{"desc": f"Clip {state.num_clips + 1}", "leave": False, **bar_config})
         try:
-            return super().__call__(image=image, output_type="latent", return_dict=False, **seen, **options)[0]
+            check_caches(experts_of(self).values(), options["guidance_scale"])
+            with steps_told(experts_of(self).values(), self.scheduler):
+                return super().__call__(output_type="latent", return_dict=False, **seen, **options)[0]
         finally:
             self._state = self._last = None
             self.set_progress_bar_config(**before)
             # The parent does so only where nothing goes wrong: caches would go on in the next clip.
             for transformer in self._transformers:
                 transformer._reset_stateful_cache()
+
+    def _shown(self, state: ChainState, last: torch.Tensor | None, clip_resize: str) -> list[PIL.Image.Image]:
+        """What the image encoder is shown: the picture that the clip begins with, and the one that it ends with."""
+        image = to_pil(state.shown[0])
+        if clip_resize == "squash" and self.image_encoder is not None:
+            image = squash(image, self.image_encoder.config.image_size)
+        if last is None or self._transformers[0].config.pos_embed_seq_len is None:
+            # The end is only shown where the model was trained to see both.
+            return [image]
+        return [image, to_pil(to_uint8(last)[0])]
 
     @property
     def interrupt(self) -> bool:
@@ -116,8 +125,7 @@ class ClipPipeline(WanImageToVideoPipeline):
 
         Called from outside, when no film is being made, it is the parent's.
         """
-        state, expand_timesteps = self._state, self.config.expand_timesteps
-        if state is None:
+        if self._state is None:
             return super().prepare_latents(
                 image,
                 batch_size,
@@ -136,18 +144,24 @@ class ClipPipeline(WanImageToVideoPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         else:
             latents = latents.to(device=device, dtype=dtype)
+        return latents, *self._condition(self._state, self._last, latents)
+
+    def _condition(
+        self, state: ChainState, last: torch.Tensor | None, latents: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """What [`pipeline_condition`] gives for the clip after `state` that is to end with `last`."""
+        expand_timesteps = self.config.expand_timesteps
         carried = replace(
             state.carried(latents.device, latents.dtype),
-            last=None if self._last is None else self._last.to(latents.device, latents.dtype),
+            last=None if last is None else last.to(latents.device, latents.dtype),
         )
         if state.conditioning.carried_latents:
             if self._anchor is None or self._anchor[0] is not state.reference:
                 self._anchor = state.reference, encode_video(self.vae, carried.image.unsqueeze(2))
             carried = replace(carried, anchor=self._anchor[1])
-        condition = state.conditioning.condition(self.vae, carried, num_frames, expand_timesteps)
+        condition = state.conditioning.condition(self.vae, carried, state.num_frames, expand_timesteps)
         known_frames = state.conditioning.known_frames(is_first=carried.frames is None)
-        last_is_known = carried.last is not None
-        return latents, *pipeline_condition(condition, shape[2], expand_timesteps, known_frames, last_is_known)
+        return pipeline_condition(condition, latents.shape[2], expand_timesteps, known_frames, last is not None)
 
     def to_json_string(self) -> str:
         """The text of `model_index.json`, under the parent's name: diffusers by itself loads the folder too."""

@@ -13,6 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
 
+from .caches import check_caches
 from .chain import ChainState
 from .checks import check_choice, check_count
 from .clips import ClipSpec
@@ -122,6 +123,7 @@ def check_film(
     guidance_scale, guidance_scale_2 = check_guidance(given["guidance_scale"], given["guidance_scale_2"])
     scheme.check(num_frames, pipe.config.expand_timesteps)
     source = next((name for name in ("generator", "seeds", "latents") if given[name] is not None), "drawn")
+    check_caches(experts_of(pipe).values(), guidance_scale)
     has_experts = pipe.config.boundary_ratio is not None
     adapters = adapters_of(pipe)
     items, num_clips = check_prompts(

@@ -2,8 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import closing
 from functools import lru_cache
 from typing import Any, TypeVar, Unpack
 
@@ -16,22 +15,17 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from .chain import ChainState, joined, kept_frames
 from .checks import check_choice
 from .clip_pipeline import ClipPipeline
-from .clips import Clip, ClipSpec, one_per_clip
-from .color import match_colors
+from .clip_steps import carried_on, clips_due, decoded, finished, picture_of, taken_up, trimmed
+from .clips import Clip, ClipSpec
 from .conditioning import Scheme
-from .directing import Direction, direct
-from .fingerprints import made_with
+from .directing import Direction
 from .hub import HubModelMixin
-from .inputs import OUTPUT_TYPES, Film, adapters_of, check_film, choose_scheme
+from .inputs import OUTPUT_TYPES, Film, check_film, choose_scheme
 from .lora import SVILoraLoaderMixin
-from .lora_layers import experts_of, restore_weights, set_weight, weights_of
 from .options import FILM_DEFAULTS, FilmOptions
-from .pixels import from_uint8
 from .progress import Progress
 from .recipe import film_recipe
-from .resume import SEED, warn_of_changes
 from .scheduler import SVIEulerScheduler  # noqa: F401 - diffusers finds it in a saved pipeline once it is imported
-from .start_image import to_pixels
 from .wan import TEMPORAL_FACTOR, decode_video
 
 
@@ -156,115 +150,52 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
             return self.encode_prompt(prompt, None, False, max_sequence_length=film.max_sequence_length)[0]
 
         self._interrupted = False
-        state, first = film.state, film.state.num_clips
-        if film.generator is not None and state.generator is not None:
-            film.generator.set_state(state.generator)
-        noise, weights_before = iter(film.noise), ExitStack()
+        state = film.state
         recipe = film_recipe(self, film.settings, state.image, state.conditioning)
-        progress = Progress(film.num_clips, first, self._bar_config)
+        progress = Progress(film.num_clips, state.num_clips, self._bar_config)
         try:
-            for index, item in enumerate(one_per_clip(film.prompts, film.num_clips)):
-                noise_options = next(noise, None)
-                if noise_options is None:
-                    raise ValueError(f"`seeds` ended after {index} clips, but there is a prompt for clip {index}.")
-                has_experts = self.config.boundary_ratio is not None
-                clip = direct(item, index, film, noise_options, has_experts, adapters_of(self))
-                if clip.spec is not None and clip.spec.lora_weights is not None:
-                    for module in experts_of(self).values():
-                        weights_before.callback(restore_weights, module, weights_of(module))
-                    self._set_weights(clip.spec.lora_weights)
-                if index < first:
-                    if index == first - 1 and not film.ignore_state_settings:
-                        warn_of_changes(state, self._made_with(film, clip))
-                    continue
-                asked = [("prompt_embeds", clip.positive)]
-                if clip.options["guidance_scale"] > 1:
-                    asked.append(("negative_prompt_embeds", clip.negative))
-                clip.options.update({name: encode(text) if isinstance(text, str) else text for name, text in asked})
-                before, begun = state, self._begun(state, clip.spec, film)
-                last = self._pixels("last_image", clip.spec, film)
-                latents = self._generate(begun, last, film.clip_resize, progress.config, **clip.options)
-                if self.interrupt:
-                    return
-                finished = replace(self._finish(latents, before, begun, film, clip), recipe=recipe)
-                state = finished.state
-                progress.clip_done()
-                if film.callback_on_clip_end is not None:
-                    film.callback_on_clip_end(self, finished)
-                del latents, before, begun  # the next clip is made without them, and without this one
-                yield finished
-                del finished
-                if self.interrupt:
-                    return
+            with closing(clips_due(self, film)) as due:
+                for clip in due:
+                    asked = [("prompt_embeds", clip.positive)]
+                    if clip.options["guidance_scale"] > 1:
+                        asked.append(("negative_prompt_embeds", clip.negative))
+                    clip.options.update(
+                        {name: encode(text) if isinstance(text, str) else text for name, text in asked}
+                    )
+                    before, begun = state, taken_up(self, state, clip.spec, film)
+                    last = picture_of(self, "last_image", clip.spec, film)
+                    latents = self._generate(begun, last, film.clip_resize, progress.config, **clip.options)
+                    if self.interrupt:
+                        return
+                    made = self._finish(latents, before, begun, film, clip, recipe)
+                    state = made.state
+                    progress.clip_done()
+                    if film.callback_on_clip_end is not None:
+                        film.callback_on_clip_end(self, made)
+                    del latents, before, begun  # the next clip is made without them, and without this one
+                    yield made
+                    del made
+                    if self.interrupt:
+                        return
         finally:
             progress.close()
             self._anchor = None
-            weights_before.close()
-
-    def _set_weights(self, weights: Mapping[str, float | Mapping[str, float]]) -> None:
-        for adapter, weight in weights.items():
-            for name, module in experts_of(self).items():
-                value = weight.get(name) if isinstance(weight, Mapping) else weight
-                if value is not None:
-                    set_weight(module, adapter, value)
-
-    def _pixels(self, name: str, spec: ClipSpec | None, film: Film) -> torch.Tensor | None:
-        """A picture of a clip as the film begins with one, `(1, 3, height, width)` in [-1, 1]."""
-        picture = getattr(spec, name, None)
-        height, width = film.state.image.shape[-2:]
-        return None if picture is None else to_pixels(self.video_processor, picture, height, width, film.resize_mode)
-
-    def _begun(self, state: ChainState, spec: ClipSpec | None, film: Film) -> ChainState:
-        """`state` as the clip takes it up, with its cut or anchor."""
-        cut, anchor = (self._pixels(name, spec, film) for name in ("cut", "anchor"))
-        state = state if cut is None else state.cut(cut)
-        return state if anchor is None else replace(state, anchor=anchor)
-
-    def _made_with(self, film: Film, clip: Direction) -> dict[str, str]:
-        return made_with(self, film.settings) | ({} if clip.seed is None else {SEED: str(clip.seed)})
 
     @torch.no_grad()
     def _finish(
-        self, latents: torch.Tensor, before: ChainState, begun: ChainState, film: Film, clip: Direction
+        self,
+        latents: torch.Tensor,
+        before: ChainState,
+        begun: ChainState,
+        film: Film,
+        clip: Direction,
+        recipe: Mapping[str, Any],
     ) -> Clip:
         """The clip after the state `before`, which was taken up as `begun`, out of its latents."""
-        index, video, scheme = before.num_clips, None, begun.conditioning
-        self._check_finite(latents, index, film)
-        if film.output_type != "latent" or scheme.carried_frames > 0:
-            video = decode_video(self.vae, latents)
-            self.maybe_free_model_hooks()
-            self._check_finite(video, index, film)
-            video = match_colors(video, begun.shown[0], film.settings["color_match"])
-        frames, tail = latents[0], ()
-        if film.output_type != "latent":
-            assert video is not None
-            is_last = film.num_clips is not None and index == film.num_clips - 1
-            kept = kept_frames(scheme, begun.num_frames, not begun.continues, is_last)
-            shown = video[:, :, kept]
-            if not begun.continues and before.told_again.shape[2]:
-                # After a cut nobody tells again what the clip before ended with.
-                shown = torch.cat([from_uint8(before.told_again.to(video.device), video.dtype), shown], dim=2)
-            frames, tail = (
-                self.video_processor.postprocess_video(part, film.output_type)[0]
-                for part in (shown, video[:, :, kept.stop :])
-            )
-        generator = None if film.generator is None else film.generator.get_state()
-        after = begun.after(latents, video, generator, self._made_with(film, clip))
-        prompt = None if clip.spec is None else clip.spec.prompt
-        return Clip(index, prompt, frames, start=before.start, state=after, tail=tail, spec=clip.spec)
-
-    def _check_finite(self, values: torch.Tensor, index: int, film: Film) -> None:
-        """Raise a `FloatingPointError` if a clip, its latents or its pixels, is not to be gone on from."""
-        if not values.isfinite().all():
-            models = {name: getattr(self, name) for name in ("transformer", "transformer_2", "vae")}
-            told = {name: film.settings[name] for name in ("num_inference_steps", "guidance_scale")}
-            told |= {name: model.dtype for name, model in models.items() if model is not None}
-            listed = ", ".join(f"{name}={value}" for name, value in told.items())
-            raise FloatingPointError(
-                f"Clip {index} came out with values that are not finite ({listed}). It is not handed on: the state "
-                "after the clip before is still good. Float16 is the usual cause (use bfloat16), then LoRA weights "
-                "or a guidance that are too high."
-            )
+        video = decoded(self, latents, begun, film)
+        frames, tail = trimmed(self, latents, video, before, begun, film)
+        after = carried_on(self, latents, video, begun, film, clip)
+        return finished(frames, tail, before, after, clip, recipe)
 
     @torch.no_grad()
     def decode_latents(

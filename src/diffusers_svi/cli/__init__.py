@@ -5,6 +5,7 @@ import sys
 import click
 
 from .app import app
+from .correct import correct
 from .extend import extend
 from .generate import generate
 from .inspect import inspect
@@ -40,3 +41,4 @@ commands.add_command(generate)
 commands.add_command(extend)
 commands.add_command(inspect)
 commands.add_command(plan)
+commands.add_command(correct)

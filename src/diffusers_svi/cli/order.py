@@ -90,7 +90,7 @@ def order(options: Mapping[str, Any], told: list[ClipSpec] | None = None) -> Ord
     if options["image"] is not None and options["continue_from"] is not None:
         raise click.UsageError("Give either `--image` or `--continue_from`: a film begins with one of them.")
     fps = family.fps if options["fps"] is None else options["fps"]
-    settings = _settings(family, options)
+    settings = film_settings(family, options)
     if options["continue_from"] is not None:
         _check_video(options["continue_from"], settings, fps)
     has_lora = (options["lora"] or family.lora or "none") != "none"
@@ -151,7 +151,8 @@ def _num_clips(num_clips: int | None, prompts: list[ClipSpec] | None) -> int | N
     return told if num_clips is None else num_clips
 
 
-def _settings(family: Preset, options: Mapping[str, Any]) -> dict[str, Any]:
+def film_settings(family: Preset, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `SVIPipeline.stream` for a member of the family; a `ValueError` for what no model can make."""
     settings = {name: options[name] for name in SETTINGS if options.get(name) is not None}
     settings["negative_prompt"] = NEGATIVE_PROMPT if options["negative_prompt"] is None else options["negative_prompt"]
     for name in ("num_frames", "num_inference_steps", "guidance_scale"):
