@@ -86,3 +86,13 @@ def test_film(run, tmp_path):
     assert results["overlap"]["bytes_equal"] and results["overlap"]["ratio"] > 0
     assert (tmp_path / "film.png").stat().st_size
     assert run("film", "--output_dir", tmp_path) == results == json.loads((tmp_path / "film.json").read_text())
+
+
+def test_memory(run, tmp_path):
+    results = run("memory", "--output_dir", tmp_path)
+    assert {"command", "versions", "machine"} <= set(results) and set(results["runs"]) == {"clip", "step"}
+    for (figures,) in results["runs"].values():
+        assert figures["planned_over_measured"] == figures["planned_bytes"] / figures["measured_bytes"] > 0
+    assert results["runs"]["step"][0]["at_the_peak"] == "step"
+    assert results == json.loads((tmp_path / "memory.json").read_text())
+    assert (tmp_path / "memory.png").stat().st_size

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 
 WAN_21 = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+WAN_21_720P = "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
 WAN_22 = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
 WAN_22_5B = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 AUTHORS = "vita-video-gen/svi-model"
@@ -12,6 +13,8 @@ SEED_STEP = 42
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group")
 QUANTIZATIONS = ("none", "quanto", "fp8")
+# Kinds of GGUF files whose memory is planned.
+GGUF = ("Q8_0", "Q4_0", "Q4_K")
 _EXPERT = "version-2.0/SVI_Wan2.2-I2V-A14B_{expert}_noise_lora_v2.0{kind}.safetensors"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..presets import DTYPES, OFFLOADS, PRESETS, QUANTIZATIONS, SEED_STEP
+from ..presets import DTYPES, GGUF, OFFLOADS, PRESETS, QUANTIZATIONS, SEED_STEP
 
 
 # Longer ones have a line to themselves in `--help`.
@@ -137,6 +137,23 @@ MACHINE = [
         show_default=True,
         help="Smaller weights: quanto (8 bits, by optimum-quanto) or fp8 (kept in float8, transformers only).",
     ),
+]
+CARD = [
+    option("Machine", "--gguf", type=click.Choice(GGUF), help="For `plan`: weights of a GGUF file of this kind."),
+    option("Machine", "--card", type=float, multiple=True, help="GPU to fit, in GiB; 12, 24 and 80 if not given."),
+    option("Machine", "--attention", type=click.Choice(("flash", "sage", "math")), default="flash", show_default=True),
+]
+TRAINING = [
+    option("Training", "--train", is_flag=True, help="Plan a run of examples/train_erft.py instead of a film."),
+    option("Training", "--zero", type=click.Choice(("0", "2", "3")), default="0", help="DeepSpeed's stage; 0: none."),
+    option("Training", "--processes", type=int, default=1, show_default=True, help="One a GPU."),
+    option("Training", "--rank", type=int, default=128, show_default=True, help="Of the LoRA."),
+    option("Training", "--train_batch_size", type=int, default=1, show_default=True, help="Samples a process."),
+    option("Training", "--no_checkpointing", is_flag=True, help="Without gradient checkpointing."),
+    option("Training", "--quantize_base", type=click.Choice(("8bit", "4bit")), help="Form of the frozen base."),
+    option("Training", "--cached", is_flag=True, help="The cache is full: no encoder is loaded."),
+    option("Training", "--bank_dtype", type=click.Choice(("float32", "bfloat16", "int8")), default="bfloat16"),
+    option("Training", "--bank_capacity", type=int, default=500, show_default=True, help="Errors a grid."),
 ]
 DRY_RUN = [
     option("Other", "--dry_run", is_flag=True, help="Check everything, tell what would be made, and load no model."),

@@ -7,13 +7,30 @@ from typing import Any
 
 import click
 
-from ..presets import PRESETS
-from .options import CLIPS, FILE, MACHINE, MODEL, SEED, SETTINGS, SIZE, GroupedCommand, option, with_options
+from ..presets import PRESETS, Preset
+from .needs import readable_size
+from .options import (
+    CARD,
+    CLIPS,
+    FILE,
+    MACHINE,
+    MODEL,
+    SEED,
+    SETTINGS,
+    SIZE,
+    TRAINING,
+    GroupedCommand,
+    option,
+    with_options,
+)
 
 
 EXAMPLES = """
 diffusers-svi plan --preset pro --num_clips 120
 diffusers-svi plan --preset pro --num_clips 120 --image kitten.png --prompt "it wakes" --measure
+diffusers-svi plan --model wan2.1-i2v-14b --quantize fp8 --offload group --vae_tiling
+diffusers-svi plan --model wan2.2-i2v-a14b --gguf Q4_K --card 12
+diffusers-svi plan --model wan2.1-i2v-14b --train --zero 2 --processes 8 --bank_dtype int8
 """
 MEASURE = [
     option("What is made", "--image", help="Its start image, for `--measure`."),
@@ -22,17 +39,43 @@ MEASURE = [
 
 
 @click.command(cls=GroupedCommand, epilog=EXAMPLES)
-@with_options(CLIPS, MODEL, SIZE, SETTINGS, SEED, FILE, MACHINE, MEASURE)
+@with_options(CLIPS, MODEL, SIZE, SETTINGS, SEED, FILE, MACHINE, CARD, TRAINING, MEASURE)
 def plan(measure: bool, **options: Any) -> None:
-    """Tell frames, seconds and memory of a film, and with --measure the time that it takes."""
-    import torch
-    from diffusers.utils.torch_utils import get_device
+    """Tell frames, seconds and memory of a film, and with --measure the time that it takes; with --train the memory
+    of a training run.
 
-    from ..conditioning import PixelMotion
-    from ..plan import scheme_of, weights_of
-    from .order import order
+    Memory is computed from shapes. Of the published models nothing is downloaded: --model takes wan2.1-i2v-14b-480p,
+    wan2.1-i2v-14b-720p, wan2.2-i2v-a14b and wan2.2-ti2v-5b beside Hub names and folders.
+    """
+    from ..memory import model_shapes
+    from .needs import of_clips, of_training
 
     family = PRESETS[options["preset"]]
+    model = options["model"] or family.model
+    try:
+        shapes = model_shapes(model)
+    except (OSError, ValueError) as error:
+        if options["train"]:
+            raise
+        shapes = None
+        unknown = f"not known: the configuration of {model} cannot be read ({str(error).splitlines()[0]})"
+    if options["train"]:
+        assert shapes is not None
+        return of_training(shapes, options)
+    if measure or options["num_clips"] is not None or options["prompt_list"] or options["prompt_file"]:
+        _film(family, measure, options)
+    if shapes is None:
+        click.echo(f"memory   {unknown}")
+    else:
+        of_clips(shapes, options, family.num_frames)
+
+
+def _film(family: Preset, measure: bool, options: dict[str, Any]) -> None:
+    """What the film will be, and with `measure` what a clip of it takes."""
+    from ..conditioning import PixelMotion
+    from ..plan import scheme_of
+    from .order import order
+
     with tempfile.TemporaryDirectory() as folder:
         given = {**options, "out": Path(folder, "clip.mp4"), "continue_from": None, "finalize": None}
         if not options["prompt_list"] and not options["prompt_file"]:
@@ -55,21 +98,6 @@ def plan(measure: bool, **options: Any) -> None:
             length = known.film_length(film.num_clips, num_frames)
             frames, seconds = f"{length} frames", length / film.fps
         click.echo(f"film     {film.num_clips} clips, {frames}: {seconds:.1f} seconds at {film.fps:g} fps")
-        device = options["device"] or get_device()
-        dtype = options["dtype"] or ("float32" if str(device) == "cpu" else "bfloat16")
-        model = options["model"] or family.model
-        try:
-            weights = weights_of(model, getattr(torch, dtype))
-        except (OSError, ValueError) as error:
-            click.echo(
-                f"weights  not known: the configuration of {model} cannot be read ({str(error).splitlines()[0]})"
-            )
-        else:
-            sizes = ", ".join(f"{name} {_size(size)}" for name, size in weights.sizes.items())
-            click.echo(f"weights  {_size(weights.all)} in {dtype}, without LoRAs and `--quantize` ({sizes})")
-            click.echo(
-                f"         {_size(weights.largest)} on the device with `--offload model`; what is computed is extra"
-            )
         if measure:
             _measure(film, film.num_clips)
 
@@ -88,14 +116,8 @@ def _measure(film: Any, num_clips: int) -> None:
     click.echo(
         f"time     {each:.1f} seconds a clip, {num_clips * each / 60:.1f} minutes for {num_clips}, as the first took"
     )
-    click.echo(f"file     {_size(size)} a clip, {_size(num_clips * size)} for {num_clips}, as the first took")
+    click.echo(
+        f"file     {readable_size(size)} a clip, {readable_size(num_clips * size)} for {num_clips}, as the first took"
+    )
     if torch.cuda.is_available():
-        click.echo(f"memory   {_size(torch.cuda.max_memory_allocated())} of the GPU at most")
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+        click.echo(f"memory   {readable_size(torch.cuda.max_memory_allocated())} of the GPU at most")
