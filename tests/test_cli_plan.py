@@ -4,6 +4,7 @@ import re
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from huggingface_hub import constants
 from transformers import UMT5EncoderModel
 
 from diffusers_svi.erft import BankConfig
@@ -37,7 +38,8 @@ def test_frames_and_seconds_are_those_of_the_scheme(run_command):
     assert status == 0 and "2 clips, 157 frames: 10.5 seconds at 15 fps" in told
 
 
-def test_a_model_that_cannot_be_read_is_told(run_command):
+def test_a_model_that_cannot_be_read_is_told(run_command, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # nothing is waited for
     status, told, errors = run_command("plan", "--model", "missing/model", "--num_clips", 1)
     assert status == 0 and "memory   not known: the configuration of missing/model cannot be read" in told, errors
 
