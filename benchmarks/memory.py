@@ -15,7 +15,6 @@ which writes out all windows, 27 times the input: a clip of 96 pixels is there t
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +33,7 @@ from diffusers_svi import SVIPipeline
 from diffusers_svi.erft import BankConfig
 from diffusers_svi.memory import Clip, Training, inference_memory, training_memory
 from diffusers_svi.memory.model import shapes_of
+from diffusers_svi.training.step_times import peak_resident_bytes
 
 
 MODEL = Path(__file__).parents[1] / "examples" / "svi_tiny" / "model"
@@ -122,8 +122,7 @@ def _meta_vae() -> AutoencoderKLWan:
 
 
 def _compared(before: int, planned: int) -> dict[str, float]:
-    unit = 1 if sys.platform == "darwin" else 1024
-    measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
+    measured = peak_resident_bytes() - before
     return {"measured_bytes": measured, "planned_bytes": planned, "planned_over_measured": planned / measured}
 
 

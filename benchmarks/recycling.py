@@ -20,7 +20,6 @@ processes can share the work by their `--seeds`, with `--only_runs`.
 import argparse
 import json
 import math
-import os
 import time
 from dataclasses import asdict
 from itertools import pairwise
@@ -38,6 +37,7 @@ from tqdm.auto import tqdm
 from vector_training import BASE, CONTESTANTS, SHIFT, condition_on, make_model, predict, train
 from vectors import CHANNELS, FRAMES, SPEEDS, World
 
+from diffusers_svi.files import written_whole
 from diffusers_svi.flow import shifted_sigmas
 
 
@@ -140,11 +140,9 @@ def measure_slopes(
 def run(name: str, seed: int, world: World, args: argparse.Namespace) -> dict[str, Any]:
     """One training and what it shows; from its file, if it has been made."""
     file = args.output_dir / "runs" / f"{name.replace(' ', '_').replace('%', '')}-{seed}"
-    settings = {name: value for name, value in vars(args).items() if isinstance(value, int) and name != "quick"}
+    settings = {name: value for name, value in vars(args).items() if type(value) is int}  # flags change no figure
     contestant = BASE if name == "base" else CONTESTANTS[name]
     key = json.loads(json.dumps({"seed": seed, "contestant": asdict(contestant), **settings}))
-    for flag in ("compile", "only_runs"):
-        del key[flag]
     figures_file, weights_file = file.with_suffix(".json"), file.with_suffix(".safetensors")
     if figures_file.exists():
         found = json.loads(figures_file.read_text())
@@ -177,9 +175,8 @@ def run(name: str, seed: int, world: World, args: argparse.Namespace) -> dict[st
     found["minutes"] = round((time.time() - begun) / 60, 1)
     figures_file.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, weights_file)
-    unfinished = figures_file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(found))
-    os.replace(unfinished, figures_file)
+    with written_whole(figures_file) as unfinished:
+        unfinished.write_text(json.dumps(found))
     return json.loads(figures_file.read_text())
 
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import platform
-import resource
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import transformers
 
 import diffusers_svi
+from diffusers_svi.training.step_times import peak_resident_bytes
 
 
 def provenance() -> dict:
@@ -49,9 +49,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
 
 def report(results: dict, args: argparse.Namespace) -> None:
     """Print `results` as a table or a line of JSON, and write them to a file if that is asked for."""
-    # ru_maxrss is in kilobytes, but in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    results["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    results["peak_resident_bytes"] = peak_resident_bytes()
     if args.output_file is not None:
         write_json(results, args.output_file)
     if args.json:

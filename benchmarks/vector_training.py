@@ -129,10 +129,12 @@ def make_recycler(contestant: Contestant, seed: int) -> ErrorRecycler:
 
 
 def bell() -> torch.Tensor:
-    """EverAnimate's alpha(t) = exp(-2 ((t - 500) / 1000)^2) over the schedule, stretched to [0, 1]."""
-    timesteps = TIMESTEPS * shifted_sigmas(TIMESTEPS, SHIFT)
-    values = torch.exp(-2 * ((timesteps - TIMESTEPS / 2) / TIMESTEPS) ** 2)
-    return ((values - values.min()) / (values.max() - values.min())).float()
+    """EverAnimate's alpha(t) = exp(-2 ((t - 500) / 1000)^2) over the schedule, stretched to [0, 1].
+
+    It is the bell that losses are weighted with, on another scale.
+    """
+    weights = loss_weights(TIMESTEPS, SHIFT)
+    return (weights / weights.max()).float()
 
 
 def train(

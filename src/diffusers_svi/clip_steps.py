@@ -1,8 +1,9 @@
 """The steps of a clip beside its denoising: directed, taken up, decoded, trimmed, carried on."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,33 @@ from .pixels import from_uint8
 from .resume import SEED, warn_of_changes
 from .start_image import to_pixels
 from .wan import decode_video
+
+
+# Prompts whose embeddings are kept while a chain runs: few enough for an endless one.
+KEPT_EMBEDDINGS = 64
+
+
+def prompt_encoder(
+    pipe: WanImageToVideoPipeline, film: Film, device: torch.device | None = None
+) -> Callable[[str], torch.Tensor]:
+    """From a prompt of `film` to its embeddings, `(1, tokens, text_dim)`; the newest ones are kept."""
+
+    @lru_cache(maxsize=KEPT_EMBEDDINGS)
+    @torch.no_grad()
+    def encode(prompt: str) -> torch.Tensor:
+        length = film.max_sequence_length
+        return pipe.encode_prompt(prompt, None, False, max_sequence_length=length, device=device)[0]
+
+    return encode
+
+
+def film_parts(clips: Iterable[Clip]) -> Iterator[Any]:
+    """What clips add to a film, and what the last one ends with."""
+    clip = None
+    for clip in clips:
+        yield clip.frames
+    if clip is not None and len(clip.tail):
+        yield clip.tail
 
 
 def clips_due(pipe: WanImageToVideoPipeline, film: Film) -> Generator[Direction, None, None]:

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
-from functools import lru_cache
 from typing import Any, TypeVar, Unpack
 
 import numpy as np
@@ -15,7 +14,17 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from .chain import ChainState, joined, kept_frames
 from .checks import check_choice
 from .clip_pipeline import ClipPipeline
-from .clip_steps import carried_on, clips_due, decoded, finished, picture_of, taken_up, trimmed
+from .clip_steps import (
+    carried_on,
+    clips_due,
+    decoded,
+    film_parts,
+    finished,
+    picture_of,
+    prompt_encoder,
+    taken_up,
+    trimmed,
+)
 from .clips import Clip, ClipSpec
 from .conditioning import Scheme
 from .directing import Direction
@@ -28,9 +37,6 @@ from .recipe import film_recipe
 from .scheduler import SVIEulerScheduler  # noqa: F401 - diffusers finds it in a saved pipeline once it is imported
 from .wan import TEMPORAL_FACTOR, decode_video
 
-
-# Prompts whose embeddings are kept while a chain runs: few enough for an endless one.
-KEPT_EMBEDDINGS = 64
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -96,7 +102,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
             RuntimeError: if another thread is generating with this pipeline.
         """
         film = self._check_film(image, prompts, options)
-        frames = joined(self._parts(film), film.output_type, film.shape)
+        frames = joined(film_parts(self._stream(film)), film.output_type, film.shape)
         video = [frames] if isinstance(frames, list) else frames[None]
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
@@ -134,21 +140,9 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
     ) -> Film:
         return check_film(self, self.lora_conditioning, self.lora_clip_resize, image, prompts, options)
 
-    def _parts(self, film: Film) -> Iterator[Any]:
-        """What the clips add to a film, and what its last one ends with."""
-        clip = None
-        for clip in self._stream(film):
-            yield clip.frames
-        if clip is not None and len(clip.tail):
-            yield clip.tail
-
     def _stream(self, film: Film) -> Iterator[Clip]:
         # Not a generator without gradients as a whole: torch could not close it when Python ends.
-        @lru_cache(maxsize=KEPT_EMBEDDINGS)
-        @torch.no_grad()
-        def encode(prompt: str) -> torch.Tensor:
-            return self.encode_prompt(prompt, None, False, max_sequence_length=film.max_sequence_length)[0]
-
+        encode = prompt_encoder(self, film)
         self._interrupted = False
         state = film.state
         recipe = film_recipe(self, film.settings, state.image, state.conditioning)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..checks import check_choice
+from ..inputs import MAX_TOKENS
+from ..lora_layers import EXPERTS
 from .activations import (
     ATTENTION_COPIES,
     FLOAT,
@@ -22,9 +24,7 @@ from .phases import Phase, Plan
 
 # "group" as `--offload group` has it, a layer at a time; with streams, as on CUDA, the next one is there already.
 OFFLOADS = ("none", "model", "group", "group+streams", "sequential")
-MAX_TOKENS = 512
 _LAYERS_THERE = {"group": 1, "group+streams": 2, "sequential": 1}
-TRANSFORMERS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def inference_memory(model: ModelShapes, clip: Clip) -> Plan:
     tokens = tokens_of(model, *size, clip.dtype.itemsize)
     latents = 12 * FLOAT * math.prod(model.latent_shape(*size))
     encoder = "text_encoder" if "image_encoder" not in model.weights else "image_encoder"
-    denoisers = [name for name in TRANSFORMERS if name in model.weights]
+    denoisers = [name for name in EXPERTS if name in model.weights]
     work = {
         "text": (("text_encoder",), text_peak(model.text_encoder, MAX_TOKENS, clip.dtype.itemsize)),
         "encode": (("vae", encoder), encode_peak(model.vae, *size, clip.vae_tiling)),
@@ -116,8 +116,8 @@ def tokens_of(model: ModelShapes, num_frames: int, height: int, width: int, item
 
 def _stored(name: str, weights: Weights, model: ModelShapes, clip: Clip) -> int:
     """Bytes of a part's weights, and of the LoRA on it."""
-    form = clip.form if name in TRANSFORMERS or (clip.form == "quanto" and name == "text_encoder") else "none"
-    lora = weights.with_lora(clip.lora_rank) if name in TRANSFORMERS else 0
+    form = clip.form if name in EXPERTS or (clip.form == "quanto" and name == "text_encoder") else "none"
+    lora = weights.with_lora(clip.lora_rank) if name in EXPERTS else 0
     return weights.num_bytes(model.dtype_of(name, clip.dtype), form) + lora
 
 

@@ -7,8 +7,10 @@ import torch
 
 from ..checks import check_choice, check_count
 from ..erft import BankConfig
+from ..inputs import MAX_TOKENS
+from ..lora_layers import EXPERTS
 from .activations import FLOAT, encode_peak, image_peak, text_peak, training_peak
-from .inference import MAX_TOKENS, TRANSFORMERS, tokens_of
+from .inference import tokens_of
 from .model import ModelShapes
 from .phases import Phase, Plan
 
@@ -82,7 +84,7 @@ def training_memory(model: ModelShapes, training: Training) -> Plan:
     """
     size = (training.num_frames, training.height, training.width)
     dtype = torch.bfloat16 if training.mixed_precision == "bf16" else torch.float32
-    weights = next(model.weights[name] for name in TRANSFORMERS if name in model.weights)
+    weights = next(model.weights[name] for name in EXPERTS if name in model.weights)
     lora, n = weights.lora_count(training.rank), training.num_processes
     base = weights.num_bytes(dtype, training.quantize_base)
     precision = "float32" if dtype == torch.float32 else "half" if training.zero else "autocast"

@@ -12,7 +12,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Inser
 from diffusers.modular_pipelines.wan.before_denoise import WanSetTimestepsStep, WanTextInputStep
 
 from ..chain import ChainState, joined
-from ..clip_steps import clips_due, picture_of, taken_up
+from ..clip_steps import clips_due, film_parts, picture_of, prompt_encoder, taken_up
 from ..clips import Clip
 from ..inputs import Film
 from ..progress import Progress
@@ -100,23 +100,14 @@ class SVIClipLoop(LoopSequentialPipelineBlocks):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         film = state.get("film")
         state.set("chain_end", film.state)
-        frames = joined(self._parts(components, state), film.output_type, film.shape)
+        frames = joined(film_parts(self._clips(components, state)), film.output_type, film.shape)
         state.set("videos", [frames] if isinstance(frames, list) else frames[None])
         return components, state
-
-    def _parts(self, components: Any, state: PipelineState) -> Iterator[Any]:
-        """What the clips add to a film, and what its last one ends with."""
-        clip = None
-        for clip in self._clips(components, state):
-            state.set("chain_end", clip.state)
-            yield clip.frames
-        if clip is not None and len(clip.tail):
-            yield clip.tail
 
     def _clips(self, components: Any, state: PipelineState) -> Iterator[Clip]:
         film, pipe = state.get("film"), pipeline_of(components)
         chain: ChainState = film.state
-        texts: dict[str, torch.Tensor] = {}
+        encode = prompt_encoder(pipe, film, components._execution_device)
         recipe = film_recipe(pipe, film.settings, chain.image, chain.conditioning)
         progress = Progress(film.num_clips, chain.num_clips, getattr(self, "_progress_bar_config", {}))
         try:
@@ -130,7 +121,7 @@ class SVIClipLoop(LoopSequentialPipelineBlocks):
                         before=chain,
                         begun=taken_up(pipe, chain, direction.spec, film),
                         last=picture_of(pipe, "last_image", direction.spec, film),
-                        texts=texts,
+                        encode=encode,
                     )
                     self._tell(desc=f"Clip {chain.num_clips + 1}", leave=False, **progress.config)
                     of_clip = PipelineState(
@@ -140,6 +131,7 @@ class SVIClipLoop(LoopSequentialPipelineBlocks):
                     self.loop_step(components, of_clip)
                     made = replace(of_clip.get("finished"), recipe=recipe)
                     chain = made.state
+                    state.set("chain_end", chain)
                     progress.clip_done()
                     if film.callback_on_clip_end is not None:
                         film.callback_on_clip_end(components, made)

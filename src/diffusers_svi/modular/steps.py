@@ -3,22 +3,19 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from diffusers.modular_pipelines.wan.before_denoise import WanPrepareLatentsStep
-from diffusers.modular_pipelines.wan.encoders import WanImageEncoderStep, WanTextEncoderStep, get_t5_prompt_embeds
+from diffusers.modular_pipelines.wan.encoders import WanImageEncoderStep, WanTextEncoderStep
 from diffusers.video_processor import VideoProcessor
 
 from ..chain import ChainState
 from ..clip_steps import carried_on, decoded, finished, trimmed
 from ..clips import Clip
-from ..inputs import MAX_TOKENS
 from ..lora_layers import experts_of
-from ..pipeline import KEPT_EMBEDDINGS
-from .underway import ClipUnderway, clip_input
+from .underway import clip_input
 
 
 class SVITextEncoderStep(WanTextEncoderStep):
@@ -36,28 +33,14 @@ class SVITextEncoderStep(WanTextEncoderStep):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         given = self.get_block_state(state)
         texts = given.clip.direction.positive, given.clip.direction.negative
+        dtype, device = _transformer_dtype(components), components._execution_device
         # Wan's blocks need the negative ones even where a guider does not.
         given.prompt_embeds, given.negative_prompt_embeds = (
-            self._embeddings(components, text, given.clip) for text in texts
+            (given.clip.encode(text) if isinstance(text, str) else text).to(device=device, dtype=dtype)
+            for text in texts
         )
         self.set_block_state(state, given)
         return components, state
-
-    def _embeddings(self, components: Any, text: str | torch.Tensor, clip: ClipUnderway) -> torch.Tensor:
-        dtype, device = _transformer_dtype(components), components._execution_device
-        if isinstance(text, torch.Tensor):
-            return text.to(device=device, dtype=dtype)
-        if text not in clip.texts:
-            embeds = get_t5_prompt_embeds(
-                components.text_encoder, components.tokenizer, text, clip.film.max_sequence_length, device
-            )
-            if components.image_encoder is not None:
-                # Such a model counts the image's tokens from the 513th on.
-                embeds = F.pad(embeds, (0, 0, 0, MAX_TOKENS - embeds.shape[1]))
-            clip.texts[text] = embeds.to(dtype)
-            if len(clip.texts) > KEPT_EMBEDDINGS:
-                del clip.texts[next(iter(clip.texts))]
-        return clip.texts[text]
 
 
 class SVIImageEncoderStep(WanImageEncoderStep):

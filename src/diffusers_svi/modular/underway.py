@@ -1,6 +1,7 @@
 """The clip that is being made: what its steps share."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class ClipUnderway:
         before (`ChainState`): The state before it.
         begun (`ChainState`): The same as the clip takes it up, with its cut or anchor.
         last (`torch.Tensor` of shape `(1, 3, height, width)`, *optional*): What it is to end with, in [-1, 1].
-        texts (`dict[str, torch.Tensor]`): Embeddings of texts of this film, for the clips that have them again.
+        encode (`Callable[[str], torch.Tensor]`): From a prompt of the film to its embeddings.
     """
 
     pipe: SVIPipeline
@@ -42,7 +43,7 @@ class ClipUnderway:
     before: ChainState
     begun: ChainState
     last: torch.Tensor | None
-    texts: dict[str, torch.Tensor] = field(default_factory=dict)
+    encode: Callable[[str], torch.Tensor]
 
 
 def clip_input() -> InputParam:

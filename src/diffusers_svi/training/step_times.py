@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from statistics import median
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,12 @@ import torch
 Batch = TypeVar("Batch")
 # Steps that an estimate is of: the newest ones.
 REMEMBERED = 100
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has been resident."""
+    # In kilobytes, but in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class StepTimes:
@@ -60,14 +67,13 @@ class StepTimes:
         """Bytes: allocated on a GPU, resident on a CPU; of this process."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        # In kilobytes, but in bytes on macOS.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_resident_bytes()
 
     def describe(self, steps_left: int) -> str:
         """The line that tells it; medians of the newest steps."""
         names = dict.fromkeys(name for step in self._steps for name in step)
-        parts = ", ".join(f"{name} {_median(step.get(name, 0.0) for step in self._steps):.3g}" for name in names)
-        seconds = _median(sum(step.values()) for step in self._steps)
+        parts = ", ".join(f"{name} {median(step.get(name, 0.0) for step in self._steps):.3g}" for name in names)
+        seconds = median(sum(step.values()) for step in self._steps)
         left = timedelta(seconds=round(seconds * steps_left))
         end = (datetime.now() + left).strftime("%Y-%m-%d %H:%M")
         return (
@@ -79,7 +85,3 @@ class StepTimes:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-
-def _median(values: Iterable[float]) -> float:
-    return float(torch.tensor(list(values), dtype=torch.float64).quantile(0.5))
