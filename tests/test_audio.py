@@ -311,7 +311,7 @@ def test_models_that_cannot_hear(model):
         open_audio(sound, model, 0)
     with pytest.raises(ValueError, match="`context` must be at least 0 seconds, got -1"):
         AudioFeatures(Voice(sound), model, context=-1)
-    with pytest.raises(ValueError, match="taken as `\\[start:stop\\]`, got 3"):
+    with pytest.raises(ValueError, match="Rows are taken as `\\[start:stop\\]`, got 3"):
         open_audio(sound, model)[3]
     with pytest.raises(ValueError, match="`model` is training"):
         open_audio(sound, make_model().train())

@@ -22,6 +22,7 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from ..checks import check_number
 from ..video import frame_rate
+from .rows import bounds
 from .voice import BLOCK, RATE, SoundLike, Voice
 
 
@@ -74,7 +75,7 @@ class GivenFeatures:
         return len(self._rows)
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        first, last = _bounds(rows, len(self))
+        first, last = bounds(rows, len(self))
         return torch.from_numpy(np.array(self._rows[first:last], np.float32))
 
 
@@ -140,7 +141,7 @@ class AudioFeatures:
         return self._num_rows
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        first, last = _bounds(rows, len(self))
+        first, last = bounds(rows, len(self))
         parts = [torch.zeros(0, *self.shape[1:])]
         while first < last:
             stop = min(last, (first // self._window + 1) * self._window)
@@ -272,14 +273,6 @@ def _check_length(name: str, seconds: float) -> float:
     if check_number(name, seconds) < 0:
         raise ValueError(f"`{name}` must be at least 0 seconds, got {seconds!r}.")
     return seconds
-
-
-def _bounds(rows: slice, length: int) -> tuple[int, int]:
-    """First and last of the rows that are asked for, as Python counts them."""
-    if not isinstance(rows, slice) or rows.step not in (None, 1):
-        raise ValueError(f"Features are taken as `[start:stop]`, got {rows!r}.")
-    first, last, _ = rows.indices(length)
-    return first, max(first, last)
 
 
 def _moments(voice: Voice) -> tuple[float, float]:
