@@ -14,7 +14,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from diffusers_svi.conditions import audio as audio_module
 from diffusers_svi.conditions import voice as voice_module
-from diffusers_svi.conditions.audio import CONTEXT, WINDOW, AudioFeatures, open_audio
+from diffusers_svi.conditions.audio import CONTEXT, KEPT, WINDOW, AudioFeatures, open_audio
 from diffusers_svi.conditions.voice import Voice
 from small_videos import write_numbered
 
@@ -219,6 +219,7 @@ def test_a_row_is_the_same_whatever_is_asked_for(model):
     rows = AudioFeatures(voice, model, window=2, context=1)
     assert torch.equal(rows[240:260], whole[240:260]) and torch.equal(rows[45:160], whole[45:160])
     assert torch.equal(rows[49:50], whole[49:50]) and torch.equal(rows[-3:], whole[-3:])
+    assert len(rows._spans) == KEPT
     assert rows[300:999].shape == (12, 3, 16) and rows[400:].shape == rows[5:5].shape == (0, 3, 16)
 
 
@@ -301,10 +302,10 @@ def test_a_video_without_sound_is_refused(model, tmp_path):
 
 def test_models_that_cannot_hear(model):
     sound = (speech(1), 16000)
-    with pytest.raises(ValueError, match="`audio` is a sound, which needs a `Wav2Vec2Model`"):
+    with pytest.raises(ValueError, match="`audio` is a sound: pass an `audio_encoder`"):
         open_audio(sound)
-    with pytest.raises(ValueError, match="`model` must be a `Wav2Vec2Model`, got Linear"):
-        open_audio(sound, torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="`audio_encoder` must be a `Wav2Vec2Model`, got Linear"):
+        open_audio("not_even_looked_for.wav", torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="`feature_extractor` is for 8000 samples a second"):
         open_audio(sound, model, feature_extractor=Wav2Vec2FeatureExtractor(sampling_rate=8000))
     with pytest.raises(ValueError, match="`fps` must be above 0, got 0"):
@@ -313,7 +314,9 @@ def test_models_that_cannot_hear(model):
         AudioFeatures(Voice(sound), model, context=-1)
     with pytest.raises(ValueError, match="Rows are taken as `\\[start:stop\\]`, got 3"):
         open_audio(sound, model)[3]
-    with pytest.raises(ValueError, match="`model` is training"):
+    with pytest.raises(ValueError, match="`audio_encoder` is offloaded layer by layer"):
+        open_audio(sound, make_model().to("meta"))
+    with pytest.raises(ValueError, match="`audio_encoder` is training"):
         open_audio(sound, make_model().train())
 
 

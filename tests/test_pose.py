@@ -265,6 +265,20 @@ def test_frames_may_be_given_in_any_form(form):
     assert poses.fingerprint != open_pose(pixels[::-1].copy(), 16, 32).fingerprint
 
 
+def test_poses_are_known_by_what_is_shown(tmp_path):
+    video = write_numbered(tmp_path / "a.mkv", num_frames=8)
+    np.savez(tmp_path / "a.npz", body=person()[None], size=SIZE)
+    prints = [
+        open_pose(tmp_path / name, 48, width, **options).fingerprint
+        for name, width, options in (
+            *(("a.mkv", 64, {}), ("a.mkv", 64, {"fps": 4}), ("a.mkv", 48, {}), ("a.mkv", 48, {"resize_mode": "crop"})),
+            *(("a.npz", 36, {}), ("a.npz", 36, {"colors": "openpose"}), ("a.npz", 36, {"keypoint_size": (640, 480)})),
+        )
+    ]
+    assert len(set(prints)) == len(prints)
+    assert open_pose(video, 48, 64).fingerprint == prints[0]
+
+
 def test_pictures_are_decoded_when_they_are_asked_for(tmp_path):
     """Memory is that of what is asked for; a picture that is damaged meanwhile is noticed."""
     rng = np.random.default_rng(0)
@@ -296,6 +310,7 @@ def test_pictures_are_decoded_when_they_are_asked_for(tmp_path):
             "`pose_keypoints_2d` of frame 0 .* is no list of x, y",
         ),
         ([{"people": [7], **CANVAS}], "`pose_keypoints_2d` of frame 0 .* is no list of x, y"),
+        ([frame_of(person(), canvas_height="x", canvas_width=9)], "`canvas_height of frame 0 .* whole number"),
         ([frame_of(person() * np.nan, **CANVAS)], "frame 0 .* has keypoints that are no numbers"),
         (
             [frame_of(person(), **CANVAS), frame_of(person(), **{**CANVAS, "canvas_width": 99})],
@@ -362,6 +377,7 @@ def test_folders_that_are_no_poses(names, message, tmp_path):
         (np.zeros((1, 8, 8, 3)), {"colors": "red"}, "`colors` must be one of \\('published', 'openpose'\\)"),
         (np.zeros((1, 8, 8, 3)), {"height": 0}, "`height` must be a whole number of at least 1"),
         (np.zeros((1, 8, 8, 3)), {"fps": 0.5}, "`fps` must be a whole number of at least 1"),
+        (np.zeros((1, 8, 8, 3)), {"keypoint_size": 5}, "`keypoint_size` must be `\\(height, width\\)`, got 5"),
         (np.zeros((1, 8, 8, 3)), {"keypoint_size": (0, 5)}, "`keypoint_size\\[0\\]` must be a whole number"),
     ],
 )

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 from diffusers.utils import logging
 
+from ..checks import check_count
 from .skeleton import BODY, HAND, SEEN
 
 
@@ -157,8 +158,12 @@ def _check_frames(frames: Iterable[tuple[Any, str]], size: tuple[int, int] | Non
         if not isinstance(frame, dict) or not isinstance(frame.get("people"), list):
             raise ValueError(f'`pose`: {name} is no frame of OpenPose, which is `{{"people": [...]}}`.')
         if size is None:
-            canvas = frame.get("canvas_height"), frame.get("canvas_width")
-            own = None if canvas[0] is None or canvas[1] is None else (int(canvas[0]), int(canvas[1]))
+            own = None
+            if "canvas_height" in frame and "canvas_width" in frame:
+                own = (
+                    check_count(f"canvas_height of {name}", frame["canvas_height"], 1),
+                    check_count(f"canvas_width of {name}", frame["canvas_width"], 1),
+                )
             if told not in (None, own):
                 raise ValueError(f"`pose`: {name} has a canvas of {own} (height, width), those before of {told}.")
             told = own

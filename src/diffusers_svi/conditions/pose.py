@@ -100,6 +100,8 @@ def open_pose(
     check_choice("colors", colors, COLORS)
     fps = None if fps is None else check_count("fps", fps, 1)
     if keypoint_size is not None:
+        if not isinstance(keypoint_size, (tuple, list)) or len(keypoint_size) != 2:
+            raise ValueError(f"`keypoint_size` must be `(height, width)`, got {keypoint_size!r}.")
         rows, columns = keypoint_size
         keypoint_size = check_count("keypoint_size[0]", rows, 1), check_count("keypoint_size[1]", columns, 1)
     if not isinstance(pose, (str, os.PathLike)):

@@ -55,6 +55,7 @@ class Voice:
     """
 
     def __init__(self, audio: SoundLike):
+        _check_meter()
         if isinstance(audio, tuple):
             array, rate = _check_array(audio)
             digest, blocks = _digest_array(array, rate), _from_array(array, rate)
@@ -80,13 +81,8 @@ class Voice:
 
     def _measure(self) -> float | None:
         """Loudness of all of it, in LUFS."""
-        try:
-            import pyloudnorm
-        except ImportError as error:
-            raise ValueError(
-                "`audio` needs a package that is not installed: `pip install pyloudnorm`, or the extra "
-                "`diffusers_svi[talk]`. Features that were computed before need none."
-            ) from error
+        import pyloudnorm
+
         if self.num_samples < GATE:
             return None
         per_block, loudness = BLOCK // STEP, []
@@ -97,6 +93,16 @@ class Voice:
             meter.integrated_loudness(self.samples(begin, (block + per_block - 1) * STEP + GATE).astype(float))
             loudness += meter.blockwise_loudness[run_up : run_up + per_block]
         return _gated(np.array(loudness))
+
+
+def _check_meter() -> None:
+    try:
+        import pyloudnorm  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "`audio` needs a package that is not installed: `pip install pyloudnorm`, or the extra "
+            "`diffusers_svi[talk]`. Features that were computed before need none."
+        ) from error
 
 
 def _gated(loudness: np.ndarray) -> float | None:
