@@ -5,6 +5,7 @@ import tracemalloc
 import wave
 from pathlib import Path
 
+import av
 import numpy as np
 import pyloudnorm
 import pytest
@@ -104,6 +105,20 @@ def test_what_is_above_8_khz_is_not_folded_back():
     spectrum = np.abs(np.fft.rfft(heard[2000:-2000] * np.hanning(28000)))
     assert np.argmax(spectrum) == 440 * 28000 // 16000
     assert spectrum[5000 * 28000 // 16000] < 0.01 * spectrum.max()
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "aac"), ("mp3", "mp3"), ("ogg", "libopus")])
+def test_sounds_of_many_kinds_are_heard_in_time(suffix, codec, tmp_path):
+    """A tone after a second of silence begins after a second."""
+    samples = np.concatenate([np.zeros(48000), tone(440, 1, 48000, 0.5)]).astype(np.float32)
+    with av.open(str(tmp_path / f"a.{suffix}"), "w") as output:
+        stream = output.add_stream(codec, rate=48000, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(np.stack([samples] * 2), format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts = 48000, 0
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    heard = np.abs(Voice(tmp_path / f"a.{suffix}").samples(0, 32000))
+    assert 15960 < np.argmax(heard > 0.2 * heard.max()) < 16040
 
 
 @pytest.mark.parametrize("kind", ["int16", "float32", "tensor"])
