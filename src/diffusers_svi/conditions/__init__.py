@@ -1,0 +1,1 @@
+"""What a film follows beside its text: a voice, or a skeleton that dances."""
