@@ -33,7 +33,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory
 from diffusers.utils import load_image
 from peft import LoraConfig, set_peft_model_state_dict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -51,8 +51,14 @@ from diffusers_svi.erft import (
 )
 from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.flow import interpolate, shifted_sigmas
-from diffusers_svi.frames import Video
 from diffusers_svi.lora_file import read_lora, save_lora
+from diffusers_svi.training.buckets import (
+    BucketBatchSampler,
+    bucket_name,
+    choose_bucket,
+    describe_buckets,
+    read_buckets,
+)
 from diffusers_svi.training.cache import TensorCache
 from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
@@ -72,7 +78,7 @@ from diffusers_svi.training.optimizers import (
     make_optimizer,
 )
 from diffusers_svi.training.push import PushError, download_model, open_repo, push
-from diffusers_svi.training.ranges import check_combinations, check_ranges
+from diffusers_svi.training.ranges import check_buckets, check_combinations, check_ranges
 from diffusers_svi.training.run_arguments import (
     check_steps,
     compare_arguments,
@@ -124,12 +130,22 @@ PRESETS = {
     "ti2v-5b": TI2V,
     "none": {**SHOT, "padding": "zeros", "p_vid": 0.0, "p_img": 0.0, "p_noi": 0.0, "p_clean": 1.0},
 }
+# Of clips, where nothing else is given.
+SIZE = {"width": 832, "height": 480, "num_frames": 81}
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
 CARD_SETTINGS = (
     *("preset", "expert", "init_lora", "rank", "lora_alpha", "export_rank", "p_vid", "p_img", "p_noi", "p_clean"),
     *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
-    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_frames", "height", "width", "fps"),
-    "seed",
+    *(
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "max_train_steps",
+        "num_frames",
+        "height",
+        "width",
+        "buckets",
+    ),
+    *("fps", "seed"),
 )
 
 
@@ -172,9 +188,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--video_column", help="Column of the videos; found by its name if not given.")
     add("--caption_column", help="Column of the captions; found by its name if not given.")
-    add("--height", type=int, default=480, help="Of the clips, in pixels.")
-    add("--width", type=int, default=832, help="Of the clips, in pixels.")
-    add("--num_frames", type=int, default=81, help="Frames of a clip, 1 + 4n.")
+    add("--height", type=int, help=f"Of the clips, in pixels; {SIZE['height']} if not given.")
+    add("--width", type=int, help=f"Of the clips, in pixels; {SIZE['width']} if not given.")
+    add("--num_frames", type=int, help=f"Frames of a clip, 1 + 4n; {SIZE['num_frames']} if not given.")
+    text = (
+        "Instead of them: sizes, width x height, or x frames too, such as 832x480 480x832x49. A video goes to the one "
+        "nearest in aspect, the longest that it fills; each has an error bank of its own. Films are of the first."
+    )
+    add("--buckets", nargs="+", help=text)
     add("--center_crop", action="store_true", help="Take the largest crop, from the middle, instead of a random one.")
     add("--random_flip", action="store_true", help="Mirror half of the samples. Do captions tell left from right?")
     text = "Frames a second: videos are resampled to them, films have them. 16 if not given, 24 for ti2v-5b; or none."
@@ -337,10 +358,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.optimizer]
     try:
+        set_size(args)
         check_args(args)
     except ValueError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     return args
+
+
+def set_size(args: argparse.Namespace) -> None:
+    """Where size and length are not given: those of the first bucket, or the defaults."""
+    check_buckets(vars(args))
+    if args.buckets:
+        num_frames = SIZE["num_frames"] if args.num_frames is None else args.num_frames
+        args.buckets = read_buckets(args.buckets, num_frames)
+        args.width, args.height, args.num_frames = map(int, args.buckets[0].split("x"))
+    for name, value in SIZE.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -374,7 +408,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_optimizer(args.optimizer, args.use_8bit_adam)
     parse_layers(args.lora_layers)
     make_injection(args)
-    make_layout(args, make_scheme(args))
+    make_layouts(args, make_scheme(args))
 
 
 def make_scheme(args: argparse.Namespace) -> Scheme:
@@ -422,35 +456,44 @@ def film_fps(args: argparse.Namespace) -> int:
     return 16 if args.fps == "none" else args.fps
 
 
-def make_layout(args: argparse.Namespace, scheme: Scheme) -> SampleLayout:
-    return SampleLayout(
-        num_frames=args.num_frames,
-        height=args.height,
-        width=args.width,
-        # source: issue 75 of the authors' repository; the first 1 + 4m frames of the clip re-tell the end of it
-        history=0 if scheme.carried_frames else args.num_frames - scheme.overlap,
-        reference=args.reference,
-        augment=args.first_frame_augmentation,
-        condition_frames=max(1, scheme.carried_frames),
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        fps=None if args.fps == "none" else args.fps,
-    )
+def make_layouts(args: argparse.Namespace, scheme: Scheme) -> list[SampleLayout]:
+    """What samples consist of: of every bucket, or of all."""
+    buckets = args.buckets or [f"{args.width}x{args.height}x{args.num_frames}"]
+    return [
+        SampleLayout(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            # source: issue 75 of the authors' repository; the first 1 + 4m frames of the clip re-tell the end of it
+            history=0 if scheme.carried_frames else num_frames - scheme.overlap,
+            reference=args.reference,
+            augment=args.first_frame_augmentation,
+            condition_frames=max(1, scheme.carried_frames),
+            center_crop=args.center_crop,
+            random_flip=args.random_flip,
+            fps=None if args.fps == "none" else args.fps,
+        )
+        for width, height, num_frames in (map(int, bucket.split("x")) for bucket in buckets)
+    ]
 
 
 # 2. Data and models
 
 
-def find_videos(args: argparse.Namespace, layout: SampleLayout) -> list[Video]:
+def find_samples(args: argparse.Namespace, layouts: list[SampleLayout]) -> Samples:
+    """Samples of all usable videos, each of the bucket that the video goes to."""
     columns = {"video_column": args.video_column, "caption_column": args.caption_column}
     if args.train_data_dir:
         candidates = open_folder(args.train_data_dir, **columns)
     else:
         candidates = open_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, **columns)
-    videos, skipped = usable_videos(candidates, layout, args.max_skipped_share)
+    videos, skipped = usable_videos(candidates, layouts, args.max_skipped_share)
     if skipped:
         logger.warning(skipped.describe())
-    return videos
+    chosen = [choose_bucket(video, layouts) for video in videos]
+    if args.buckets:
+        logger.info(describe_buckets(chosen, layouts))
+    return Samples(videos, chosen, args.seed, args.samples_per_video)
 
 
 def load_pipeline(
@@ -496,9 +539,9 @@ def training_timesteps(args: argparse.Namespace, boundary: float | None) -> torc
 
 
 def make_recycler(
-    args: argparse.Namespace, accelerator: Accelerator, error_shape: tuple[int, ...], timesteps: torch.Tensor
+    args: argparse.Namespace, accelerator: Accelerator, error_shapes: list[tuple[int, ...]], timesteps: torch.Tensor
 ) -> ErrorRecycler:
-    """Bank and recycler of this process, for the training noise levels that `timesteps` are the indices of."""
+    """Banks, one a shape, and recycler of this process, for the noise levels that `timesteps` are the indices of."""
     grids = shifted_sigmas(args.num_grids, args.flow_shift)
     rank = accelerator.process_index
     config = BankConfig(
@@ -511,15 +554,22 @@ def make_recycler(
         path=args.bank_path and f"{args.bank_path}.{rank}",
     )
     if args.bank_mode == "sharded" and accelerator.num_processes > 1:
-        bank = ShardedErrorBank(error_shape, grids, config, accelerator.device)
+        own = len(range(rank, args.num_grids, accelerator.num_processes))
+        banks = [
+            ShardedErrorBank(shape, grids, config_of_shape, accelerator.device)
+            for shape, config_of_shape in zip(error_shapes, config.shared_by(error_shapes, own), strict=True)
+        ]
     else:
         # An expert never meets the grids of the other.
         reached = nearest_grid(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids).unique().tolist()
-        bank = ErrorBank(error_shape, grids, config, owned=reached)
+        banks = [
+            ErrorBank(shape, grids, config_of_shape, owned=reached)
+            for shape, config_of_shape in zip(error_shapes, config.shared_by(error_shapes, len(reached)), strict=True)
+        ]
     recycler_config = RecyclerConfig(
         clean_buffer_update_prob=args.clean_buffer_update_prob, buffer_warmup_iter=args.buffer_warmup_iter
     )
-    return ErrorRecycler(bank, make_injection(args), recycler_config, args.seed * 1000 + rank)
+    return ErrorRecycler(banks, make_injection(args), recycler_config, args.seed * 1000 + rank)
 
 
 @dataclass
@@ -666,7 +716,8 @@ def save_model_card(
         method="by error recycling"
         if recycled
         else "by plain tuning on clean conditions, the control of error recycling",
-        settings={name: getattr(args, name) for name in CARD_SETTINGS} | {"fps": film_fps(args)},
+        settings={name: getattr(args, name) for name in CARD_SETTINGS}
+        | {"fps": film_fps(args), "buckets": args.buckets and " ".join(args.buckets)},
         expert=args.expert,
         film=film and film.as_posix(),
         figures=figures,
@@ -745,7 +796,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         )
     subfolder = "transformer_2" if args.expert == "low" else "transformer"
     scheme = make_scheme(args)
-    scheme.check(args.num_frames, expand_timesteps)
+    layouts = make_layouts(args, scheme)
+    for layout in layouts:
+        scheme.check(layout.num_frames, expand_timesteps)
     init_lora = None
     if args.init_lora:
         init_lora = read_init_lora(
@@ -763,17 +816,20 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     factor = vae.get("scale_factor_spatial", 8)
     patch_size = tuple(WanTransformer3DModel.load_config(folder, subfolder=subfolder).get("patch_size", (1, 2, 2)))
     for name, patch in (("height", patch_size[1]), ("width", patch_size[2])):
-        if getattr(args, name) % (factor * patch):
-            raise ValueError(
-                f"`--{name}` must be a multiple of {factor * patch} for this model, got {getattr(args, name)}."
-            )
-    size = args.height // factor, args.width // factor
-    latents_shape = (vae.get("z_dim", 16), num_latent_frames(args.num_frames), *size)
-    recycler = make_recycler(args, accelerator, latents_shape, timesteps)
+        for layout in layouts:
+            if getattr(layout, name) % (factor * patch):
+                option = f"`--buckets` {bucket_name(layout)}: the {name}" if args.buckets else f"`--{name}`"
+                raise ValueError(
+                    f"{option} must be a multiple of {factor * patch} for this model, got {getattr(layout, name)}."
+                )
+    latents_shapes = [
+        (vae.get("z_dim", 16), num_latent_frames(layout.num_frames), layout.height // factor, layout.width // factor)
+        for layout in layouts
+    ]
+    recycler = make_recycler(args, accelerator, latents_shapes, timesteps)
 
     # Data: what the encoders make of the samples
-    layout = make_layout(args, scheme)
-    samples = Samples(find_videos(args, layout), layout, args.seed, args.samples_per_video)
+    samples = find_samples(args, layouts)
     run = {"arguments": arguments, "content": describe_content(folder, subfolder, samples)}
     if resumed:
         compare_content(begun["content"], run["content"], str(where))
@@ -843,17 +899,20 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         weight_decay=args.adam_weight_decay,
         epsilon=args.adam_epsilon,
     )
+    data_generator = torch.Generator().manual_seed(args.seed)
     dataloader = DataLoader(
         dataset,
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        drop_last=len(dataset) >= args.train_batch_size * accelerator.num_processes,
+        batch_sampler=BucketBatchSampler(
+            RandomSampler(dataset, generator=data_generator),
+            [bucket_name(samples.layout(index)) for index in range(len(samples))],
+            args.train_batch_size,
+            accelerator.num_processes,
+        ),
         num_workers=args.dataloader_num_workers,
-        generator=torch.Generator().manual_seed(args.seed),
+        generator=data_generator,
     )
     # Batches are dealt out to the processes; the scheduler counts those of all.
-    batches = len(dataloader) / accelerator.num_processes
-    batches = math.floor(batches) if dataloader.drop_last else math.ceil(batches)
+    batches = len(dataloader) // accelerator.num_processes
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     lr_scheduler = get_scheduler(
@@ -872,7 +931,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         check_steps(resumed[1].step, args.max_train_steps)
 
     # The step
-    assert dataset[0]["latents"].shape == latents_shape
+    assert dataset[0]["latents"].shape in latents_shapes
     generator = torch.Generator().manual_seed(args.seed * 1000 + 500 + accelerator.process_index)
     times = StepTimes(accelerator.device)
     training_step = TrainingStep(
@@ -895,7 +954,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     logger.info(f"  LoRA = rank {args.rank}, {num_parameters:,} parameters")
     logger.info(f"  Data = {len(dataset)} samples of {len(samples.videos)} videos")
     logger.info(f"  Steps = {args.max_train_steps} of {batch_size} samples")
-    for description in (scheme, recycler.injection, recycler.bank.describe()):
+    for description in (scheme, recycler.injection, *(bank.describe() for bank in recycler.banks.values())):
         logger.info(f"  {description}")
     progress = tqdm(
         total=args.max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_local_main_process
@@ -956,7 +1015,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             logs = {"loss": sum(all_losses) / len(all_losses), "lr": lr_scheduler.get_last_lr()[0]}
             logs |= {f"loss/{kind}": sum(values) / len(values) for kind, values in seen.items() if values}
             logs |= {} if norm is None else {"grad_norm": float(norm)}
-            logs["bank/errors"] = int(recycler.bank.counts.sum())
+            logs["bank/errors"] = recycler.num_errors()
             logs |= times.step_done()
             progress.set_postfix(loss=f"{logs['loss']:.4f}", errors=logs["bank/errors"])
             accelerator.log(logs, step=global_step)

@@ -285,19 +285,82 @@ def test_a_run_of_another_preset_is_refused_where_a_lora_lies(models, tmp_path, 
     assert "has a LoRA of an earlier run: it will be replaced" in train(models / "i2v", tmp_path / "run", **options)
 
 
+BUCKETS = ("64x32x17", "32x64x17", "32x64x9")
+BANKS = ("16x5x4x8", "16x5x8x4", "16x3x8x4")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    """Videos that are wide, tall, and tall and short: three, one and one."""
+    folder = tmp_path_factory.mktemp("shapes")
+    sizes = [(40, 64, 32), (40, 80, 40), (17, 64, 32), (40, 32, 64), (16, 33, 64)]
+    for index, (num_frames, width, height) in enumerate(sizes):
+        write_numbered(folder / f"{index}.mkv", num_frames, height, width)
+    return write_rows(folder / "list.csv", ["video", "text"], *([f"{i}.mkv", f"a cat {i}"] for i in range(5)))
+
+
+def of_buckets(shapes: Path, cache: Path, *buckets: str) -> dict:
+    size = dict.fromkeys(("height", "width", "num_frames"))
+    return {**size, "buckets": buckets, "train_data_dir": shapes, "latent_cache_dir": cache, "checkpointing_steps": 2}
+
+
 @pytest.mark.parametrize("mode", ["local", "sharded"])
-def test_two_processes(models, tmp_path, mode):
-    """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same."""
+def test_two_processes(models, shapes, tmp_path, mode):
+    """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same.
+
+    The sharded bank, whose errors travel between the processes, is one of three: both have one bucket at a time.
+    """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     options = {"launcher": launcher, "bank_mode": mode, "samples_per_video": 2, "buffer_warmup_iter": 2}
     options |= {"latent_cache_dir": tmp_path / "cache", "checkpointing_steps": 2}
+    banks = [""]
+    if mode == "sharded":
+        options |= of_buckets(shapes, tmp_path / "cache", *BUCKETS)
+        banks = [f"-{shape}" for shape in BANKS]
     train(models / "i2v", tmp_path / "straight", max_train_steps=4, **options)
     shutil.copytree(tmp_path / "straight/checkpoint-2", tmp_path / "again/checkpoint-2")
     train(models / "i2v", tmp_path / "again", max_train_steps=4, resume_from_checkpoint="latest", **options)
     assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
     for rank in (0, 1):
-        for name in (f"bank-{rank}.safetensors", f"recycler-{rank}.safetensors"):
+        for name in (f"recycler-{rank}.safetensors", *(f"bank-{rank}{bank}.safetensors" for bank in banks)):
             assert_same(tmp_path / "straight/checkpoint-4" / name, tmp_path / "again/checkpoint-4" / name)
+
+
+def test_a_run_of_several_buckets_goes_on_bit_for_bit(models, shapes, tmp_path, train_erft):
+    """Every bucket has a bank, within one budget; what goes where is told, and how it was trained too."""
+    image = tmp_path / "start.png"
+    PIL.Image.new("RGB", (64, 32), "teal").save(image)
+    film = {"validation_prompt": ["a cat"], "validation_image": image, "validation_inference_steps": 1}
+    options = {**of_buckets(shapes, tmp_path / "cache", *BUCKETS, "48x48x17"), "p_clean": 0.3}
+    options |= {"max_train_steps": 5, "train_batch_size": 2, "gradient_accumulation_steps": 2, "bank_capacity": 500}
+    # Errors of 2560, 2560, 1536 and 2880 values, in 50 grids, and their sketches.
+    options |= {"bank_max_gb": 3.5 * 50 * (2 * (2560 + 2560 + 1536 + 2880) + 4 * 4 * 256) / 1e9}
+    told = train(models / "i2v", tmp_path / "straight", **options, **film)
+    assert "Videos of each bucket: 64x32x17: 3, 32x64x17: 1, 32x64x9: 1, 48x48x17: 0." in told
+    assert "No video goes to 48x48x17: leave it out, and the others have its share of the error bank." in told
+    for shape in ("16, 5, 4, 8", "16, 5, 8, 4", "16, 3, 8, 4", "16, 5, 6, 6"):
+        assert f"Error bank: 50 grids of 3 errors ({shape}) in bfloat16" in told
+    # Three batches an epoch: two samples of the wide ones, and one of each of the others.
+    assert "Steps = 5 of 4 samples" in told
+    card = (tmp_path / "straight" / "README.md").read_text()
+    assert "| buckets | 64x32x17 32x64x17 32x64x9 48x48x17 |" in card and "height=32,\n    width=64" in card
+    assert PIL.Image.open(tmp_path / "straight" / "validation" / "step-5.png").size == (64, 32)
+    run = json.loads((tmp_path / "straight" / "arguments.json").read_text())["arguments"]
+    assert run["buckets"] == [*BUCKETS, "48x48x17"]
+
+    shutil.copytree(tmp_path / "straight/checkpoint-2", tmp_path / "again/checkpoint-2")
+    options |= {"resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match=r"`--buckets` was \['64x32x17', .*, now \['64x32x17', '32x64x9'\]"):
+        other = {**options, "buckets": ["64x32x17", "32x64x9"]}
+        train_erft.main(train_erft.parse_args(command(models / "i2v", tmp_path / "again", **other)[2:]))
+    train(models / "i2v", tmp_path / "again", **options)
+    assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
+    counts = []
+    for name in (*(f"bank-0-{shape}.safetensors" for shape in (*BANKS, "16x5x6x6")), "recycler-0.safetensors"):
+        assert_same(tmp_path / "straight/checkpoint-4" / name, tmp_path / "again/checkpoint-4" / name)
+        with safe_open(tmp_path / "again/checkpoint-4" / name, "pt") as file:
+            counts.append(sum(json.loads((file.metadata() or {}).get("counts", "[0]"))))
+    assert min(counts[:3]) > 0 == counts[3]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -555,6 +618,8 @@ def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, ca
         ),
         ({"report_to": "wandb", "hub_token": "secret"}, "use `hf auth login` instead"),
         *([] if torch.cuda.is_available() else [({"quantize_base": "4bit"}, "needs a GPU")]),
+        ({"buckets": ["64x64"]}, "`--height`=64 is not for `--buckets`"),
+        ({"buckets": ["64"], "height": None, "width": None}, "got '64'."),
         ({"num_frames": 16}, "`num_frames` must be 1, 5, 9, ..., got 16."),
         ({"fps": 0}, "`fps` must be a whole number of at least 1, got 0."),
     ]
@@ -578,6 +643,11 @@ def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_er
         ("i2v", {"bank_capacity": 10**12}, "What would fit"),
         ("i2v", {"height": 72}, "`--height` must be a multiple of 16 for this model, got 72."),
         ("ti2v-5b", {"preset": "ti2v-5b", "width": 48}, "`--width` must be a multiple of 32 for this model, got 48."),
+        (
+            "i2v",
+            {"buckets": ["64x64", "64x72"], "height": None, "width": None},
+            "`--buckets` 64x72x17: the height must be a multiple of 16 for this model, got 72.",
+        ),
         ("i2v", {"bank_capacity": 10**9, "bank_path": tmp_path / "bank"}, "a `path` on a larger disk"),
         (
             "i2v",
@@ -608,7 +678,7 @@ def test_the_rate_of_clips_and_films(train_erft, tmp_path, options, fps, film):
     base = ["--pretrained_model_name_or_path=x", f"--output_dir={tmp_path}", "--train_data_dir=z"]
     args = train_erft.parse_args([*base, *options])
     scheme = train_erft.make_scheme(args)
-    assert train_erft.make_layout(args, scheme).fps == fps and train_erft.film_fps(args) == film
+    assert train_erft.make_layouts(args, scheme)[0].fps == fps and train_erft.film_fps(args) == film
     train_erft.save_model_card(args, scheme, "someone/svi", None)
     assert f'"film.mp4", film, fps={film})' in (tmp_path / "README.md").read_text()
 

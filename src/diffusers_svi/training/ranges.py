@@ -78,3 +78,22 @@ def check_combinations(values: Mapping[str, object]) -> None:
         )
     if values["validation_steps"] and values["validation_epochs"]:
         raise ValueError("Give one of `--validation_steps` and `--validation_epochs`, got both.")
+
+
+def check_buckets(values: Mapping[str, object]) -> None:
+    """Raise a `ValueError` for a size or length that buckets already have.
+
+    Args:
+        values (`Mapping[str, object]`): All arguments by name, those that were not given `None`.
+    """
+    buckets = values["buckets"]
+    if not isinstance(buckets, list):
+        return
+    for name in ("height", "width"):
+        if values[name] is not None:
+            raise ValueError(f"`--{name}`={values[name]} is not for `--buckets`, which have sizes: leave it out.")
+    if values["num_frames"] is not None and all(bucket.count("x") == 2 for bucket in buckets):
+        raise ValueError(
+            f"`--num_frames`={values['num_frames']} would do nothing: all of `--buckets` have frames, "
+            f"{' '.join(buckets)}. Leave it out."
+        )
