@@ -218,6 +218,20 @@ def test_banks_that_fit_one_by_one_alone_are_refused():
         config.shared_by([SHAPE, (2, 6, 8, 8)])
 
 
+def test_a_bank_leaves_room_for_what_others_will_take(tmp_path):
+    """Of memory all of it, which is taken when it is written; of a disk what their files have not taken yet."""
+    row = 2 * 768 + 4 * 256
+    bank, kept = make_bank(capacity=3), make_bank(capacity=3, path=str(tmp_path / "bank"))
+    assert bank.num_bytes() == bank.bytes_to_come() == kept.num_bytes() == 5 * 3 * row
+    (tmp_path / "bank").write_bytes(os.urandom(8192))
+    assert kept.bytes_to_come() == 5 * 3 * row - 8192
+    free = psutil.virtual_memory().available
+    config = BankConfig(num_grids=1, capacity=free * 2 // 3 // row)
+    config.shared_by([SHAPE])
+    with pytest.raises(ValueError, match="What would fit: a `capacity` of at most"):
+        config.shared_by([SHAPE], taken=free // 2)
+
+
 def test_a_bank_the_machine_has_no_room_for_is_refused():
     with pytest.raises(ValueError, match=r"would take .* GB \(50 grids of 100000000 errors .* What would fit: a `cap"):
         make_bank(50, shape=(16, 21, 60, 104), capacity=10**8)

@@ -363,6 +363,51 @@ def test_a_run_of_several_buckets_goes_on_bit_for_bit(models, shapes, tmp_path, 
     assert min(counts[:3]) > 0 == counts[3]
 
 
+def test_both_experts_are_what_each_is_alone(models, tmp_path, train_erft):
+    """In turns of two steps, bit for bit, dropout included, and so when one of them was killed in a turn."""
+    image = tmp_path / "start.png"
+    PIL.Image.fromarray(world.render(world.State("blue sky", 0))).save(image)
+    film = {"validation_prompt": ["a cat"], "validation_image": image, "validation_inference_steps": 2}
+    options = {"preset": "pro", "lora_dropout": 0.5, "max_train_steps": 5, "checkpointing_steps": 3}
+    options |= {"latent_cache_dir": tmp_path / "cache", "gradient_accumulation_steps": 2, "learning_rate": 0.01}
+    names = {expert: weight_name(expert) for expert in ("high", "low")}
+    for expert in names:
+        train(models / "a14b", tmp_path / expert, expert=expert, **options)
+    both = {**options, "expert": "both", "expert_switch_steps": 2, "validation_steps": 4, **film}
+    told = train(models / "a14b", tmp_path / "both", report_to="tensorboard", **both)
+    assert "Expert = high noise" in told and "Expert = low noise" in told
+    for expert, name in names.items():
+        assert_same(tmp_path / expert / name, tmp_path / "both" / name)
+        for file in ("bank-0.safetensors", "recycler-0.safetensors", name.replace(f"_{expert}_noise", "")):
+            checkpoint = tmp_path / "both" / f"{expert}_noise" / "checkpoint-3"
+            assert_same(tmp_path / expert / "checkpoint-3" / file, checkpoint / file)
+
+    # Killed after the checkpoint of the one, in its second turn: the other has none yet.
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "both/high_noise/checkpoint-3", again / "high_noise/checkpoint-3")
+    train(models / "a14b", again, resume_from_checkpoint="latest", **{**both, "validation_steps": None})
+    for name in names.values():
+        assert_same(tmp_path / "both" / name, again / name)
+
+    # Films are of both, when both have come so far: that of the pipeline with both LoRAs.
+    films = sorted(path.name for path in (tmp_path / "both" / "validation").iterdir())
+    assert films == [f"step-{step}.{suffix}" for step in (4, 5) for suffix in ("json", "mp4", "png")]
+    pipe = quiet(SVIPipeline.from_pretrained(models / "a14b"))
+    pipe.load_lora_weights(str(tmp_path / "both"), weight_name=names["high"], weight_name_2=names["low"])
+    args = train_erft.parse_args(command(models / "a14b", tmp_path, **{**options, "expert": None, **film})[2:])
+    train_erft.log_validation(args, Accelerator(cpu=True), pipe, LatentMotion(1), 5)
+    made = [tmp_path / folder / "validation" / "step-5.png" for folder in ("both", "again", ".")]
+    assert made[0].read_bytes() == made[1].read_bytes() == made[2].read_bytes()
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "| setting | high-noise expert | low-noise expert |" in card and card.count("## Sample\n") == 1
+    assert all(f'="{name}"' in card for name in names.values())
+    # What is logged is of one run.
+    (events,) = (tmp_path / "both" / "logs" / "svi-erft").glob("events.out.tfevents*")
+    scalars = EventAccumulator(str(events)).Reload()
+    steps = {expert: [event.step for event in scalars.Scalars(f"{expert}/loss")] for expert in names}
+    assert steps == {"high": [1, 2, 5, 6, 9], "low": [3, 4, 7, 8, 10]}
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed(models, tmp_path, stage):
     """ZeRO in one process, by the configurations in examples/: it trains, and goes on from a checkpoint."""
@@ -378,6 +423,21 @@ def test_deepspeed(models, tmp_path, stage):
     assert_same(straight / "bank-0.safetensors", again / "bank-0.safetensors")
     assert len(read_lora(tmp_path / "again", LORA).state_dict) == 40
     assert (again / "pytorch_model").is_dir()  # what only DeepSpeed writes
+
+
+def test_both_experts_are_refused_by_deepspeed(models, tmp_path):
+    """Before anything is loaded: `accelerate launch` tells of it by these."""
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    finished = subprocess.run(
+        command(models / "a14b", tmp_path, preset="pro", expert="both"),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert finished.returncode == 1
+    assert "`--expert both` is not for DeepSpeed, of which accelerate has one engine in a process" in finished.stderr
 
 
 def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
@@ -462,12 +522,15 @@ def test_layers_and_dropout_of_the_lora(models, tmp_path):
     train(models / "i2v", tmp_path / "run", export_format="original", **options)
     lora = read_lora(tmp_path / "run", LORA)
     layers = {name.split(".", 3)[3].rsplit(".lora_")[0] for name in lora.state_dict}
-    assert layers == {"attn1.to_q", "ffn.net.2"} and lora.adapter_metadata["transformer.lora_dropout"] == 0.5
+    # It is for training: a film drops nothing out.
+    assert layers == {"attn1.to_q", "ffn.net.2"} and lora.adapter_metadata["transformer.lora_dropout"] == 0
     assert (
         read_lora(tmp_path / "run", "pytorch_lora_weights_original.safetensors").state_dict.keys()
         == lora.state_dict.keys()
     )
-    quiet(SVIPipeline.from_pretrained(models / "i2v")).load_lora_weights(str(tmp_path / "run"), weight_name=LORA)
+    pipe = quiet(SVIPipeline.from_pretrained(models / "i2v"))
+    pipe.load_lora_weights(str(tmp_path / "run"), weight_name=LORA)
+    assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in pipe.transformer.modules())
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     train(models / "i2v", tmp_path / "again", resume_from_checkpoint="latest", **options)
     assert_same(tmp_path / "run" / LORA, tmp_path / "again" / LORA)
@@ -607,6 +670,7 @@ def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, ca
         ({"export_rank": 5}, "must be between 1 and 4, got 5."),
         ({"conditioning": "latent"}, "`--reference`=inside"),
         ({"preset": "pro", "reference": "inside"}, "Use `--reference before`"),
+        ({"expert": "both", "init_lora": __file__}, "but `--expert both` begins with two: give the folder that has"),
         ({"p_text_start": 0.5}, "needs `--conditioning held`"),
         ({"ref_pad_num": -2}, "`--ref_pad_num` must be -1 for all, 0 for none, or a number of frames, got -2."),
         ({"preset": "pro", "mask_frames": "all"}, "are for `--conditioning pixel`, got latent."),
@@ -636,6 +700,7 @@ def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_er
     cases = [
         ("i2v", {"expert": "high"}, "only one transformer"),
         ("a14b", {}, "two experts"),
+        ("i2v", {"expert": "both"}, "`--expert both`: this model has only one transformer."),
         ("i2v", {"preset": "ti2v-5b"}, "expand_timesteps=True"),
         ("world", {}, "has no model_index.json: is it in diffusers' layout?"),
         ("i2v", {"train_data_dir": tmp_path / "nothing"}, "nothing"),

@@ -75,11 +75,14 @@ class BankConfig:
         """
         return self.shared_by([error_shape], num_grids)[0]
 
-    def shared_by(self, error_shapes: Sequence[tuple[int, ...]], num_grids: int | None = None) -> list["BankConfig"]:
+    def shared_by(
+        self, error_shapes: Sequence[tuple[int, ...]], num_grids: int | None = None, taken: int = 0
+    ) -> list["BankConfig"]:
         """As [`fitted`], for a bank of each of `error_shapes`: together they keep to budget and machine.
 
         All have the same capacity, for that is what a bank is worth; those of large errors take more. With several,
-        each has a file of its own, `<path>-<shape>`.
+        each has a file of its own, `<path>-<shape>`. So many bytes as are `taken` are for others, if they are not yet
+        in use.
         """
         num_grids = self.num_grids if num_grids is None else num_grids
         row = sum(replace(self, capacity=1).num_bytes(shape, num_grids) for shape in error_shapes)
@@ -92,7 +95,7 @@ class BankConfig:
             )
         configs = [replace(self, path=path) for path in self._paths(error_shapes)]
         free, where = configs[0]._free_bytes()
-        free += sum(config._taken_bytes() for config in configs[1:])
+        free += sum(config._taken_bytes() for config in configs[1:]) - taken
         if capacity * row > free:
             smaller = f"a `capacity` of at most {free // row}" if free >= row else "fewer `num_grids`"
             banks = "banks" if len(error_shapes) > 1 else "bank"
@@ -184,13 +187,21 @@ class ErrorBank:
         """Which grids hold an error, `(num_grids,)` bool."""
         return self.counts > 0
 
+    def num_bytes(self) -> int:
+        """Bytes it takes when it is full."""
+        return self.config.num_bytes(self.error_shape, len(self.first_slot))
+
+    def bytes_to_come(self) -> int:
+        """Bytes that it has not taken yet, of the disk or, where it is still empty, of the memory."""
+        return max(0, self.num_bytes() - self.config._taken_bytes())
+
     def describe(self) -> str:
         """What it takes, in a line."""
         config, num_grids = self.config, len(self.first_slot)
         where = "memory" if config.path is None else f"the file {config.path!r}"
         return (
             f"Error bank: {num_grids} grids of {config.capacity} errors {self.error_shape} in {config.dtype}, "
-            f"{_gigabytes(config.num_bytes(self.error_shape, num_grids))} of {where} when full."
+            f"{_gigabytes(self.num_bytes())} of {where} when full."
         )
 
     def nearest_grid(self, sigmas: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,8 @@ FREE = (
     *("report_to", "tracker_name", "logging_dir"),
     *("validation_prompt", "validation_image", "num_validation_clips", "validation_steps", "validation_epochs"),
     *("validation_inference_steps", "validation_guidance_scale"),
+    # Experts learn the same whoever takes turns with them.
+    "expert_switch_steps",
     *("export_format", "export_dtype", "export_rank", "push_to_hub", "hub_model_id", "hub_token"),
 )
 SECRET = ("hub_token",)
