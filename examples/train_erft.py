@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory
 from diffusers.utils import load_image
 from peft import LoraConfig, set_peft_model_state_dict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -51,8 +52,14 @@ from diffusers_svi.erft import (
 )
 from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.flow import interpolate, shifted_sigmas
-from diffusers_svi.frames import Video
-from diffusers_svi.lora_file import read_lora, save_lora
+from diffusers_svi.lora_file import EXPERTS, read_lora, save_lora
+from diffusers_svi.training.buckets import (
+    BucketBatchSampler,
+    bucket_name,
+    choose_bucket,
+    describe_buckets,
+    read_buckets,
+)
 from diffusers_svi.training.cache import TensorCache
 from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
@@ -72,7 +79,7 @@ from diffusers_svi.training.optimizers import (
     make_optimizer,
 )
 from diffusers_svi.training.push import PushError, download_model, open_repo, push
-from diffusers_svi.training.ranges import check_combinations, check_ranges
+from diffusers_svi.training.ranges import check_buckets, check_combinations, check_ranges
 from diffusers_svi.training.run_arguments import (
     check_steps,
     compare_arguments,
@@ -85,6 +92,7 @@ from diffusers_svi.training.run_arguments import (
 from diffusers_svi.training.samples import SampleLayout, Samples
 from diffusers_svi.training.sources import open_dataset, open_folder, usable_videos
 from diffusers_svi.training.step_times import StepTimes
+from diffusers_svi.training.turns import Pair, put_by, take_turns
 from diffusers_svi.training.weighting import SCHEMES, timestep_pool, timestep_weights
 from diffusers_svi.wan import num_latent_frames, transformer_inputs
 
@@ -124,12 +132,22 @@ PRESETS = {
     "ti2v-5b": TI2V,
     "none": {**SHOT, "padding": "zeros", "p_vid": 0.0, "p_img": 0.0, "p_noi": 0.0, "p_clean": 1.0},
 }
+# Of clips, where nothing else is given.
+SIZE = {"width": 832, "height": 480, "num_frames": 81}
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
 CARD_SETTINGS = (
     *("preset", "expert", "init_lora", "rank", "lora_alpha", "export_rank", "p_vid", "p_img", "p_noi", "p_clean"),
     *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
-    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_frames", "height", "width", "fps"),
-    "seed",
+    *(
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "max_train_steps",
+        "num_frames",
+        "height",
+        "width",
+        "buckets",
+    ),
+    *("fps", "seed"),
 )
 
 
@@ -155,7 +173,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Of its weight files, fp16 say.")
     add("--cache_dir", help="Where downloads from the Hub are kept.")
-    add("--expert", choices=("high", "low"), help="Wan 2.2 A14B: which expert to train, on its side of the boundary.")
+    text = "Wan 2.2 A14B: which expert to train, on its side of the boundary; or both, in turns, a LoRA each."
+    add("--expert", choices=(*EXPERTS, "both"), help=text)
+    text = "With both: steps of a turn, in which the other expert is on the CPU."
+    add("--expert_switch_steps", type=int, default=100, help=text)
     text = "Load the frozen base quantized by bitsandbytes (QLoRA). For long films use the LoRA on the full base."
     add("--quantize_base", choices=("4bit", "8bit"), help=text)
     text = "Tiles in the VAE, for less memory. Not as published: over many clips, tiles leave traces."
@@ -172,9 +193,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--video_column", help="Column of the videos; found by its name if not given.")
     add("--caption_column", help="Column of the captions; found by its name if not given.")
-    add("--height", type=int, default=480, help="Of the clips, in pixels.")
-    add("--width", type=int, default=832, help="Of the clips, in pixels.")
-    add("--num_frames", type=int, default=81, help="Frames of a clip, 1 + 4n.")
+    add("--height", type=int, help=f"Of the clips, in pixels; {SIZE['height']} if not given.")
+    add("--width", type=int, help=f"Of the clips, in pixels; {SIZE['width']} if not given.")
+    add("--num_frames", type=int, help=f"Frames of a clip, 1 + 4n; {SIZE['num_frames']} if not given.")
+    text = (
+        "Instead of them: sizes, width x height, or x frames too, such as 832x480 480x832x49. A video goes to the one "
+        "nearest in aspect, the longest that it fills; each has an error bank of its own. Films are of the first."
+    )
+    add("--buckets", nargs="+", help=text)
     add("--center_crop", action="store_true", help="Take the largest crop, from the middle, instead of a random one.")
     add("--random_flip", action="store_true", help="Mirror half of the samples. Do captions tell left from right?")
     text = "Frames a second: videos are resampled to them, films have them. 16 if not given, 24 for ti2v-5b; or none."
@@ -265,7 +291,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     names = ("--gradient_accumulation_steps", "--accumulate_grad_batches")
     add(*names, type=int, default=1, help="Batches a step.")
     add("--num_train_epochs", "--max_epochs", type=int, default=10, help="How often all samples are seen.")
-    add("--max_train_steps", type=int, help="Instead of epochs.")
+    add("--max_train_steps", type=int, help="Instead of epochs; with --expert both of each.")
     text = "1e-4 if not given (the paper has 2e-5); for Prodigy, which finds its own, 1."
     add("--learning_rate", type=float, help=text)
     add("--scale_lr", action="store_true", help="Multiply it by the number of samples a step.")
@@ -337,10 +363,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.optimizer]
     try:
+        set_size(args)
         check_args(args)
     except ValueError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     return args
+
+
+def set_size(args: argparse.Namespace) -> None:
+    """Where size and length are not given: those of the first bucket, or the defaults."""
+    check_buckets(vars(args))
+    if args.buckets:
+        num_frames = SIZE["num_frames"] if args.num_frames is None else args.num_frames
+        args.buckets = read_buckets(args.buckets, num_frames)
+        args.width, args.height, args.num_frames = map(int, args.buckets[0].split("x"))
+    for name, value in SIZE.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -368,13 +407,19 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"`--validation_image`={image!r} is not a file.")
     if args.quantize_base and not torch.cuda.is_available():
         raise ValueError(f"`--quantize_base={args.quantize_base}` needs a GPU: bitsandbytes quantizes nowhere else.")
+    if args.expert == "both" and args.init_lora and os.path.isfile(args.init_lora):
+        names = " and ".join(map(weight_name, EXPERTS))
+        raise ValueError(
+            f"`--init_lora`={args.init_lora} is one file, but `--expert both` begins with two: give the folder that "
+            f"has {names}."
+        )
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("`--hub_token` would be logged by wandb: use `hf auth login` instead.")
     check_trackers(args.report_to)
     check_optimizer(args.optimizer, args.use_8bit_adam)
     parse_layers(args.lora_layers)
     make_injection(args)
-    make_layout(args, make_scheme(args))
+    make_layouts(args, make_scheme(args))
 
 
 def make_scheme(args: argparse.Namespace) -> Scheme:
@@ -422,35 +467,44 @@ def film_fps(args: argparse.Namespace) -> int:
     return 16 if args.fps == "none" else args.fps
 
 
-def make_layout(args: argparse.Namespace, scheme: Scheme) -> SampleLayout:
-    return SampleLayout(
-        num_frames=args.num_frames,
-        height=args.height,
-        width=args.width,
-        # source: issue 75 of the authors' repository; the first 1 + 4m frames of the clip re-tell the end of it
-        history=0 if scheme.carried_frames else args.num_frames - scheme.overlap,
-        reference=args.reference,
-        augment=args.first_frame_augmentation,
-        condition_frames=max(1, scheme.carried_frames),
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        fps=None if args.fps == "none" else args.fps,
-    )
+def make_layouts(args: argparse.Namespace, scheme: Scheme) -> list[SampleLayout]:
+    """What samples consist of: of every bucket, or of all."""
+    buckets = args.buckets or [f"{args.width}x{args.height}x{args.num_frames}"]
+    return [
+        SampleLayout(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            # source: issue 75 of the authors' repository; the first 1 + 4m frames of the clip re-tell the end of it
+            history=0 if scheme.carried_frames else num_frames - scheme.overlap,
+            reference=args.reference,
+            augment=args.first_frame_augmentation,
+            condition_frames=max(1, scheme.carried_frames),
+            center_crop=args.center_crop,
+            random_flip=args.random_flip,
+            fps=None if args.fps == "none" else args.fps,
+        )
+        for width, height, num_frames in (map(int, bucket.split("x")) for bucket in buckets)
+    ]
 
 
 # 2. Data and models
 
 
-def find_videos(args: argparse.Namespace, layout: SampleLayout) -> list[Video]:
+def find_samples(args: argparse.Namespace, layouts: list[SampleLayout]) -> Samples:
+    """Samples of all usable videos, each of the bucket that the video goes to."""
     columns = {"video_column": args.video_column, "caption_column": args.caption_column}
     if args.train_data_dir:
         candidates = open_folder(args.train_data_dir, **columns)
     else:
         candidates = open_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, **columns)
-    videos, skipped = usable_videos(candidates, layout, args.max_skipped_share)
+    videos, skipped = usable_videos(candidates, layouts, args.max_skipped_share)
     if skipped:
         logger.warning(skipped.describe())
-    return videos
+    chosen = [choose_bucket(video, layouts) for video in videos]
+    if args.buckets:
+        logger.info(describe_buckets(chosen, layouts))
+    return Samples(videos, chosen, args.seed, args.samples_per_video)
 
 
 def load_pipeline(
@@ -496,9 +550,16 @@ def training_timesteps(args: argparse.Namespace, boundary: float | None) -> torc
 
 
 def make_recycler(
-    args: argparse.Namespace, accelerator: Accelerator, error_shape: tuple[int, ...], timesteps: torch.Tensor
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    error_shapes: list[tuple[int, ...]],
+    timesteps: torch.Tensor,
+    taken: int = 0,
 ) -> ErrorRecycler:
-    """Bank and recycler of this process, for the training noise levels that `timesteps` are the indices of."""
+    """Banks, one a shape, and recycler of this process, for the noise levels that `timesteps` are the indices of.
+
+    `taken` bytes are those of the other expert's banks.
+    """
     grids = shifted_sigmas(args.num_grids, args.flow_shift)
     rank = accelerator.process_index
     config = BankConfig(
@@ -511,15 +572,24 @@ def make_recycler(
         path=args.bank_path and f"{args.bank_path}.{rank}",
     )
     if args.bank_mode == "sharded" and accelerator.num_processes > 1:
-        bank = ShardedErrorBank(error_shape, grids, config, accelerator.device)
+        own = len(range(rank, args.num_grids, accelerator.num_processes))
+        banks = [
+            ShardedErrorBank(shape, grids, config_of_shape, accelerator.device)
+            for shape, config_of_shape in zip(error_shapes, config.shared_by(error_shapes, own, taken), strict=True)
+        ]
     else:
         # An expert never meets the grids of the other.
         reached = nearest_grid(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids).unique().tolist()
-        bank = ErrorBank(error_shape, grids, config, owned=reached)
+        banks = [
+            ErrorBank(shape, grids, config_of_shape, owned=reached)
+            for shape, config_of_shape in zip(
+                error_shapes, config.shared_by(error_shapes, len(reached), taken), strict=True
+            )
+        ]
     recycler_config = RecyclerConfig(
         clean_buffer_update_prob=args.clean_buffer_update_prob, buffer_warmup_iter=args.buffer_warmup_iter
     )
-    return ErrorRecycler(bank, make_injection(args), recycler_config, args.seed * 1000 + rank)
+    return ErrorRecycler(banks, make_injection(args), recycler_config, args.seed * 1000 + rank)
 
 
 @dataclass
@@ -616,7 +686,12 @@ class TrainingStep:
 
 @torch.no_grad()
 def log_validation(
-    args: argparse.Namespace, accelerator: Accelerator, pipe: SVIPipeline, scheme: Scheme, step: int
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipe: SVIPipeline,
+    scheme: Scheme,
+    step: int,
+    pair: Pair | None = None,
 ) -> tuple[Path, dict[str, list[float]]]:
     """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts. Main process only."""
     pipe.set_progress_bar_config(desc=f"Film at step {step}", leave=False)
@@ -641,9 +716,10 @@ def log_validation(
             )
         ]
     # The two experts may be trained into one folder, or repository.
-    of_expert = f"{args.expert}_noise" if args.expert else ""
+    of_expert = f"{args.expert}_noise" if args.expert and pair is None else ""
     path = Path(args.output_dir) / "validation" / of_expert / f"step-{step}.mp4"
     figures = save_film(path, clips, film_fps(args))
+    step = sum(pair.steps.values()) if pair else step
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             strip = np.asarray(PIL.Image.open(path.with_suffix(".png")))
@@ -666,7 +742,8 @@ def save_model_card(
         method="by error recycling"
         if recycled
         else "by plain tuning on clean conditions, the control of error recycling",
-        settings={name: getattr(args, name) for name in CARD_SETTINGS} | {"fps": film_fps(args)},
+        settings={name: getattr(args, name) for name in CARD_SETTINGS}
+        | {"fps": film_fps(args), "buckets": args.buckets and " ".join(args.buckets)},
         expert=args.expert,
         film=film and film.as_posix(),
         figures=figures,
@@ -678,8 +755,8 @@ def save_model_card(
 # 5. The run
 
 
-def main(args: argparse.Namespace) -> None:
-    accelerator = Accelerator(
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    return Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -688,6 +765,10 @@ def main(args: argparse.Namespace) -> None:
         ),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = make_accelerator(args)
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
@@ -700,17 +781,45 @@ def main(args: argparse.Namespace) -> None:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     with own_folder("--output_dir", args.output_dir) if accelerator.is_main_process else nullcontext():
-        train(args, accelerator)
+        if args.expert == "both":
+            take_turns(both_experts(args, accelerator))
+        else:
+            take_turns({"": train(args, accelerator)})
+        accelerator.end_training()
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def both_experts(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Iterator[int]]:
+    """The training that each expert would have alone, to take turns; each has a folder for its checkpoints."""
+    if accelerator.state.deepspeed_plugin is not None:
+        raise ValueError(
+            "`--expert both` is not for DeepSpeed, of which accelerate has one engine in a process: train them one "
+            "after the other, `--expert high` and `--expert low`."
+        )
+    pair = Pair()
+    for expert in EXPERTS:
+        pair.args[expert] = argparse.Namespace(
+            **{
+                **vars(args),
+                "expert": expert,
+                "bank_path": args.bank_path and f"{args.bank_path}-{expert}",
+                "init_lora_weight_name": weight_name(expert) if args.init_lora else None,
+            }
+        )
+    # Each prepares and saves its own.
+    accelerators = {"high": accelerator, "low": make_accelerator(args)}
+    return {expert: train(pair.args[expert], accelerators[expert], pair) for expert in EXPERTS}
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None = None) -> Iterator[int]:
+    """Train one transformer. In a `pair` it pauses, at the step it yields, before the first one and after a turn."""
     output_dir, weight_dtype = Path(args.output_dir), WEIGHT_DTYPES[accelerator.mixed_precision]
     # What is wanted, against what was begun
     plugin = accelerator.state.deepspeed_plugin
     launched = {"mixed_precision": accelerator.mixed_precision, "zero_stage": plugin and plugin.zero_stage}
     arguments = describe_arguments({**vars(args), **launched})
     arguments_file = output_dir / ("arguments.json" if args.expert is None else f"arguments_{args.expert}_noise.json")
-    resumed = find_checkpoint(output_dir, args.resume_from_checkpoint, accelerator.num_processes)
+    checkpoints_dir = output_dir / f"{args.expert}_noise" if pair else output_dir
+    resumed = find_checkpoint(checkpoints_dir, args.resume_from_checkpoint, accelerator.num_processes)
     where, begun = (resumed[0], resumed[1].run) if resumed else (arguments_file, read_run(arguments_file))
     if resumed:
         check_steps(resumed[1].step, args.max_train_steps)
@@ -739,13 +848,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     has_experts = (index.get("transformer_2") or [None])[0] is not None
     if has_experts != (args.expert is not None):
         raise ValueError(
-            "This model has two experts: choose one with `--expert high` or `--expert low`."
+            "This model has two experts: choose one with `--expert high` or `--expert low`, or `--expert both`."
             if has_experts
-            else f"`--expert {args.expert}`: this model has only one transformer."
+            else f"`--expert {'both' if pair else args.expert}`: this model has only one transformer."
         )
     subfolder = "transformer_2" if args.expert == "low" else "transformer"
     scheme = make_scheme(args)
-    scheme.check(args.num_frames, expand_timesteps)
+    layouts = make_layouts(args, scheme)
+    for layout in layouts:
+        scheme.check(layout.num_frames, expand_timesteps)
     init_lora = None
     if args.init_lora:
         init_lora = read_init_lora(
@@ -753,7 +864,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         )
     repo_id = args.hub_model_id or output_dir.name
     if accelerator.is_main_process and args.push_to_hub:
-        repo_id = open_repo(repo_id, output_dir, scheme, args.expert, args.hub_token)
+        # Of a pair both are replaced, whatever is there.
+        repo_id = open_repo(repo_id, output_dir, scheme, None if pair else args.expert, args.hub_token)
     accelerator.wait_for_everyone()
 
     # Error recycling
@@ -763,17 +875,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     factor = vae.get("scale_factor_spatial", 8)
     patch_size = tuple(WanTransformer3DModel.load_config(folder, subfolder=subfolder).get("patch_size", (1, 2, 2)))
     for name, patch in (("height", patch_size[1]), ("width", patch_size[2])):
-        if getattr(args, name) % (factor * patch):
-            raise ValueError(
-                f"`--{name}` must be a multiple of {factor * patch} for this model, got {getattr(args, name)}."
-            )
-    size = args.height // factor, args.width // factor
-    latents_shape = (vae.get("z_dim", 16), num_latent_frames(args.num_frames), *size)
-    recycler = make_recycler(args, accelerator, latents_shape, timesteps)
+        for layout in layouts:
+            if getattr(layout, name) % (factor * patch):
+                option = f"`--buckets` {bucket_name(layout)}: the {name}" if args.buckets else f"`--{name}`"
+                raise ValueError(
+                    f"{option} must be a multiple of {factor * patch} for this model, got {getattr(layout, name)}."
+                )
+    latents_shapes = [
+        (vae.get("z_dim", 16), num_latent_frames(layout.num_frames), layout.height // factor, layout.width // factor)
+        for layout in layouts
+    ]
+    taken = sum(bank.bytes_to_come() for other in (pair.recyclers if pair else []) for bank in other.banks.values())
+    recycler = make_recycler(args, accelerator, latents_shapes, timesteps, taken)
 
     # Data: what the encoders make of the samples
-    layout = make_layout(args, scheme)
-    samples = Samples(find_videos(args, layout), layout, args.seed, args.samples_per_video)
+    samples = (pair and pair.samples) or find_samples(args, layouts)
     run = {"arguments": arguments, "content": describe_content(folder, subfolder, samples)}
     if resumed:
         compare_content(begun["content"], run["content"], str(where))
@@ -810,7 +926,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:
         if not all_finite(state_dict.values()):
             raise FloatingPointError(f"The LoRA is not finite any more: {file} is not written.")
-        save_lora(file, state_dict, config, scheme, args.expert, layout, args.clip_resize)
+        # What loads it would drop out inputs too: layers that are added to a model are in training mode.
+        used = replace(config, lora_dropout=0.0)
+        save_lora(file, state_dict, used, scheme, args.expert, layout, args.clip_resize)
 
     def save_model_hook(models, weights, folder):
         state_dict = lora_state_dict(accelerator, models[0])
@@ -843,17 +961,20 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         weight_decay=args.adam_weight_decay,
         epsilon=args.adam_epsilon,
     )
+    data_generator = torch.Generator().manual_seed(args.seed)
     dataloader = DataLoader(
         dataset,
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        drop_last=len(dataset) >= args.train_batch_size * accelerator.num_processes,
+        batch_sampler=BucketBatchSampler(
+            RandomSampler(dataset, generator=data_generator),
+            [bucket_name(samples.layout(index)) for index in range(len(samples))],
+            args.train_batch_size,
+            accelerator.num_processes,
+        ),
         num_workers=args.dataloader_num_workers,
-        generator=torch.Generator().manual_seed(args.seed),
+        generator=data_generator,
     )
     # Batches are dealt out to the processes; the scheduler counts those of all.
-    batches = len(dataloader) / accelerator.num_processes
-    batches = math.floor(batches) if dataloader.drop_last else math.ceil(batches)
+    batches = len(dataloader) // accelerator.num_processes
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     lr_scheduler = get_scheduler(
@@ -872,7 +993,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         check_steps(resumed[1].step, args.max_train_steps)
 
     # The step
-    assert dataset[0]["latents"].shape == latents_shape
+    assert dataset[0]["latents"].shape in latents_shapes
     generator = torch.Generator().manual_seed(args.seed * 1000 + 500 + accelerator.process_index)
     times = StepTimes(accelerator.device)
     training_step = TrainingStep(
@@ -880,38 +1001,70 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     )
 
     # Resume
-    checkpoints = Checkpoints(output_dir, accelerator, recycler, generator, args.checkpoints_total_limit, run)
+    checkpoints = Checkpoints(checkpoints_dir, accelerator, recycler, generator, args.checkpoints_total_limit, run)
     global_step = 0
     if resumed:
         global_step = checkpoints.resume(str(resumed[0]))
         apply_learning_rate(lr_scheduler.scheduler, learning_rate)
     first_step = global_step
-    if accelerator.is_main_process and accelerator.log_with:
-        values = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
+    if pair and pair.trackers:
+        accelerator.trackers = pair.trackers
+    elif accelerator.is_main_process and accelerator.log_with:
+        told = {**vars(args), "expert": "both"} if pair else vars(args)
+        values = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in told.items()}
         accelerator.init_trackers(args.tracker_name, config={k: v for k, v in values.items() if k != "hub_token"})
+
+    if pair:
+        # Before any step, what is wrong with the other is to show.
+        model = unwrap(accelerator, transformer)
+        pair.transformers[subfolder], pair.steps[args.expert] = model, global_step
+        pair.samples, pair.trackers = samples, accelerator.trackers
+        pair.recyclers.append(recycler)
+        # Not every quantized base can be moved.
+        model_to_move = None if args.quantize_base else model
+        bring_back = put_by(model_to_move, optimizer.optimizer)
+        yield global_step
+        bring_back()
 
     # Train
     logger.info("***** Running training *****")
+    if args.expert:
+        logger.info(f"  Expert = {args.expert} noise")
     logger.info(f"  LoRA = rank {args.rank}, {num_parameters:,} parameters")
     logger.info(f"  Data = {len(dataset)} samples of {len(samples.videos)} videos")
     logger.info(f"  Steps = {args.max_train_steps} of {batch_size} samples")
-    for description in (scheme, recycler.injection, recycler.bank.describe()):
+    for description in (scheme, recycler.injection, *(bank.describe() for bank in recycler.banks.values())):
         logger.info(f"  {description}")
     progress = tqdm(
-        total=args.max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_local_main_process
+        total=args.max_train_steps,
+        initial=global_step,
+        desc=f"Steps of the {args.expert}-noise expert" if pair else "Steps",
+        disable=not accelerator.is_local_main_process,
     )
 
     def validate() -> tuple[Path, dict[str, list[float]]] | None:
         """The film, and its figures, on the main process."""
-        film = None
+        film, others = None, pair.others(subfolder) if pair else {}
         transformer.eval()
+        for other in others.values():
+            other.eval()
         if accelerator.is_main_process:
-            pipe = load_pipeline(args, folder, accelerator, **{subfolder: unwrap(accelerator, transformer)})
-            film = log_validation(args, accelerator, pipe, scheme, global_step)
+            trained = {subfolder: unwrap(accelerator, transformer), **others}
+            pipe = load_pipeline(args, folder, accelerator, **trained)
+            film = log_validation(args, accelerator, pipe, scheme, global_step, pair)
             del pipe
+            for other in others.values():
+                if not args.quantize_base:
+                    other.to("cpu")
             free_memory()
+        for other in others.values():
+            other.train()
         accelerator.wait_for_everyone()
         return film
+
+    def turn_is_over() -> bool:
+        is_last = global_step >= args.max_train_steps
+        return pair is not None and not is_last and global_step % args.expert_switch_steps == 0
 
     def must_be_finite(what: str, *values: torch.Tensor) -> None:
         if not all_finite(values):
@@ -956,21 +1109,40 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
             logs = {"loss": sum(all_losses) / len(all_losses), "lr": lr_scheduler.get_last_lr()[0]}
             logs |= {f"loss/{kind}": sum(values) / len(values) for kind, values in seen.items() if values}
             logs |= {} if norm is None else {"grad_norm": float(norm)}
-            logs["bank/errors"] = int(recycler.bank.counts.sum())
+            logs["bank/errors"] = recycler.num_errors()
             logs |= times.step_done()
             progress.set_postfix(loss=f"{logs['loss']:.4f}", errors=logs["bank/errors"])
-            accelerator.log(logs, step=global_step)
+            if pair:
+                # A turn is a part of one run, whose steps are those of both.
+                pair.steps[args.expert] = global_step
+                logs = {f"{args.expert}/{name}": value for name, value in logs.items()}
+            accelerator.log(logs, step=sum(pair.steps.values()) if pair else global_step)
             seen = {"clean": [], "corrupted": []}
             if global_step == first_step + STEPS_TO_TELL or global_step % args.checkpointing_steps == 0:
-                logger.info(times.describe(args.max_train_steps - global_step))
+                done, runs = (sum(pair.steps.values()), 2) if pair else (global_step, 1)
+                logger.info(times.describe(runs * args.max_train_steps - done))
             checkpoints.poll()
             if global_step % args.checkpointing_steps == 0:
                 checkpoints.save(global_step)
-            if args.validation_prompt and validation_steps and global_step % validation_steps == 0:
+            if (
+                args.validation_prompt
+                and validation_steps
+                and global_step % validation_steps == 0
+                # Of a pair, the later one has a film made of both.
+                and (pair is None or min(pair.steps.values()) == global_step)
+            ):
                 validation, film_step = validate(), global_step
                 transformer.train()
             if global_step >= args.max_train_steps:
                 break
+            if turn_is_over():
+                break
+        # Here, so that no worker waits meanwhile with batches it has read.
+        if turn_is_over():
+            checkpoints.finish()
+            bring_back = put_by(model_to_move, optimizer.optimizer)
+            yield global_step
+            bring_back()
     progress.close()
     checkpoints.finish()
 
@@ -984,19 +1156,24 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         write_lora(file, state_dict)
         if args.export_format == "original":
             write_lora(file.with_stem(f"{file.stem}_original"), state_dict, "original")
+        write_run(arguments_file, run)
+        logger.info(f"Saved {file}.")
+    if pair:
+        pair.finished.add(args.expert)
+        if len(pair.finished) < len(pair.args):
+            put_by(model_to_move, optimizer.optimizer)
+            return
     if args.validation_prompt and film_step != global_step:
         validation = validate()
     if accelerator.is_main_process:
-        write_run(arguments_file, run)
-        logger.info(f"Saved {file}.")
-        save_model_card(args, scheme, repo_id, validation)
+        for told in pair.args.values() if pair else [args]:
+            save_model_card(told, scheme, repo_id, validation)
         if args.push_to_hub:
             try:
                 push(output_dir, repo_id, args.expert, args.hub_token)
             except PushError as error:
                 accelerator.end_training()
                 raise SystemExit(str(error)) from None
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

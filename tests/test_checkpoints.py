@@ -34,6 +34,12 @@ def make_run(folder, accelerator, total_limit=None, seed: int = 0, run=None) -> 
     return Checkpoints(folder, accelerator, recycler, seeded(seed), total_limit, run)
 
 
+def make_shaped_run(folder, accelerator) -> Checkpoints:
+    config = BankConfig(num_grids=2, capacity=3, dtype="float32")
+    banks = [ErrorBank(shape, shifted_sigmas(2, 5.0), config) for shape in (SHAPE, (6, 1))]
+    return Checkpoints(folder, accelerator, ErrorRecycler(banks, InjectionConfig(), RecyclerConfig(), 0), seeded())
+
+
 def save(run: Checkpoints, *steps: int) -> None:
     for step in steps:
         run.save(step)
@@ -62,6 +68,32 @@ def test_bank_and_generators_come_back(tmp_path, accelerator):
         assert second.recycler.bank.get(1, 0).residual.tolist() == [[4.0] * 3] * 2
         drawn = torch.rand(2, generator=second.generator), torch.rand(2, generator=second.recycler.generator)
         assert all(map(torch.equal, drawn, expected))
+
+
+def test_banks_of_several_shapes_come_back(tmp_path, accelerator):
+    """A checkpoint has its name when all of them are there, and none is taken for another."""
+    first = make_shaped_run(tmp_path, accelerator)
+    for value, (shape, bank) in enumerate(first.recycler.banks.items(), start=1):
+        bank.put(value - 1, torch.full(shape, float(value)), 0.5, seeded())
+    first.save(5)
+    for writer in first._writers:
+        writer.wait()
+    files = ["bank-0-2x3.safetensors", "bank-0-6x1.safetensors"]
+    for name in files:
+        path = tmp_path / "checkpoint-5.unfinished" / name
+        path.rename(tmp_path / name)
+        first.poll()
+        assert names(tmp_path) == [name, "checkpoint-5.unfinished"]
+        (tmp_path / name).rename(path)
+    first.finish()
+    second = make_shaped_run(tmp_path, accelerator)
+    assert second.resume("latest") == 5
+    assert [bank.counts.tolist() for bank in second.recycler.banks.values()] == [[1, 0], [0, 1]]
+    assert [second.recycler.banks[SHAPE].get(0, 0).residual.mean().item()] == [1.0]
+    assert second.recycler.banks[6, 1].get(1, 0).residual.tolist() == [[2.0]] * 6
+    one_bit(tmp_path / "checkpoint-5" / files[1])
+    with pytest.raises(ValueError, match=r"bank-0-6x1.safetensors' is damaged"):
+        make_shaped_run(tmp_path, accelerator).resume("latest")
 
 
 def test_what_is_known_of_the_run_comes_back(tmp_path, accelerator):
@@ -142,7 +174,7 @@ def test_only_folders_named_exactly_so_are_checkpoints(tmp_path, accelerator):
 def test_a_checkpoint_has_its_name_when_every_bank_is_there(tmp_path, accelerator):
     run = make_run(tmp_path, accelerator)
     run.save(3)
-    run._writer.wait()
+    run._writers[0].wait()
     bank = tmp_path / "checkpoint-3.unfinished" / "bank-0.safetensors"
     bank.rename(tmp_path / "elsewhere")
     run.poll()
@@ -159,7 +191,7 @@ def test_a_bank_that_cannot_be_written_is_told_by_the_next_poll(tmp_path, accele
     # The writer meets a folder where its file is to be.
     (tmp_path / "checkpoint-4.unfinished" / "bank-0.safetensors.unfinished").mkdir(parents=True)
     run.save(4)
-    run._writer._thread.join()
+    run._writers[0]._thread.join()
     message = (
         r"checkpoint-4.unfinished could not be written: .*Is a directory.*The newest good checkpoint is checkpoint-3"
     )

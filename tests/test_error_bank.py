@@ -2,6 +2,7 @@
 
 import os
 
+import psutil
 import pytest
 import torch
 
@@ -193,6 +194,42 @@ def test_a_bank_of_some_grids_has_more_room_in_each():
     config = BankConfig(num_grids=5, capacity=100, byte_budget=5 * 7 * row)
     assert (config.fitted(SHAPE).capacity, config.fitted(SHAPE, 1).capacity) == (7, 35)
     assert (config.num_bytes(SHAPE), config.num_bytes(SHAPE, 1)) == (500 * row, 100 * row)
+
+
+def test_banks_of_several_shapes_share_a_budget():
+    """All have the same capacity, and files of their own."""
+    shapes, rows = [SHAPE, (4, 1, 8, 8)], [2 * 768 + 4 * 256, 2 * 256 + 4 * 256]
+    config = BankConfig(num_grids=5, capacity=100, path="bank", byte_budget=3 * 7 * sum(rows) + 1)
+    configs = config.shared_by(shapes, 3)
+    assert [(one.capacity, one.path) for one in configs] == [(7, "bank-4x3x8x8"), (7, "bank-4x1x8x8")]
+    taken = sum(one.num_bytes(shape, 3) for one, shape in zip(configs, shapes, strict=True))
+    assert config.byte_budget - 1 == taken
+    assert [one.path for one in config.shared_by([SHAPE])] == ["bank"]
+    message = rf"holds no error: one for each of 3 grids in each of 2 banks takes {3 * sum(rows)} bytes in bfloat16"
+    with pytest.raises(ValueError, match=message):
+        BankConfig(byte_budget=3 * sum(rows) - 1).shared_by(shapes, 3)
+
+
+def test_banks_that_fit_one_by_one_alone_are_refused():
+    free = psutil.virtual_memory().available
+    config = BankConfig(num_grids=1, capacity=free * 2 // 3 // (2 * 768 + 4 * 256))
+    config.fitted(SHAPE)
+    with pytest.raises(ValueError, match=r"The error banks would take .* errors \(4, 3, 8, 8\) and \(2, 6, 8, 8\) in"):
+        config.shared_by([SHAPE, (2, 6, 8, 8)])
+
+
+def test_a_bank_leaves_room_for_what_others_will_take(tmp_path):
+    """Of memory all of it, which is taken when it is written; of a disk what their files have not taken yet."""
+    row = 2 * 768 + 4 * 256
+    bank, kept = make_bank(capacity=3), make_bank(capacity=3, path=str(tmp_path / "bank"))
+    assert bank.num_bytes() == bank.bytes_to_come() == kept.num_bytes() == 5 * 3 * row
+    (tmp_path / "bank").write_bytes(os.urandom(8192))
+    assert kept.bytes_to_come() == 5 * 3 * row - 8192
+    free = psutil.virtual_memory().available
+    config = BankConfig(num_grids=1, capacity=free * 2 // 3 // row)
+    config.shared_by([SHAPE])
+    with pytest.raises(ValueError, match="What would fit: a `capacity` of at most"):
+        config.shared_by([SHAPE], taken=free // 2)
 
 
 def test_a_bank_the_machine_has_no_room_for_is_refused():

@@ -45,7 +45,8 @@ def test_a_rotated_video_is_turned_upright(tmp_path):
     path, rotated = write_numbered(tmp_path / "a.mp4", 3), tmp_path / "b.mp4"
     arguments = ["-v", "error", "-display_rotation", "90", "-i", path, "-c", "copy", rotated]
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *arguments], check=True)
-    assert open_video(rotated, "grey").read([1]).shape == (1, 64, 48, 3)
+    upright = open_video(rotated, "grey")
+    assert upright.read([1]).shape == (1, 64, 48, 3) and upright.size == (64, 48)
 
 
 def test_files_that_are_no_videos(tmp_path):

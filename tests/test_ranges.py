@@ -74,6 +74,15 @@ def test_a_number_out_of_its_range_is_refused(name, value, wanted):
         ),
         (["--optimizer=prodigy", "--use_8bit_adam"], "`--use_8bit_adam` is for `--optimizer adamw`, got prodigy."),
         (["--lora_layers=to_z"], "`--lora_layers`: 'to_z' is none of"),
+        (
+            ["--buckets", "64x32", "--height=32"],
+            "`--height`=32 is not for `--buckets`, which have sizes: leave it out.",
+        ),
+        (["--buckets", "64x32", "--width=64"], "`--width`=64 is not for `--buckets`"),
+        (
+            ["--buckets", "64x32x9", "32x64x5", "--num_frames=9"],
+            "`--num_frames`=9 would do nothing: all of `--buckets` have frames, 64x32x9 32x64x5. Leave it out.",
+        ),
     ],
 )
 def test_what_would_do_nothing_is_refused(parse_args, capsys, options, message):
@@ -87,6 +96,10 @@ def test_what_goes_together_is_taken(parse_args):
     parse_args([*BASE, "--lr_scheduler=polynomial", "--lr_power=2", "--weighting_scheme=mode", "--mode_scale=1"])
     args = parse_args([*BASE, "--weighting_scheme=logit_normal", "--logit_mean=1", "--optimizer=AdamW"])
     assert (args.optimizer, args.learning_rate) == ("adamw", 1e-4)
+    args = parse_args([*BASE, "--buckets", "64x32", "32x64x5", "--num_frames=9"])
+    assert (args.buckets, args.width, args.height, args.num_frames) == (["64x32x9", "32x64x5"], 64, 32, 9)
+    args = parse_args(BASE)
+    assert (args.buckets, args.width, args.height, args.num_frames) == (None, 832, 480, 81)
 
 
 def test_the_ends_of_ranges_and_what_is_no_number_are_taken():

@@ -312,6 +312,53 @@ def test_a_bank_of_which_one_byte_was_changed_is_refused(tmp_path, dtype):
         load_bank(loaded, changed)
 
 
+def shaped_recycler(*shapes: tuple[int, ...], **injection) -> ErrorRecycler:
+    config = BankConfig(num_grids=5, capacity=4, dtype="float32")
+    banks = [ErrorBank(shape, shifted_sigmas(5, 5.0), config) for shape in shapes]
+    return ErrorRecycler(banks, InjectionConfig(**injection), RecyclerConfig(), 0)
+
+
+def test_no_error_of_one_shape_meets_another():
+    """Each shape banks into its own and draws from it, and from nothing while that is empty."""
+    # As many values, so that nothing but the shape tells them apart.
+    shapes = [(16, 3, 4, 4), (16, 3, 2, 8), (16, 1, 4, 12)]
+    recycler = shaped_recycler(*shapes, p_vid=1, p_noi=1, p_img=1, p_clean=0)
+    sigmas = torch.tensor([0.5, 0.5])
+    for made, shape in enumerate(shapes):
+        zeros = torch.zeros(2, *shape)
+        injected = recycler.inject(zeros, zeros, zeros, sigmas)
+        assert not any(part.any() for part in injected[:3])
+        recycler.recycle(torch.full((2, *shape), made + 1.0), sigmas, injected.switches)
+        assert [int(bank.counts.sum()) for bank in recycler.banks.values()] == [2] * (made + 1) + [0] * (2 - made)
+        assert recycler.num_errors() == 2 * (made + 1) and recycler.bank_of(zeros).error_shape == shape
+    for value, shape in enumerate(shapes, start=1):
+        zeros = torch.zeros(2, *shape)
+        injected = recycler.inject(zeros, zeros, zeros, sigmas)
+        assert injected.noise.unique().tolist() == [0.5 * value] and injected.noise.shape == (2, *shape)
+        assert injected.latents.unique().tolist() == [-0.5 * value]
+        assert injected.condition.unique().tolist() in ([-0.5 * value], [-0.5 * value, 0])
+    with pytest.raises(
+        ValueError, match=r"There is no error bank for samples \(16, 3, 4, 5\), only for \(16, 3, 4, 4\)"
+    ):
+        recycler.inject(*(torch.zeros(2, 16, 3, 4, 5) for _ in range(3)), sigmas)
+
+
+def test_a_bank_beside_others_is_what_it_is_alone():
+    alone, beside = shaped_recycler(SHAPE, p_clean=0.5), shaped_recycler((16, 1, 4, 12), SHAPE, p_clean=0.5)
+    for seed in range(8):
+        latents, noise, condition = batch(seed=seed)
+        results = []
+        for recycler in (alone, beside):
+            injected = recycler.inject(latents, noise, condition, torch.tensor([0.2, 0.8]))
+            recycler.recycle(noise - latents, torch.tensor([0.2, 0.8]), injected.switches)
+            results.append(injected)
+        for one, other in zip(*[(*result[:3], *result.switches) for result in results], strict=True):
+            assert torch.equal(one, other)
+    assert alone.num_errors() == beside.num_errors() > 4
+    with pytest.raises(ValueError, match="too many values"):
+        _ = beside.bank
+
+
 def rewrite(source, target, metadata):
     """The same tensors with other metadata; `None` takes an entry out."""
     with safe_open(source, "pt") as file:

@@ -285,19 +285,127 @@ def test_a_run_of_another_preset_is_refused_where_a_lora_lies(models, tmp_path, 
     assert "has a LoRA of an earlier run: it will be replaced" in train(models / "i2v", tmp_path / "run", **options)
 
 
+BUCKETS = ("64x32x17", "32x64x17", "32x64x9")
+BANKS = ("16x5x4x8", "16x5x8x4", "16x3x8x4")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    """Videos that are wide, tall, and tall and short: three, one and one."""
+    folder = tmp_path_factory.mktemp("shapes")
+    sizes = [(40, 64, 32), (40, 80, 40), (17, 64, 32), (40, 32, 64), (16, 33, 64)]
+    for index, (num_frames, width, height) in enumerate(sizes):
+        write_numbered(folder / f"{index}.mkv", num_frames, height, width)
+    return write_rows(folder / "list.csv", ["video", "text"], *([f"{i}.mkv", f"a cat {i}"] for i in range(5)))
+
+
+def of_buckets(shapes: Path, cache: Path, *buckets: str) -> dict:
+    size = dict.fromkeys(("height", "width", "num_frames"))
+    return {**size, "buckets": buckets, "train_data_dir": shapes, "latent_cache_dir": cache, "checkpointing_steps": 2}
+
+
 @pytest.mark.parametrize("mode", ["local", "sharded"])
-def test_two_processes(models, tmp_path, mode):
-    """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same."""
+def test_two_processes(models, shapes, tmp_path, mode):
+    """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same.
+
+    The sharded bank, whose errors travel between the processes, is one of three: both have one bucket at a time.
+    """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     options = {"launcher": launcher, "bank_mode": mode, "samples_per_video": 2, "buffer_warmup_iter": 2}
     options |= {"latent_cache_dir": tmp_path / "cache", "checkpointing_steps": 2}
+    banks = [""]
+    if mode == "sharded":
+        options |= of_buckets(shapes, tmp_path / "cache", *BUCKETS)
+        banks = [f"-{shape}" for shape in BANKS]
     train(models / "i2v", tmp_path / "straight", max_train_steps=4, **options)
     shutil.copytree(tmp_path / "straight/checkpoint-2", tmp_path / "again/checkpoint-2")
     train(models / "i2v", tmp_path / "again", max_train_steps=4, resume_from_checkpoint="latest", **options)
     assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
     for rank in (0, 1):
-        for name in (f"bank-{rank}.safetensors", f"recycler-{rank}.safetensors"):
+        for name in (f"recycler-{rank}.safetensors", *(f"bank-{rank}{bank}.safetensors" for bank in banks)):
             assert_same(tmp_path / "straight/checkpoint-4" / name, tmp_path / "again/checkpoint-4" / name)
+
+
+def test_a_run_of_several_buckets_goes_on_bit_for_bit(models, shapes, tmp_path, train_erft):
+    """Every bucket has a bank, within one budget; what goes where is told, and how it was trained too."""
+    image = tmp_path / "start.png"
+    PIL.Image.new("RGB", (64, 32), "teal").save(image)
+    film = {"validation_prompt": ["a cat"], "validation_image": image, "validation_inference_steps": 1}
+    options = {**of_buckets(shapes, tmp_path / "cache", *BUCKETS, "48x48x17"), "p_clean": 0.3}
+    options |= {"max_train_steps": 5, "train_batch_size": 2, "gradient_accumulation_steps": 2, "bank_capacity": 500}
+    # Errors of 2560, 2560, 1536 and 2880 values, in 50 grids, and their sketches.
+    options |= {"bank_max_gb": 3.5 * 50 * (2 * (2560 + 2560 + 1536 + 2880) + 4 * 4 * 256) / 1e9}
+    told = train(models / "i2v", tmp_path / "straight", **options, **film)
+    assert "Videos of each bucket: 64x32x17: 3, 32x64x17: 1, 32x64x9: 1, 48x48x17: 0." in told
+    assert "No video goes to 48x48x17: leave it out, and the others have its share of the error bank." in told
+    for shape in ("16, 5, 4, 8", "16, 5, 8, 4", "16, 3, 8, 4", "16, 5, 6, 6"):
+        assert f"Error bank: 50 grids of 3 errors ({shape}) in bfloat16" in told
+    # Three batches an epoch: two samples of the wide ones, and one of each of the others.
+    assert "Steps = 5 of 4 samples" in told
+    card = (tmp_path / "straight" / "README.md").read_text()
+    assert "| buckets | 64x32x17 32x64x17 32x64x9 48x48x17 |" in card and "height=32,\n    width=64" in card
+    assert PIL.Image.open(tmp_path / "straight" / "validation" / "step-5.png").size == (64, 32)
+    run = json.loads((tmp_path / "straight" / "arguments.json").read_text())["arguments"]
+    assert run["buckets"] == [*BUCKETS, "48x48x17"]
+
+    shutil.copytree(tmp_path / "straight/checkpoint-2", tmp_path / "again/checkpoint-2")
+    options |= {"resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match=r"`--buckets` was \['64x32x17', .*, now \['64x32x17', '32x64x9'\]"):
+        other = {**options, "buckets": ["64x32x17", "32x64x9"]}
+        train_erft.main(train_erft.parse_args(command(models / "i2v", tmp_path / "again", **other)[2:]))
+    train(models / "i2v", tmp_path / "again", **options)
+    assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
+    counts = []
+    for name in (*(f"bank-0-{shape}.safetensors" for shape in (*BANKS, "16x5x6x6")), "recycler-0.safetensors"):
+        assert_same(tmp_path / "straight/checkpoint-4" / name, tmp_path / "again/checkpoint-4" / name)
+        with safe_open(tmp_path / "again/checkpoint-4" / name, "pt") as file:
+            counts.append(sum(json.loads((file.metadata() or {}).get("counts", "[0]"))))
+    assert min(counts[:3]) > 0 == counts[3]
+
+
+def test_both_experts_are_what_each_is_alone(models, tmp_path, train_erft):
+    """In turns of two steps, bit for bit, dropout included, and so when one of them was killed in a turn."""
+    image = tmp_path / "start.png"
+    PIL.Image.fromarray(world.render(world.State("blue sky", 0))).save(image)
+    film = {"validation_prompt": ["a cat"], "validation_image": image, "validation_inference_steps": 2}
+    options = {"preset": "pro", "lora_dropout": 0.5, "max_train_steps": 5, "checkpointing_steps": 3}
+    options |= {"latent_cache_dir": tmp_path / "cache", "gradient_accumulation_steps": 2, "learning_rate": 0.01}
+    names = {expert: weight_name(expert) for expert in ("high", "low")}
+    for expert in names:
+        train(models / "a14b", tmp_path / expert, expert=expert, **options)
+    both = {**options, "expert": "both", "expert_switch_steps": 2, "validation_steps": 4, **film}
+    told = train(models / "a14b", tmp_path / "both", report_to="tensorboard", **both)
+    assert "Expert = high noise" in told and "Expert = low noise" in told
+    for expert, name in names.items():
+        assert_same(tmp_path / expert / name, tmp_path / "both" / name)
+        for file in ("bank-0.safetensors", "recycler-0.safetensors", name.replace(f"_{expert}_noise", "")):
+            checkpoint = tmp_path / "both" / f"{expert}_noise" / "checkpoint-3"
+            assert_same(tmp_path / expert / "checkpoint-3" / file, checkpoint / file)
+
+    # Killed after the checkpoint of the one, in its second turn: the other has none yet.
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "both/high_noise/checkpoint-3", again / "high_noise/checkpoint-3")
+    train(models / "a14b", again, resume_from_checkpoint="latest", **{**both, "validation_steps": None})
+    for name in names.values():
+        assert_same(tmp_path / "both" / name, again / name)
+
+    # Films are of both, when both have come so far: that of the pipeline with both LoRAs.
+    films = sorted(path.name for path in (tmp_path / "both" / "validation").iterdir())
+    assert films == [f"step-{step}.{suffix}" for step in (4, 5) for suffix in ("json", "mp4", "png")]
+    pipe = quiet(SVIPipeline.from_pretrained(models / "a14b"))
+    pipe.load_lora_weights(str(tmp_path / "both"), weight_name=names["high"], weight_name_2=names["low"])
+    args = train_erft.parse_args(command(models / "a14b", tmp_path, **{**options, "expert": None, **film})[2:])
+    train_erft.log_validation(args, Accelerator(cpu=True), pipe, LatentMotion(1), 5)
+    made = [tmp_path / folder / "validation" / "step-5.png" for folder in ("both", "again", ".")]
+    assert made[0].read_bytes() == made[1].read_bytes() == made[2].read_bytes()
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "| setting | high-noise expert | low-noise expert |" in card and card.count("## Sample\n") == 1
+    assert all(f'="{name}"' in card for name in names.values())
+    # What is logged is of one run.
+    (events,) = (tmp_path / "both" / "logs" / "svi-erft").glob("events.out.tfevents*")
+    scalars = EventAccumulator(str(events)).Reload()
+    steps = {expert: [event.step for event in scalars.Scalars(f"{expert}/loss")] for expert in names}
+    assert steps == {"high": [1, 2, 5, 6, 9], "low": [3, 4, 7, 8, 10]}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -315,6 +423,21 @@ def test_deepspeed(models, tmp_path, stage):
     assert_same(straight / "bank-0.safetensors", again / "bank-0.safetensors")
     assert len(read_lora(tmp_path / "again", LORA).state_dict) == 40
     assert (again / "pytorch_model").is_dir()  # what only DeepSpeed writes
+
+
+def test_both_experts_are_refused_by_deepspeed(models, tmp_path):
+    """Before anything is loaded: `accelerate launch` tells of it by these."""
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    finished = subprocess.run(
+        command(models / "a14b", tmp_path, preset="pro", expert="both"),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert finished.returncode == 1
+    assert "`--expert both` is not for DeepSpeed, of which accelerate has one engine in a process" in finished.stderr
 
 
 def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
@@ -399,12 +522,15 @@ def test_layers_and_dropout_of_the_lora(models, tmp_path):
     train(models / "i2v", tmp_path / "run", export_format="original", **options)
     lora = read_lora(tmp_path / "run", LORA)
     layers = {name.split(".", 3)[3].rsplit(".lora_")[0] for name in lora.state_dict}
-    assert layers == {"attn1.to_q", "ffn.net.2"} and lora.adapter_metadata["transformer.lora_dropout"] == 0.5
+    # It is for training: a film drops nothing out.
+    assert layers == {"attn1.to_q", "ffn.net.2"} and lora.adapter_metadata["transformer.lora_dropout"] == 0
     assert (
         read_lora(tmp_path / "run", "pytorch_lora_weights_original.safetensors").state_dict.keys()
         == lora.state_dict.keys()
     )
-    quiet(SVIPipeline.from_pretrained(models / "i2v")).load_lora_weights(str(tmp_path / "run"), weight_name=LORA)
+    pipe = quiet(SVIPipeline.from_pretrained(models / "i2v"))
+    pipe.load_lora_weights(str(tmp_path / "run"), weight_name=LORA)
+    assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in pipe.transformer.modules())
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     train(models / "i2v", tmp_path / "again", resume_from_checkpoint="latest", **options)
     assert_same(tmp_path / "run" / LORA, tmp_path / "again" / LORA)
@@ -544,6 +670,7 @@ def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, ca
         ({"export_rank": 5}, "must be between 1 and 4, got 5."),
         ({"conditioning": "latent"}, "`--reference`=inside"),
         ({"preset": "pro", "reference": "inside"}, "Use `--reference before`"),
+        ({"expert": "both", "init_lora": __file__}, "but `--expert both` begins with two: give the folder that has"),
         ({"p_text_start": 0.5}, "needs `--conditioning held`"),
         ({"ref_pad_num": -2}, "`--ref_pad_num` must be -1 for all, 0 for none, or a number of frames, got -2."),
         ({"preset": "pro", "mask_frames": "all"}, "are for `--conditioning pixel`, got latent."),
@@ -555,6 +682,8 @@ def test_a_mistake_in_the_arguments_is_one_line(models, tmp_path, train_erft, ca
         ),
         ({"report_to": "wandb", "hub_token": "secret"}, "use `hf auth login` instead"),
         *([] if torch.cuda.is_available() else [({"quantize_base": "4bit"}, "needs a GPU")]),
+        ({"buckets": ["64x64"]}, "`--height`=64 is not for `--buckets`"),
+        ({"buckets": ["64"], "height": None, "width": None}, "got '64'."),
         ({"num_frames": 16}, "`num_frames` must be 1, 5, 9, ..., got 16."),
         ({"fps": 0}, "`fps` must be a whole number of at least 1, got 0."),
     ]
@@ -571,6 +700,7 @@ def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_er
     cases = [
         ("i2v", {"expert": "high"}, "only one transformer"),
         ("a14b", {}, "two experts"),
+        ("i2v", {"expert": "both"}, "`--expert both`: this model has only one transformer."),
         ("i2v", {"preset": "ti2v-5b"}, "expand_timesteps=True"),
         ("world", {}, "has no model_index.json: is it in diffusers' layout?"),
         ("i2v", {"train_data_dir": tmp_path / "nothing"}, "nothing"),
@@ -578,6 +708,11 @@ def test_mistakes_are_told_before_anything_is_trained(models, tmp_path, train_er
         ("i2v", {"bank_capacity": 10**12}, "What would fit"),
         ("i2v", {"height": 72}, "`--height` must be a multiple of 16 for this model, got 72."),
         ("ti2v-5b", {"preset": "ti2v-5b", "width": 48}, "`--width` must be a multiple of 32 for this model, got 48."),
+        (
+            "i2v",
+            {"buckets": ["64x64", "64x72"], "height": None, "width": None},
+            "`--buckets` 64x72x17: the height must be a multiple of 16 for this model, got 72.",
+        ),
         ("i2v", {"bank_capacity": 10**9, "bank_path": tmp_path / "bank"}, "a `path` on a larger disk"),
         (
             "i2v",
@@ -608,7 +743,7 @@ def test_the_rate_of_clips_and_films(train_erft, tmp_path, options, fps, film):
     base = ["--pretrained_model_name_or_path=x", f"--output_dir={tmp_path}", "--train_data_dir=z"]
     args = train_erft.parse_args([*base, *options])
     scheme = train_erft.make_scheme(args)
-    assert train_erft.make_layout(args, scheme).fps == fps and train_erft.film_fps(args) == film
+    assert train_erft.make_layouts(args, scheme)[0].fps == fps and train_erft.film_fps(args) == film
     train_erft.save_model_card(args, scheme, "someone/svi", None)
     assert f'"film.mp4", film, fps={film})' in (tmp_path / "README.md").read_text()
 

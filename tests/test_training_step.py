@@ -34,7 +34,7 @@ def make_step(train_erft, args, kind: str, dtype: torch.dtype = torch.float64):
     return train_erft.TrainingStep(
         args,
         transformer=transformer,
-        recycler=train_erft.make_recycler(args, PartialState(cpu=True), shape, timesteps),
+        recycler=train_erft.make_recycler(args, PartialState(cpu=True), [shape], timesteps),
         generator=seeded(7),
         timesteps=timesteps,
         no_prompt=torch.zeros(512, TEXT_DIM),
@@ -253,7 +253,7 @@ def test_an_experts_timesteps_stay_on_its_side(train_erft):
     for expert in ("high", "low"):
         args = parse(train_erft, "pro", expert=expert)
         indices[expert] = train_erft.training_timesteps(args, 0.9)
-        recycler = train_erft.make_recycler(args, PartialState(cpu=True), (1, 2), indices[expert])
+        recycler = train_erft.make_recycler(args, PartialState(cpu=True), [(1, 2)], indices[expert])
         reached = {
             min(range(GRIDS), key=lambda grid: abs(sigma_at(grid, GRIDS) - sigmas[index].item()))
             for index in indices[expert].tolist()

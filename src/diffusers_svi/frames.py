@@ -51,6 +51,7 @@ class Video:
             pixels.
         times (`Times`, *optional*): When its frames are shown.
         fps (`int`, *optional*): What it was resampled to, in frames a second; its own frames if not given.
+        size (`tuple[int, int]`, *optional*): Height and width of its frames, as `read` gives them.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Video:
     read: Callable[[list[int]], np.ndarray]
     times: Times | None = field(default=None, repr=False, compare=False)
     fps: int | None = None
+    size: tuple[int, int] | None = None
 
     def describe_length(self) -> str:
         """For messages: how many frames it has, and at what rate if it was resampled."""
@@ -109,9 +111,9 @@ def open_source(source: Callable[[], BinaryIO], name: str, caption: str) -> Vide
                 tail = (tail + chunk)[-max(PACKET_SIZES) :]
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
-    times, index = _decode_all(source, name, tail)
-    num_frames = len(times.ticks) - 1
-    return Video(name, caption, num_frames, digest.hexdigest(), partial(_read_frames, source, name, index), times)
+    times, index, size = _decode_all(source, name, tail)
+    num_frames, read = len(times.ticks) - 1, partial(_read_frames, source, name, index)
+    return Video(name, caption, num_frames, digest.hexdigest(), read, times, size=size)
 
 
 def _open_file(path: str | os.PathLike) -> BinaryIO:
@@ -150,8 +152,13 @@ def _open_stream(source: Callable[[], BinaryIO], name: str) -> Iterator[tuple[An
         raise ValueError(f"{name} cannot be read as a video: {error}") from error
 
 
-def _decode_all(source: Callable[[], BinaryIO], name: str, tail: bytes) -> tuple[Times, _Index | None]:
-    """When all frames are shown, and where they are; `None` if the file, which ends with `tail`, does not tell."""
+def _decode_all(
+    source: Callable[[], BinaryIO], name: str, tail: bytes
+) -> tuple[Times, _Index | None, tuple[int, int]]:
+    """When all frames are shown; where they are, `None` if the file does not tell; their height and width.
+
+    The file ends with `tail`.
+    """
     places, frames, sizes, end = [], [], set(), Fraction(0)
     with _open_stream(source, name) as (container, stream):
         _be_strict(stream)
@@ -165,6 +172,7 @@ def _decode_all(source: Callable[[], BinaryIO], name: str, tail: bytes) -> tuple
                 places.append(packet.pos)
             decoded = packet.decode()
             for frame in decoded:
+                shown = frame
                 frames.append((frame.pts, frame.key_frame, frame.duration))
                 sizes.add((frame.width, frame.height))
             if packet.is_corrupt or any(frame.is_corrupt for frame in decoded):
@@ -176,6 +184,7 @@ def _decode_all(source: Callable[[], BinaryIO], name: str, tail: bytes) -> tuple
             raise ValueError(f"{name} holds no frame that can be decoded.")
         if len(sizes) > 1:
             raise ValueError(f"{name} has frames of several sizes, {sorted(sizes)} (width, height).")
+        size = _shown_size(shown, stream)
         lengths = {
             "matroska,webm": Fraction(container.duration or 0, av.time_base),
             "avi": stream.frames * stream.time_base,
@@ -192,15 +201,15 @@ def _decode_all(source: Callable[[], BinaryIO], name: str, tail: bytes) -> tuple
     # None becomes a number that is neither above nor below another.
     timestamps = np.array([pts for pts, _, _ in frames], dtype=float)
     if np.isnan(timestamps).any() or (np.diff(timestamps) < 0).any():
-        return Times(np.arange(len(frames) + 1), 1 / rate), None
+        return Times(np.arange(len(frames) + 1), 1 / rate), None, size
     ticks = timestamps.astype(np.int64)
     times = Times(np.append(ticks, ticks[-1] + (frames[-1][2] or round(1 / (rate * unit)))), unit)
     if (np.diff(ticks) == 0).any():
-        return times, None
+        return times, None, size
     # Frames that share a place in the file (MPEG-PS) have timestamps that are guessed, and differently after seeking.
     if len({*places} - {None}) < len(places):
-        return times, None
-    return times, _Index(ticks, np.flatnonzero([is_key for _, is_key, _ in frames]))
+        return times, None, size
+    return times, _Index(ticks, np.flatnonzero([is_key for _, is_key, _ in frames])), size
 
 
 def _be_strict(stream: Any) -> None:
@@ -270,8 +279,18 @@ def _decode_from(container: Any, stream: Any, index: _Index, keys: np.ndarray) -
 
 def _pixels(frame: av.VideoFrame, stream: Any) -> np.ndarray:
     """Upright, and as wide as it is shown where pixels are not square."""
-    width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+    width = _shown_width(frame, stream)
     return np.rot90(frame.to_ndarray(format="rgb24", width=width), round(frame.rotation / 90))
+
+
+def _shown_size(frame: av.VideoFrame, stream: Any) -> tuple[int, int]:
+    """Height and width of its `_pixels`."""
+    size = frame.height, _shown_width(frame, stream)
+    return size[::-1] if round(frame.rotation / 90) % 2 else size
+
+
+def _shown_width(frame: av.VideoFrame, stream: Any) -> int:
+    return max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
 
 
 def _read_resampled(

@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -73,33 +73,56 @@ class BankConfig:
             ValueError: if not even one error a grid fits the budget, or the bank does not fit the machine; the message
                 says what would.
         """
+        return self.shared_by([error_shape], num_grids)[0]
+
+    def shared_by(
+        self, error_shapes: Sequence[tuple[int, ...]], num_grids: int | None = None, taken: int = 0
+    ) -> list["BankConfig"]:
+        """As [`fitted`], for a bank of each of `error_shapes`: together they keep to budget and machine.
+
+        All have the same capacity, for that is what a bank is worth; those of large errors take more. With several,
+        each has a file of its own, `<path>-<shape>`. So many bytes as are `taken` are for others, if they are not yet
+        in use.
+        """
         num_grids = self.num_grids if num_grids is None else num_grids
-        row = replace(self, capacity=1).num_bytes(error_shape, num_grids)
+        row = sum(replace(self, capacity=1).num_bytes(shape, num_grids) for shape in error_shapes)
         capacity = self.capacity if self.byte_budget is None else min(self.capacity, self.byte_budget // row)
         if capacity < 1:
+            shapes = f" in each of {len(error_shapes)} banks" if len(error_shapes) > 1 else ""
             raise ValueError(
-                f"`byte_budget`={self.byte_budget} holds no error: one for each of {num_grids} grids takes {row} "
-                f"bytes in {self.dtype}."
+                f"`byte_budget`={self.byte_budget} holds no error: one for each of {num_grids} grids{shapes} takes "
+                f"{row} bytes in {self.dtype}."
             )
-        free, where = self._free_bytes()
+        configs = [replace(self, path=path) for path in self._paths(error_shapes)]
+        free, where = configs[0]._free_bytes()
+        free += sum(config._taken_bytes() for config in configs[1:]) - taken
         if capacity * row > free:
             smaller = f"a `capacity` of at most {free // row}" if free >= row else "fewer `num_grids`"
+            banks = "banks" if len(error_shapes) > 1 else "bank"
+            shapes = " and ".join(str(tuple(shape)) for shape in error_shapes)
             raise ValueError(
-                f"The error bank would take {_gigabytes(capacity * row)} ({num_grids} grids of {capacity} errors "
-                f"{tuple(error_shape)} in {self.dtype}), but {where} has {_gigabytes(free)} free. What would fit: "
+                f"The error {banks} would take {_gigabytes(capacity * row)} ({num_grids} grids of {capacity} errors "
+                f"{shapes} in {self.dtype}), but {where} has {_gigabytes(free)} free. What would fit: "
                 f"{smaller}, a smaller `dtype`, or a `path` on a larger disk."
             )
-        return replace(self, capacity=capacity, byte_budget=None)
+        return [replace(config, capacity=capacity, byte_budget=None) for config in configs]
+
+    def _paths(self, error_shapes: Sequence[tuple[int, ...]]) -> list[str | None]:
+        if self.path is None or len(error_shapes) == 1:
+            return [self.path] * len(error_shapes)
+        return [f"{self.path}-{shape_name(shape)}" for shape in error_shapes]
 
     def _free_bytes(self) -> tuple[int, str]:
         if self.path is None:
             return psutil.virtual_memory().available, "memory"
         folder = Path(self.path).absolute().parent
         folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        # Files of an earlier run are written over.
-        files = [file for file in (Path(self.path), Path(f"{self.path}.scales")) if file.is_file()]
-        taken = sum(file.stat().st_blocks * 512 for file in files)
-        return shutil.disk_usage(folder).free + taken, f"the disk of {os.fspath(self.path)!r}"
+        return shutil.disk_usage(folder).free + self._taken_bytes(), f"the disk of {os.fspath(self.path)!r}"
+
+    def _taken_bytes(self) -> int:
+        """Of the files of an earlier run, which are written over."""
+        files = [Path(self.path), Path(f"{self.path}.scales")] if self.path is not None else []
+        return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
 
 
 class StoredError(NamedTuple):
@@ -164,13 +187,21 @@ class ErrorBank:
         """Which grids hold an error, `(num_grids,)` bool."""
         return self.counts > 0
 
+    def num_bytes(self) -> int:
+        """Bytes it takes when it is full."""
+        return self.config.num_bytes(self.error_shape, len(self.first_slot))
+
+    def bytes_to_come(self) -> int:
+        """Bytes that it has not taken yet, of the disk or, where it is still empty, of the memory."""
+        return max(0, self.num_bytes() - self.config._taken_bytes())
+
     def describe(self) -> str:
         """What it takes, in a line."""
         config, num_grids = self.config, len(self.first_slot)
         where = "memory" if config.path is None else f"the file {config.path!r}"
         return (
             f"Error bank: {num_grids} grids of {config.capacity} errors {self.error_shape} in {config.dtype}, "
-            f"{_gigabytes(config.num_bytes(self.error_shape, num_grids))} of {where} when full."
+            f"{_gigabytes(self.num_bytes())} of {where} when full."
         )
 
     def nearest_grid(self, sigmas: torch.Tensor) -> torch.Tensor:
@@ -245,6 +276,11 @@ class ErrorBank:
 def nearest_grid(sigmas: torch.Tensor, grid_sigmas: torch.Tensor) -> torch.Tensor:
     """Of every sigma `(batch,)`, the index of the nearest of `grid_sigmas` `(num_grids,)`: `(batch,)` int64."""
     return (sigmas.double().cpu().unsqueeze(1) - grid_sigmas.double()).abs().argmin(dim=1)
+
+
+def shape_name(shape: tuple[int, ...]) -> str:
+    """Of errors, in names of files: "16x21x60x104"."""
+    return "x".join(map(str, shape))
 
 
 def choose_places(grids: list[int], shares: list[float], counts: torch.Tensor) -> list[tuple[int, int] | None]:

@@ -1,5 +1,6 @@
 """`ErrorRecycler`: injection, objective and bank in the order a training step needs them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,20 +56,42 @@ class ErrorRecycler:
         recycler.recycle(prediction - target, sigmas, injected.switches)
 
     Every sample has its own timestep, grid, and switches. All randomness comes from one generator of its own.
+    Samples of several shapes come in batches of one shape, and every shape has a bank: no error of one meets another.
 
     Args:
-        bank (`ErrorBank`): The replay memory.
+        bank (`ErrorBank` or `Sequence[ErrorBank]`): The replay memory, or one for every shape of samples.
         injection (`InjectionConfig`): How samples are corrupted.
         config (`RecyclerConfig`): When errors are banked.
         seed (`int`): Of its generator. Give every process another.
     """
 
-    def __init__(self, bank: ErrorBank, injection: InjectionConfig, config: RecyclerConfig, seed: int):
-        self.bank = bank
+    def __init__(
+        self, bank: ErrorBank | Sequence[ErrorBank], injection: InjectionConfig, config: RecyclerConfig, seed: int
+    ):
+        self.banks = {one.error_shape: one for one in ([bank] if isinstance(bank, ErrorBank) else bank)}
         self.injection = injection
         self.config = config
         self.generator = torch.Generator().manual_seed(seed)
         self.step = 0
+
+    @property
+    def bank(self) -> ErrorBank:
+        """The bank, where there is only one."""
+        (bank,) = self.banks.values()
+        return bank
+
+    def bank_of(self, samples: torch.Tensor) -> ErrorBank:
+        """The bank for a batch `(batch, *error_shape)`. Raises a `ValueError` if there is none of that shape."""
+        shape = tuple(samples.shape[1:])
+        if shape not in self.banks:
+            raise ValueError(
+                f"There is no error bank for samples {shape}, only for {', '.join(map(str, self.banks))}."
+            )
+        return self.banks[shape]
+
+    def num_errors(self) -> int:
+        """How many errors this process keeps."""
+        return sum(int(bank.counts.sum()) for bank in self.banks.values())
 
     def inject(
         self, latents: torch.Tensor, noise: torch.Tensor, condition: torch.Tensor, sigmas: torch.Tensor
@@ -81,17 +104,16 @@ class ErrorRecycler:
                 The condition latents y, or the held latents of TI2V-5B; without the mask.
             sigmas (`torch.Tensor` of shape `(batch,)`): Noise levels.
         """
-        self.bank.synchronize()
+        bank = self.bank_of(latents)
+        bank.synchronize()
         switches = draw_switches(self.injection, len(latents), self.generator)
-        grids = self.bank.nearest_grid(sigmas)
-        img_grids = draw_img_grids(
-            self.injection, self.bank.grid_sigmas, self.bank.filled(), len(latents), self.generator
-        )
+        grids = bank.nearest_grid(sigmas)
+        img_grids = draw_img_grids(self.injection, bank.grid_sigmas, bank.filled(), len(latents), self.generator)
         wanted = [
             torch.where(switch, grid, -1)
             for switch, grid in ((switches.vid, grids), (switches.noi, grids), (switches.img, img_grids))
         ]
-        errors = self.bank.draw(torch.cat(wanted), self.generator)
+        errors = bank.draw(torch.cat(wanted), self.generator)
         factors = draw_factors(self.injection, len(errors), self.generator)
         latents, noise, condition = latents.clone(), noise.clone(), condition.clone()
         for index, error in enumerate(errors):
@@ -113,16 +135,17 @@ class ErrorRecycler:
     @torch.no_grad()
     def recycle(self, residuals: torch.Tensor, sigmas: torch.Tensor, switches: Switches) -> None:
         """Bank the residuals `(batch, z_dim, latent_frames, h, w)` of the predictions at `sigmas`."""
+        bank = self.bank_of(residuals)
         draws = torch.rand(len(residuals), generator=self.generator, dtype=torch.float64)
         keep = ~switches.clean | (draws < self.config.clean_buffer_update_prob)
-        if self.step < self.config.buffer_warmup_iter and not self.bank.shared:
+        if self.step < self.config.buffer_warmup_iter and not bank.shared:
             residuals, sigmas = gather(residuals.detach().contiguous()), gather(sigmas.contiguous())
             keep = gather(keep.to(residuals.device)).cpu()
-        self.bank.add(residuals.detach(), sigmas, keep, self.generator)
+        bank.add(residuals.detach(), sigmas, keep, self.generator)
         self.step += 1
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Generator and step, as tensors; the bank is saved on its own, by `save_bank`."""
+        """Generator and step, as tensors; banks are saved on their own, by `save_bank`."""
         return {"generator": self.generator.get_state(), "step": torch.tensor(self.step)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

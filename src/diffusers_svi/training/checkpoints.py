@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..checks import check_count
-from ..erft import ErrorRecycler, load_bank, save_bank
+from ..erft import ErrorBank, ErrorRecycler, load_bank, save_bank
+from ..erft.bank import shape_name
 from ..erft.snapshot import BankWriter
 from ..files import UNFINISHED
 from .manifest import DamagedError, Manifest, check_checkpoint, read_manifest, write_manifest
@@ -87,7 +88,7 @@ def find_checkpoint(
 class Checkpoints:
     """The folders `checkpoint-<step>` of a run; each has its name only when all that belongs into it is there.
 
-    Beside what `Accelerator.save_state` writes, a checkpoint has bank and generators of every process, and a manifest
+    Beside what `Accelerator.save_state` writes, a checkpoint has banks and generators of every process, and a manifest
     with sizes and hashes. All methods are to be called by all processes.
 
     Args:
@@ -117,7 +118,7 @@ class Checkpoints:
         self.folder, self.total_limit, self.run = Path(folder), total_limit, run or {}
         self.accelerator, self.recycler, self.generator = accelerator, recycler, generator
         self._unfinished: Path | None = None
-        self._writer: BankWriter | None = None
+        self._writers: list[BankWriter] = []
         if accelerator.is_main_process:
             for leftover in self.folder.glob(f"checkpoint-*{UNFINISHED}"):
                 if NAME.fullmatch(leftover.name.removesuffix(UNFINISHED)) and leftover.is_dir():
@@ -129,7 +130,7 @@ class Checkpoints:
         return list_checkpoints(self.folder)
 
     def save(self, step: int) -> None:
-        """Write everything but the bank now, and begin to write the bank; training may go on.
+        """Write everything but the banks now, and begin to write them; training may go on.
 
         Raises:
             RuntimeError: if it, or the one before, could not be written.
@@ -147,7 +148,7 @@ class Checkpoints:
             save_file(state, self._unfinished / f"recycler-{rank}.safetensors")
         except (OSError, RuntimeError, SafetensorError) as error:
             raise self._failure(error) from error
-        self._writer = save_bank(self.recycler.bank, self._unfinished / f"bank-{rank}.safetensors")
+        self._writers = [save_bank(bank, self._unfinished / name) for name, bank in self._banks(rank).items()]
 
     def poll(self) -> None:
         """Give the checkpoint its name if every process has written its bank. Does not wait.
@@ -155,15 +156,15 @@ class Checkpoints:
         Raises:
             RuntimeError: if this process could not write its bank.
         """
-        if self._writer is not None:
-            try:
-                self._writer.check()
-            except Exception as error:
-                raise self._failure(error) from error
+        try:
+            for writer in self._writers:
+                writer.check()
+        except Exception as error:
+            raise self._failure(error) from error
         if self._unfinished is None or not self.accelerator.is_main_process:
             return
         ranks = range(self.accelerator.num_processes)
-        if not all((self._unfinished / f"bank-{rank}.safetensors").exists() for rank in ranks):
+        if not all((self._unfinished / name).exists() for rank in ranks for name in self._banks(rank)):
             return
         path = self._unfinished.with_name(self._unfinished.name.removesuffix(UNFINISHED))
         write_manifest(self._unfinished, _step(path), self.accelerator.num_processes, self.run)
@@ -185,7 +186,7 @@ class Checkpoints:
     def newest(self) -> str:
         """Which checkpoint a run that must end here can go on from, as a sentence. One that is begun is finished."""
         self._join()
-        if self._writer is None:
+        if not self._writers:
             self.poll()
         return _newest_good(self.folder)
 
@@ -214,7 +215,8 @@ class Checkpoints:
         self.generator.set_state(state.pop("noise_generator"))
         self.recycler.load_state_dict(state)
         try:
-            load_bank(self.recycler.bank, path / f"bank-{rank}.safetensors")
+            for name, bank in self._banks(rank).items():
+                load_bank(bank, path / name)
         except ValueError as error:
             raise ValueError(f"{error} {_newest_good(path.parent, path)}") from error
         self.accelerator.wait_for_everyone()
@@ -224,18 +226,26 @@ class Checkpoints:
         logger.info(f"Going on from {path}.")
         return manifest.step
 
+    def _banks(self, rank: int) -> dict[str, ErrorBank]:
+        """The banks by the names of their files, those of process `rank`."""
+        banks = self.recycler.banks
+        if len(banks) == 1:
+            return {f"bank-{rank}.safetensors": self.recycler.bank}
+        return {f"bank-{rank}-{shape_name(shape)}.safetensors": bank for shape, bank in banks.items()}
+
     def _failure(self, error: Exception) -> RuntimeError:
         return RuntimeError(f"{self._unfinished} could not be written: {error}. {_newest_good(self.folder)}")
 
     def _join(self) -> None:
-        """Wait for the writer of this process, and forget it unless something went wrong."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.wait()
-        except Exception:
-            return
-        self._writer = None
+        """Wait for the writers of this process, and forget them unless something went wrong."""
+        failed = False
+        for writer in self._writers:
+            try:
+                writer.wait()
+            except Exception:
+                failed = True
+        if not failed:
+            self._writers = []
 
     def _prune(self, limit: int) -> None:
         kept, rest = self.all()[-limit:], self.all()[:-limit]

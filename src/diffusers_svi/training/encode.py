@@ -132,7 +132,7 @@ def encode_samples(
         The samples, as [`encode_sample`] has them and with `prompt_embeds`, and the embedding of the empty prompt.
     """
     check_choice("clip_resize", clip_resize, CLIP_RESIZES)
-    state, layout = PartialState(), samples.layout
+    state = PartialState()
     captions = [samples.caption(index) for index in range(len(samples))]
     kinds = [*(["first"] if first_clips else []), *(["squash"] if clip_resize == "squash" else [])]
     keys = [fingerprint(samples.key(i), encoders, scheme.to_dict(), *kinds) for i in range(len(samples))]
@@ -152,7 +152,8 @@ def encode_samples(
         with state.split_between_processes(missing) as share:
             loader = DataLoader(Subset(samples, share), batch_size=None, num_workers=num_workers)
             for index, sample in zip(share, progress(loader, desc="Encoding clips"), strict=True):
-                encoded = encode_sample(pipe, sample, scheme, layout.num_frames, first_clips, clip_resize)
+                num_frames = samples.layout(index).num_frames
+                encoded = encode_sample(pipe, sample, scheme, num_frames, first_clips, clip_resize)
                 cache.save(keys[index], encoded)
         del pipe
         free_memory()

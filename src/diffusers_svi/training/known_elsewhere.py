@@ -55,6 +55,8 @@ INSTEAD = {
     "--instance_prompt": "give every video its caption; `--proportion_empty_prompts` trains without",
     "--max_num_frames": "give `--num_frames`",
     "--resolution": "give `--height` and `--width`",
+    "--aspect_ratio_buckets": "give `--buckets`, each as width x height: 832x480 480x832",
+    "--video_resolution_buckets": "give `--buckets`, each as width x height x frames: 832x480x81",
     "--bnb_quantization_config_path": "give `--quantize_base 4bit` or `8bit`",
     "--guidance_scale": "give `--validation_guidance_scale`",
     "--num_validation_videos": "give `--num_validation_clips`: one film is made",

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,9 @@ Clips are chained by `{last.scheme}`, which `load_lora_weights` reads from the f
 
 {_table(loras)}
 """
-    text += "".join(_sample(lora) for lora in loras)
+    # A film of both is one sample.
+    shared = len(loras) > 1 and len({lora.film for lora in loras}) == 1
+    text += "".join(_sample(lora) for lora in ([replace(last, expert=None)] if shared else loras))
     data = ModelCardData(base_model=None if is_local else base_model, pipeline_tag="image-to-video")
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     return populate_model_card(card, ["image-to-video", "diffusers", "diffusers-training", "lora", "wan", "svi"])

@@ -8,7 +8,7 @@ COUNTS = (
     *("rank", "train_batch_size", "gradient_accumulation_steps", "samples_per_video", "checkpointing_steps"),
     *("checkpoints_total_limit", "max_train_steps", "num_train_epochs", "lr_num_cycles", "validation_steps"),
     *("validation_epochs", "num_validation_clips", "validation_inference_steps", "max_sequence_length"),
-    *("num_grids", "bank_capacity"),
+    *("num_grids", "bank_capacity", "expert_switch_steps"),
 )
 NOT_NEGATIVE = (
     *("lr_warmup_steps", "buffer_warmup_iter", "dataloader_num_workers", "adam_weight_decay"),
@@ -19,6 +19,7 @@ SHARES = ("p_motion", "p_text_start", "proportion_empty_prompts", "max_skipped_s
 BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
 # What is for one choice of another option only, and its value where it is left alone.
 OPTIONS_OF = {
+    "expert_switch_steps": ("expert", "both", 100),
     "lr_num_cycles": ("lr_scheduler", "cosine_with_restarts", 1),
     "lr_power": ("lr_scheduler", "polynomial", 1.0),
     "logit_mean": ("weighting_scheme", "logit_normal", 0.0),
@@ -76,5 +77,29 @@ def check_combinations(values: Mapping[str, object]) -> None:
             f"`--lr_warmup_steps`={values['lr_warmup_steps']} needs another `--lr_scheduler` than constant, such as "
             "constant_with_warmup."
         )
+    if values["init_lora_weight_name"] and values["expert"] == "both":
+        raise ValueError(
+            f"`--init_lora_weight_name`={values['init_lora_weight_name']} is for one expert: for `--expert both` the "
+            "files have the names that a run gives them."
+        )
     if values["validation_steps"] and values["validation_epochs"]:
         raise ValueError("Give one of `--validation_steps` and `--validation_epochs`, got both.")
+
+
+def check_buckets(values: Mapping[str, object]) -> None:
+    """Raise a `ValueError` for a size or length that buckets already have.
+
+    Args:
+        values (`Mapping[str, object]`): All arguments by name, those that were not given `None`.
+    """
+    buckets = values["buckets"]
+    if not isinstance(buckets, list):
+        return
+    for name in ("height", "width"):
+        if values[name] is not None:
+            raise ValueError(f"`--{name}`={values[name]} is not for `--buckets`, which have sizes: leave it out.")
+    if values["num_frames"] is not None and all(bucket.count("x") == 2 for bucket in buckets):
+        raise ValueError(
+            f"`--num_frames`={values['num_frames']} would do nothing: all of `--buckets` have frames, "
+            f"{' '.join(buckets)}. Leave it out."
+        )

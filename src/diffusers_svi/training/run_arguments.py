@@ -20,7 +20,8 @@ FIXED = (
     *("reference", "first_frame_augmentation", "ref_pad_num", "repeat_first_frame", "mask_frames", "clip_resize"),
     *("expert", "quantize_base", "rank", "lora_alpha", "lora_layers", "lora_dropout"),
     *("init_lora", "init_lora_weight_name"),
-    *("height", "width", "num_frames", "fps", "center_crop", "random_flip", "samples_per_video", "enable_tiling"),
+    *("height", "width", "num_frames", "buckets", "fps", "center_crop", "random_flip", "samples_per_video"),
+    *("enable_tiling",),
     *("proportion_empty_prompts", "max_sequence_length", "seed"),
     *("p_vid", "p_img", "p_noi", "p_clean", "n_img", "img_slots", "img_sigmas", "img_scale", "error_modulate_factor"),
     *("num_grids", "bank_capacity", "bank_max_gb", "bank_dtype", "bank_mode", "bank_replacement", "bank_metric"),
@@ -50,6 +51,8 @@ FREE = (
     *("report_to", "tracker_name", "logging_dir"),
     *("validation_prompt", "validation_image", "num_validation_clips", "validation_steps", "validation_epochs"),
     *("validation_inference_steps", "validation_guidance_scale"),
+    # Experts learn the same whoever takes turns with them.
+    "expert_switch_steps",
     *("export_format", "export_dtype", "export_rank", "push_to_hub", "hub_model_id", "hub_token"),
 )
 SECRET = ("hub_token",)

@@ -5,6 +5,7 @@ same: a sample depends on its video, the layout, the seed and its number, and on
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -94,7 +95,7 @@ class Samples(torch.utils.data.Dataset):
 
     Args:
         videos (`list[Video]`): Where samples come from.
-        layout (`SampleLayout`): What they consist of.
+        layout (`SampleLayout` or `Sequence[SampleLayout]`): What they consist of, all, or those of every video.
         seed (`int`): Of everything random.
         samples_per_video (`int`, defaults to 1): Samples `i * samples_per_video` and following are of video i.
 
@@ -102,37 +103,45 @@ class Samples(torch.utils.data.Dataset):
         ValueError: if a video is too short, or cannot be resampled.
     """
 
-    def __init__(self, videos: list[Video], layout: SampleLayout, seed: int, samples_per_video: int = 1):
+    def __init__(
+        self,
+        videos: list[Video],
+        layout: SampleLayout | Sequence[SampleLayout],
+        seed: int,
+        samples_per_video: int = 1,
+    ):
         check_count("seed", seed, 0)
         check_count("samples_per_video", samples_per_video, 1)
         if not videos:
             raise ValueError("`videos` is empty: there is nothing to take samples from.")
-        videos = [video.resampled(layout.fps) for video in videos]
-        for video in videos:
+        layouts = [layout] * len(videos) if isinstance(layout, SampleLayout) else list(layout)
+        videos = [video.resampled(layout.fps) for video, layout in zip(videos, layouts, strict=True)]
+        for video, layout in zip(videos, layouts, strict=True):
             if not layout.starts(video.num_frames):
                 raise ValueError(
                     f"`videos`: {video.name} has {video.describe_length()}, but a sample of {layout} needs "
                     f"{layout.num_needed()}. Leave it out, as `usable_videos` does."
                 )
-        self.videos, self.layout, self.seed, self.samples_per_video = videos, layout, seed, samples_per_video
+        self.videos, self.layouts, self.seed, self.samples_per_video = videos, layouts, seed, samples_per_video
 
     def __len__(self) -> int:
         return len(self.videos) * self.samples_per_video
 
     def key(self, index: int) -> str:
         """What the cache calls sample `index`: the same in every run, whatever other videos there are."""
-        video, number = self._locate(index)
-        return fingerprint(
-            "sample", VERSION, self.seed, number, video.fingerprint, video.num_frames, asdict(self.layout)
-        )
+        video, layout, number = self._locate(index)
+        return fingerprint("sample", VERSION, self.seed, number, video.fingerprint, video.num_frames, asdict(layout))
 
     def caption(self, index: int) -> str:
         """The prompt of sample `index`."""
         return self._locate(index)[0].caption
 
+    def layout(self, index: int) -> SampleLayout:
+        """What sample `index` consists of."""
+        return self._locate(index)[1]
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
-        video, number = self._locate(index)
-        layout = self.layout
+        video, layout, number = self._locate(index)
         rng = np.random.default_rng(int(fingerprint(self.seed, video.fingerprint, number), 16))
 
         starts = layout.starts(video.num_frames)
@@ -164,9 +173,9 @@ class Samples(torch.utils.data.Dataset):
             "key": self.key(index),
         }
 
-    def _locate(self, index: int) -> tuple[Video, int]:
+    def _locate(self, index: int) -> tuple[Video, SampleLayout, int]:
         index, number = divmod(range(len(self))[index], self.samples_per_video)
-        return self.videos[index], number
+        return self.videos[index], self.layouts[index], number
 
 
 def crop_box(size: tuple[int, int], layout: SampleLayout, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -5,7 +5,7 @@ Both give candidates; `usable_videos` opens them, and tells what can be trained 
 
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -15,6 +15,7 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..frames import Video, open_source, open_video
+from .buckets import choose_bucket, is_enlarged, nearest_in_aspect
 from .lists import CAPTION_COLUMNS, VIDEO_COLUMNS, check_caption, find_column, read_captions
 from .samples import SampleLayout
 
@@ -23,6 +24,8 @@ logger = logging.get_logger(__name__)
 
 # Videos whose own rate is lower by more than this repeat frames; 23.976 instead of 24 is no such rate.
 RATE_TOLERANCE = 1.01
+# Videos that are named of each kind; of the others the number is told.
+NUM_NAMES = 5
 
 
 class Candidate(NamedTuple):
@@ -95,7 +98,7 @@ class Skipped:
     def __len__(self) -> int:
         return len(self.too_short) + len(self.unreadable) + len(self.without_caption)
 
-    def describe(self, num_names: int = 5) -> str:
+    def describe(self, num_names: int = NUM_NAMES) -> str:
         """Counts, and the first names of each kind."""
         kinds = {"too short": self.too_short, "unreadable": self.unreadable, "without caption": self.without_caption}
         parts = []
@@ -107,15 +110,19 @@ class Skipped:
 
 
 def usable_videos(
-    candidates: Iterable[Candidate], layout: SampleLayout, max_skipped_share: float = 0.1
+    candidates: Iterable[Candidate], layout: SampleLayout | Sequence[SampleLayout], max_skipped_share: float = 0.1
 ) -> tuple[list[Video], Skipped]:
     """Open `candidates`, and tell those from which samples of `layout` can be taken from the others.
+
+    With several layouts these are the ones for which [`choose_bucket`] finds one.
 
     Every video is decoded once, as many at a time as there are cores.
 
     Args:
         candidates: What `open_folder` or `open_dataset` found.
-        layout (`SampleLayout`): What is taken from every video. With `fps` a warning tells how many have a lower rate.
+        layout (`SampleLayout` or `Sequence[SampleLayout]`):
+            What is taken from every video, or from those of every bucket, which have one `fps`. Warnings tell how many
+            have a lower rate, and how many are smaller.
         max_skipped_share (`float`, defaults to 0.1): Share of videos, in [0, 1], that may be of no use.
 
     Returns:
@@ -127,7 +134,9 @@ def usable_videos(
     """
     if not 0 <= max_skipped_share <= 1:
         raise ValueError(f"`max_skipped_share` is a share in [0, 1], got {max_skipped_share!r}.")
-    videos, skipped, num_slow = [], Skipped(), 0
+    layouts = [layout] if isinstance(layout, SampleLayout) else list(layout)
+    (fps,) = {layout.fps for layout in layouts}
+    videos, skipped, num_slow, small = [], Skipped(), 0, []
     candidates = list(candidates)
     with ThreadPool() as pool:
         opened = zip(candidates, pool.imap(_open, candidates), strict=True)
@@ -138,12 +147,16 @@ def usable_videos(
             if isinstance(whole, ValueError):
                 skipped.unreadable.append(f"{candidate.name} ({whole})")
                 continue
-            video = whole.resampled(layout.fps)
-            if layout.starts(video.num_frames):
-                videos.append(video)
-                num_slow += video.num_frames > RATE_TOLERANCE * whole.num_frames
-            else:
-                skipped.too_short.append(f"{candidate.name} ({video.describe_length()}, {layout.num_needed()} needed)")
+            video = whole.resampled(fps)
+            chosen = choose_bucket(video, layouts)
+            if chosen is None:
+                needed = min(layout.num_needed() for layout in nearest_in_aspect(video, layouts))
+                skipped.too_short.append(f"{candidate.name} ({video.describe_length()}, {needed} needed)")
+                continue
+            videos.append(video)
+            num_slow += video.num_frames > RATE_TOLERANCE * whole.num_frames
+            if is_enlarged(video, chosen):
+                small.append(candidate.name)
     skipped.total = len(candidates)
     if not skipped.total:
         raise ValueError("`candidates` is empty: there is no video to train on.")
@@ -154,7 +167,13 @@ def usable_videos(
         )
     if num_slow:
         logger.warning(
-            f"{num_slow} of {len(videos)} videos have fewer than `fps`={layout.fps} frames a second: they repeat some."
+            f"{num_slow} of {len(videos)} videos have fewer than `fps`={fps} frames a second: they repeat some."
+        )
+    if small:
+        more = f"; and {len(small) - NUM_NAMES} more" if len(small) > NUM_NAMES else ""
+        logger.warning(
+            f"{len(small)} of {len(videos)} videos are smaller than their clips and are enlarged: "
+            f"{'; '.join(small[:NUM_NAMES])}{more}."
         )
     return videos, skipped
 
