@@ -61,7 +61,7 @@ from diffusers_svi.training.buckets import (
     read_buckets,
 )
 from diffusers_svi.training.cache import TensorCache
-from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint
+from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint, list_checkpoints
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
 from diffusers_svi.training.environment import check_file_writable, check_trackers, check_writable, own_folder
 from diffusers_svi.training.films import save_film
@@ -794,6 +794,12 @@ def both_experts(args: argparse.Namespace, accelerator: Accelerator) -> dict[str
         raise ValueError(
             "`--expert both` is not for DeepSpeed, of which accelerate has one engine in a process: train them one "
             "after the other, `--expert high` and `--expert low`."
+        )
+    if of_one := list_checkpoints(args.output_dir):
+        raise ValueError(
+            f"{args.output_dir} has checkpoints of a run with one expert, {', '.join(path.name for path in of_one)}: "
+            "with `--expert both` each has a folder. Move them to high_noise or low_noise in it, whichever they are "
+            "of, and they are gone on from; or give another `--output_dir`."
         )
     pair = Pair()
     for expert in EXPERTS:

@@ -382,12 +382,19 @@ def test_both_experts_are_what_each_is_alone(models, tmp_path, train_erft):
             checkpoint = tmp_path / "both" / f"{expert}_noise" / "checkpoint-3"
             assert_same(tmp_path / expert / "checkpoint-3" / file, checkpoint / file)
 
-    # Killed after the checkpoint of the one, in its second turn: the other has none yet.
+    # Killed after the checkpoint of the one, in its second turn: the other has none yet. It is that of a run alone.
     again = tmp_path / "again"
-    shutil.copytree(tmp_path / "both/high_noise/checkpoint-3", again / "high_noise/checkpoint-3")
+    shutil.copytree(tmp_path / "high/checkpoint-3", again / "high_noise/checkpoint-3")
     train(models / "a14b", again, resume_from_checkpoint="latest", **{**both, "validation_steps": None})
     for name in names.values():
         assert_same(tmp_path / "both" / name, again / name)
+
+    # What one of them has done alone is gone on from in a folder of its own, and nowhere else.
+    again = tmp_path / "third"
+    shutil.copytree(tmp_path / "high/checkpoint-3", again / "checkpoint-3")
+    arguments = command(models / "a14b", again, resume_from_checkpoint="latest", **both)
+    with pytest.raises(ValueError, match="third has checkpoints of a run with one expert, checkpoint-3: with"):
+        train_erft.main(train_erft.parse_args(arguments[2:]))
 
     # Films are of both, when both have come so far: that of the pipeline with both LoRAs.
     films = sorted(path.name for path in (tmp_path / "both" / "validation").iterdir())
