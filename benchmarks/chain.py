@@ -12,16 +12,17 @@ the last frame of every clip encoded again (`PixelMotion(1)`). Each by itself wi
   encoders (VAE and image), denoising (transformer and scheduler), decoder, and all that is none of these.
   Operations are counted by torch in a clip of one step, which warms up; those of denoising, by the second, are held
   against the machine's ceiling: a large product of matrices in the type of the weights. Aim: 60% on a GPU.
-- memory: the peak of a film of four clips, of either side in a process of its own: on a GPU what torch allocated, on a
+- memory: the peak of a film of two clips, of either side in a process of its own: on a GPU what torch allocated, on a
   CPU the most that was resident, less what was before models were made.
 - cost: of SVIPipeline, against the number of clips, the pixels of a frame and the frames of a clip. Straight lines
   fitted to seconds and to operations: slope, intercept, and the share of the variance that the line explains.
 
 Seconds are of the clock on a GPU. On a CPU they are of one core, as other programs share the machine; the clock's are
-beside them in the ratio. Writes `chain.json` and a plot.
+beside them in the ratio. Writes `chain.json` and a plot; what is there of other measurements is kept.
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import multiprocessing
@@ -55,9 +56,10 @@ import matplotlib.pyplot as plt
 START = Path(__file__).parents[1] / "docs" / "images" / "start.png"
 PROMPT = "a large red circle moves left over a green meadow"
 AIMS = {"ratio": 1.0, "share_of_ceiling": 0.6}
-CLIPS_OF_MEMORY = 4
+CLIPS_OF_MEMORY = 2
+MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 # What the cost is measured against: clips, sides of a square frame in pixels, frames of a clip.
-COSTS = {"clips": (1, 2, 4, 8), "pixels": (112, 144, 176, 208), "frames": (5, 9, 17, 25)}
+COSTS = {"clips": (1, 2, 4), "pixels": (112, 144, 176), "frames": (5, 9, 17)}
 QUICK_COSTS = {"clips": (1, 2), "pixels": (16, 32), "frames": (5, 9)}
 
 
@@ -191,6 +193,9 @@ def measure_memory(args: argparse.Namespace) -> dict:
 
 def peak_of_film(name: str, side: str, args: argparse.Namespace) -> int:
     """Bytes of a film by one side, whose clips are dropped once they are made."""
+    # Large blocks go back to the machine when they are freed, as they do to a GPU's allocator.
+    if hasattr(c := ctypes.CDLL(None), "mallopt"):
+        c.mallopt(MMAP_THRESHOLD, 65536)
     # What libraries load when they are first used is there before.
     _film(pipeline("tiny", args), MODELS["tiny"], side, 1, args)
     before = psutil.Process().memory_info().rss
@@ -246,16 +251,17 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict]] = {
 
 
 def plot(results: dict, path: Path) -> None:
+    found = {name: measured["figures"] for name, measured in results.items()}
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
-    if "sides" in results:
-        ratios = {name: figures["ratio"] for name, figures in results["sides"].items() if "ratio" in figures}
-        _plot_shares(results["sides"], axes[0, 0])
+    if "sides" in found:
+        ratios = {name: figures["ratio"] for name, figures in found["sides"].items() if "ratio" in figures}
+        _plot_shares(found["sides"], axes[0, 0])
         _plot_ratios(ratios, axes[0, 1])
-    if "memory" in results:
-        _plot_memory(results["memory"], axes[0, 2])
+    if "memory" in found:
+        _plot_memory(found["memory"], axes[0, 2])
     for axis, kind in zip(axes[1], COSTS, strict=True):
-        if "cost" in results:
-            _plot_cost(results["cost"], kind, axis)
+        if "cost" in found:
+            _plot_cost(found["cost"], kind, axis)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -303,7 +309,8 @@ def _plot_cost(cost: dict, kind: str, axis) -> None:
 
 def show(results: dict) -> None:
     """Tables of what was measured."""
-    for name, figures in results.get("sides", {}).items():
+    found = {name: measured["figures"] for name, measured in results.items()}
+    for name, figures in found.get("sides", {}).items():
         print(f"\n{name:28} " + "".join(f"{phase:>10}" for phase in (*PHASES, "total")))
         for side, seconds in figures["median_seconds"].items():
             print(f"  {side + ', seconds':26} " + "".join(f"{value:10.3f}" for value in seconds.values()))
@@ -316,10 +323,10 @@ def show(results: dict) -> None:
             print(
                 f"  ratio, {kind:19} {ratio['median']:.3f} ({ratio['quarter']:.3f} to {ratio['three_quarters']:.3f})"
             )
-    for name, sides in results.get("memory", {}).items():
+    for name, sides in found.get("memory", {}).items():
         print(f"{name:12} peak " + ", ".join(f"{key} {value:.4g}" for key, value in sides.items()))
     for kind in COSTS:
-        for of, fit in results.get("cost", {}).get(kind, {}).get("lines", {}).items():
+        for of, fit in found.get("cost", {}).get(kind, {}).get("lines", {}).items():
             told = ", ".join(f"{key} {value:.4g}" for key, value in fit.items())
             print(f"{of} against {kind}: {told}")
 
@@ -328,14 +335,15 @@ def main():
     args = parse_args()
     if not args.device.startswith("cuda"):
         torch.set_num_threads(1)  # the seconds of one core
-    results: dict[str, Any] = {**provenance(), "device": args.device, "dtype": args.dtype, "seed": args.seed}
-    results |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    results["models"] = args.models
+    file = args.output_dir / "chain.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    told = ("device", "dtype", "seed", "models", "num_inference_steps", "guidance_scale", "num_pairs", "num_repeats")
     for name in MEASUREMENTS:
         if name in args.only:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            results[name] = MEASUREMENTS[name](args)
-            write_json(results, args.output_dir / "chain.json")
+            made_with = {**provenance(), **{option: getattr(args, option) for option in told}}
+            results[name] = {**made_with, "figures": MEASUREMENTS[name](args)}
+            write_json(results, file)
     plot(results, args.output_dir / "chain.png")
     show(results)
     if args.json:

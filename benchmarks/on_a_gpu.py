@@ -109,7 +109,7 @@ def summary(parts: dict[str, dict]) -> dict[str, dict[str, float]]:
     """The figures of every part that there are, by its name."""
     told: dict[str, dict[str, float]] = {}
     for name, part in parts.items():
-        figures = next(iter(part["sides"].values())) if "sides" in part else {}
+        figures = next(iter(part["sides"]["figures"].values())) if "sides" in part else {}
         if figures:
             told[name] = {
                 "frames a second": figures["frames_a_second"]["SVIPipeline"],
@@ -118,7 +118,7 @@ def summary(parts: dict[str, dict]) -> dict[str, dict[str, float]]:
         if "ratio" in figures:
             told[name]["over by hand"] = figures["ratio"]["total"]["median"]
         if "memory" in part:
-            (peaks,) = part["memory"].values()
+            (peaks,) = part["memory"]["figures"].values()
             told[name] = {side: peaks[side] / 1e9 for side in ("SVIPipeline", "by hand")}
         if "step_ratio" in part:
             told[name] = {"seconds": part["median_seconds"]["erft"], "over plain": part["step_ratio"]}

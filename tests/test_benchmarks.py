@@ -103,8 +103,12 @@ def test_memory(run, tmp_path):
 def test_chain(run, tmp_path):
     """Both sides do the same work: the same operations, and the same film to the bit."""
     results = run("chain", "--output_dir", tmp_path)
-    assert {"command", "seed", "versions", "machine"} <= set(results) and results["models"] == ["tiny"]
-    figures, cost = results["sides"]["tiny"], results["cost"]
+    for measured in results.values():
+        assert {"command", "seed", "versions", "machine", "figures"} <= set(measured) and measured["models"] == [
+            "tiny"
+        ]
+    figures, peaks, cost = (results[name]["figures"] for name in ("sides", "memory", "cost"))
+    figures, peaks = figures["tiny"], peaks["tiny"]
     assert figures["frames_equal"]
     assert figures["flops"]["SVIPipeline"] == figures["flops"]["by hand"]
     for side in ("SVIPipeline", "by hand"):
@@ -113,9 +117,8 @@ def test_chain(run, tmp_path):
         assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
         reached = figures["flops"][side]["denoise"] / seconds["denoise"]
         assert figures["share_of_ceiling"][side] == pytest.approx(reached / figures["ceiling"]["flops_a_second"])
-        assert figures["frames_a_second"][side] > 0 and results["memory"]["tiny"][side] > 0
+        assert figures["frames_a_second"][side] > 0 and peaks[side] > 0
     assert set(figures["ratio"]) == {"total", "without text", "wall"}
-    peaks = results["memory"]["tiny"]
     assert peaks["ratio"] == peaks["SVIPipeline"] / peaks["by hand"]
     # A clip more is as many operations as any other one; the prompt is encoded once.
     clips = cost["clips"]["lines"]["flops"]
@@ -124,6 +127,12 @@ def test_chain(run, tmp_path):
     assert cost["pixels"]["against"] == [16**2, 32**2] and cost["frames"]["against"] == [5, 9]
     assert results == json.loads((tmp_path / "chain.json").read_text())
     assert (tmp_path / "chain.png").stat().st_size
+    # What is not measured again is kept.
+    again = run("chain", "--output_dir", tmp_path, "--only", "sides")
+    assert again["cost"] == results["cost"] and again["memory"] == results["memory"]
+    assert (
+        again["sides"]["command"].endswith("--only sides") and again["sides"]["figures"] != results["sides"]["figures"]
+    )
 
 
 def test_a_straight_line_is_fitted_with_what_it_explains():
@@ -164,8 +173,8 @@ def test_the_run_for_a_gpu_completes_on_a_cpu_and_keeps_what_is_done(monkeypatch
     results = call()
     assert {"date", "command", "versions", "machine", "aims"} <= set(results)
     fifty, erft = (results["parts"][name] for name in ("fifty-tiny", "erft-tiny"))
-    assert fifty["num_inference_steps"] == 50 and erft["preset"] == "quick"
-    figures = fifty["sides"]["tiny"]
+    assert fifty["sides"]["num_inference_steps"] == 50 and erft["preset"] == "quick"
+    figures = fifty["sides"]["figures"]["tiny"]
     assert results["summary"]["fifty-tiny"] == {
         "frames a second": figures["frames_a_second"]["SVIPipeline"],
         "share of the ceiling": figures["share_of_ceiling"]["SVIPipeline"],
