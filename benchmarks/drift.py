@@ -13,8 +13,11 @@ should show, so a clip's quality, between 0 and 1, is the mean of three parts, r
 
 *Kept* is quality at the last clip over quality at the tenth (or over the first), *lost* quality at the first clip less
 that at the last: what the chain adds to the error of one clip. *Alive*, the mean change from frame to frame over the
-true one, is reported beside it: a frozen picture does not drift. Intervals are of 95%, by bootstrap over chains. In
-the summary the best LoRA named `erft...` is compared with the `control...` of the same ending, or with `control`.
+true one, is reported beside it: a frozen picture does not drift. *Ends* is the start-end contrast of other long-video
+benchmarks: of every measure M, |M(start) - M(end)| over the first and the last 15% of the frames of a film (FramePack,
+arXiv:2504.12626, "Drifting measurement"). Measures are read once a clip, so it is 15% of the clips, rounded, one at
+least. It tells of any change, for the better too. Intervals are of 95%, by bootstrap over chains. In the summary the
+best LoRA named `erft...` is compared with the `control...` of the same ending, or with `control`.
 `--color_match mkl` adds the base model with the colours of its clips matched.
 Writes `drift.json`, a plot, a contact sheet for every contestant, and one of all side by side. Chains are kept in the
 folder `chains` as they are done; a run that was interrupted, or has one more contestant, takes them there.
@@ -24,11 +27,15 @@ of the mean over a tenth of the range), contrast and sharpness of the last frame
 
     python benchmarks/drift.py --model_dir Wan-AI/Wan2.1-I2V-14B-480P-Diffusers --contestants base \
         --lora erft=svi-shot.safetensors --images cat.png boat.png --prompts prompts.txt --device cuda --dtype bfloat16
+
+`--stories FOLDER` takes images and prompts as the authors of SVI keep them, see `diffusers_svi.load_stories`.
+`--save_films` writes films as VBench-Long reads them, see `vbench.py`.
 """
 
 import argparse
 import json
 import math
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -44,11 +51,13 @@ from diffusers.utils import load_image, make_image_grid
 from report import provenance, write_json
 from scipy.stats import bootstrap
 from tqdm.auto import tqdm
+from vbench import film_name
 
-from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
+from diffusers_svi import Clip, LatentMotion, PixelMotion, SVIPipeline, load_stories, save_video
 from diffusers_svi.color import METHODS, check_color_match
 from diffusers_svi.conditioning import Carried, Scheme
 from diffusers_svi.prompts import load_prompts
+from diffusers_svi.stories import Story
 from diffusers_svi.training.cache import fingerprint
 from diffusers_svi.training.quality import drift_figures, sharpness
 from svi_tiny.tracker import displacement, track
@@ -81,6 +90,7 @@ def parse_args():
     parser.add_argument("--num_inference_steps", type=int, help="Default: 10 for svi-tiny, else 50.")
     parser.add_argument("--eight_lights", action="store_true", help="Films of the world in one of eight lights.")
     parser.add_argument("--images", nargs="*", help="Start images of one's own, a chain each, for any model.")
+    parser.add_argument("--stories", help="In their place: a folder for each, with frame.jpg and prompt.txt.")
     parser.add_argument("--prompts", help="Their prompts, a file with one a line: the first, or one a clip in turn.")
     parser.add_argument("--height", type=int, help="Default: 480.")
     parser.add_argument("--width", type=int, help="Default: 832.")
@@ -92,6 +102,11 @@ def parse_args():
         action="store_true",
         help="Keep every clip: <output_dir>/clips/<setting>-<name>/<film>-<clip>.mp4.",
     )
+    parser.add_argument(
+        "--save_films",
+        action="store_true",
+        help="Keep every film as VBench-Long reads it: <output_dir>/vbench/<setting>-<name>/<prompt>-<index>.mp4.",
+    )
     parser.add_argument("--quick", action="store_true", help="2 chains of 10 clips of `base` and the LoRAs.")
     args = parser.parse_args()
     if args.quick:
@@ -100,9 +115,15 @@ def parse_args():
         check_color_match(method)
     if (args.images is None) != (args.prompts is None):
         parser.error("--images and --prompts come together.")
-    if args.images:
-        args.num_chains = len(args.images)
-    defaults = WORLD_OPTIONS if args.images is None else OWN_OPTIONS
+    if args.images and args.stories:
+        parser.error("--images and --stories are two ways of the same: give one.")
+    args.own = own_stories(args)
+    if args.own:
+        args.num_chains = len(args.own)
+    if args.save_films:
+        for story in args.own:
+            film_name(story.prompts[0], 0)
+    defaults = OWN_OPTIONS if args.own else WORLD_OPTIONS
     args.options = {name: getattr(args, name) or value for name, value in defaults.items()}
     return args
 
@@ -163,16 +184,29 @@ def measure_against(states: list[world.State], frames: np.ndarray, start: int) -
     return measure(frames, states[start : start + len(frames)])
 
 
+def own_stories(args) -> list[Story]:
+    """Images with prompts of one's own, if there are any.
+
+    Raises:
+        ValueError: where more is said of a clip than its prompt.
+    """
+    if args.stories:
+        stories, source = load_stories(args.stories), f"`--stories`: {args.stories}"
+    else:
+        lines = load_prompts(args.prompts) if args.images else []
+        stories = [Story(str(image), load_image(image), lines) for image in args.images or []]
+        source = f"`--prompts`: {args.prompts}"
+    if not all(isinstance(line, str) for story in stories for line in story.prompts):
+        raise ValueError(f"{source} says more of a clip than its prompt, which is not compared here.")
+    return stories
+
+
 def own_films(setting: str, args) -> Iterator[Film]:
     """Films of one's own, of which nobody knows the truth: clips are measured against the first."""
-    lines = load_prompts(args.prompts)
-    if not all(isinstance(line, str) for line in lines):
-        raise ValueError(
-            f"`--prompts`: {args.prompts} says more of a clip than its prompt, which is not compared here."
-        )
-    prompts = [lines[0 if setting == "consistent" else clip % len(lines)] for clip in range(args.num_clips)]
-    for number, image in enumerate(args.images):
-        yield Film(number, load_image(image), prompts, FromFirst())
+    for number, story in enumerate(args.own):
+        lines = story.prompts
+        prompts = [lines[0 if setting == "consistent" else clip % len(lines)] for clip in range(args.num_clips)]
+        yield Film(number, story.image, prompts, FromFirst())
 
 
 class FromFirst:
@@ -244,13 +278,16 @@ def run_chains(
 ) -> tuple[list[list[dict]], np.ndarray]:
     """Figures of every clip of every chain, and the last frames of the first chains for the contact sheet."""
     chains, rows = [], []
-    films = own_films(setting, args) if args.images else world_films(setting, args, scheme)
-    weights = digest(pipe)
+    films = own_films(setting, args) if args.own else world_films(setting, args, scheme)
+    weights, folder = digest(pipe), args.output_dir / "vbench" / f"{setting}-{name}"
+    films_of: Counter[str] = Counter()
     with tqdm(total=args.num_chains * args.num_clips, desc=f"{setting}, {name}") as progress:
         for film in films:
+            index = films_of[film.prompts[0]]
+            films_of[film.prompts[0]] += 1
             options = {
                 "prompts": film.prompts,
-                "max_sequence_length": 512 if args.images else 32,
+                "max_sequence_length": 512 if args.own else 32,
                 # The noise of a clip is the same for every contestant.
                 "seeds": [1000 * film.number + clip for clip in range(args.num_clips)],
                 **args.options,
@@ -258,7 +295,8 @@ def run_chains(
             if color_match != "none":  # chains of before have their key without it
                 options["color_match"] = color_match
             image = film.image.resize((args.options["width"], args.options["height"]))
-            key = fingerprint(str(scheme), weights, image.tobytes(), sorted(options.items()), args.save_clips)
+            saved = [args.save_clips, *(["films"] if args.save_films else [])]  # nor this
+            key = fingerprint(str(scheme), weights, image.tobytes(), sorted(options.items()), *saved)
             path = args.output_dir / "chains" / f"{setting}-{name}-{film.number}-{key[:12]}.json"
             if path.exists():
                 figures, row = json.loads(path.read_text()), np.array(PIL.Image.open(path.with_suffix(".png")))
@@ -266,13 +304,13 @@ def run_chains(
                 progress.update(args.num_clips)
             else:
                 figures, row = [], []
-                for clip in pipe.stream(image, conditioning=scheme, **options):
-                    figures.append(film.measure(clip.frames, clip.start))
-                    if args.save_clips:
-                        folder = args.output_dir / "clips" / f"{setting}-{name}"
-                        save_clip(clip.frames, folder / f"{film.number}-{clip.index + 1:03d}.mp4", args)
-                    row.append((clip.frames[-1] * 255).round().astype(np.uint8))
-                    progress.update()
+                clips = pipe.stream(image, conditioning=scheme, **options)
+                clips = measured(clips, film, f"{setting}-{name}", args, figures, row, progress)
+                if args.save_films:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    frames = (frame for clip in clips for frame in clip.frames)
+                    save_video(folder / film_name(film.prompts[0], index), frames, fps_of(args))
+                deque(clips, maxlen=0)
                 path.parent.mkdir(exist_ok=True)
                 PIL.Image.fromarray(np.hstack(row)).save(path.with_suffix(".png"))
                 path.with_suffix(".part").write_text(json.dumps(figures))
@@ -281,6 +319,19 @@ def run_chains(
             if len(rows) < 8:
                 rows.append(row)
     return chains, np.array(rows)
+
+
+def measured(
+    clips: Iterator[Clip], film: Film, name: str, args, figures: list[dict], row: list[np.ndarray], progress: tqdm
+) -> Iterator[Clip]:
+    """`clips` of a film, once they are measured; figures and last frames are added to what is given."""
+    for clip in clips:
+        figures.append(film.measure(clip.frames, clip.start))
+        if args.save_clips:
+            save_clip(clip.frames, args.output_dir / "clips" / name / f"{film.number}-{clip.index + 1:03d}.mp4", args)
+        row.append((clip.frames[-1] * 255).round().astype(np.uint8))
+        progress.update()
+        yield clip
 
 
 def digest(pipe: SVIPipeline) -> str:
@@ -293,8 +344,12 @@ def digest(pipe: SVIPipeline) -> str:
 def save_clip(frames: np.ndarray, path: Path, args) -> None:
     """`frames` `(frames, height, width, 3)` in [0, 1] as a video with little loss."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels, fps = (frames * 255).round().astype(np.uint8), 16 if args.images else world.FPS
+    pixels, fps = (frames * 255).round().astype(np.uint8), fps_of(args)
     imageio.mimwrite(path, pixels, fps=fps, codec="libx264", output_params=["-crf", "8"])
+
+
+def fps_of(args) -> int:
+    return 16 if args.own else world.FPS
 
 
 def interval(values: np.ndarray, statistic) -> dict[str, float]:
@@ -315,6 +370,13 @@ def lost(quality: np.ndarray) -> float:
     return quality[:, 0].mean() - quality[:, -1].mean()
 
 
+def start_end(values: np.ndarray) -> np.ndarray:
+    """|M(start) - M(end)| `(chains,)` of a measure `(chains, clips)`; without a value at either end it is nan."""
+    window = max(1, round(0.15 * values.shape[1]))
+    known = np.ma.masked_invalid(values)
+    return np.ma.abs(known[:, :window].mean(axis=1) - known[:, -window:].mean(axis=1)).filled(np.nan)
+
+
 def summarize(chains: list[list[dict]], num_clips: int) -> dict:
     """Curves over clips, and the headline numbers with intervals."""
     arrays = {name: np.array([[clip[name] for clip in chain] for chain in chains]) for name in chains[0][0]}
@@ -328,6 +390,7 @@ def summarize(chains: list[list[dict]], num_clips: int) -> dict:
         "lost": interval(quality, lost),
         "kept_over_first": interval(quality, lambda q: q[:, -1].mean() / q[:, 0].mean()),
         "kept_over_tenth": interval(quality, lambda q: q[:, -1].mean() / q[:, tenth].mean()),
+        "ends": {name: interval(start_end(values), np.nanmean) for name, values in arrays.items()},
         "alive_first": interval(arrays["alive"], lambda a: np.nanmean(a[:, 0])),
         **{name: interval(arrays[name], np.nanmean) for name in ("alive", "direction") if name in arrays},
     }
@@ -412,13 +475,13 @@ def main():
     for setting, rows in sheets.items():
         compare(rows, args.output_dir / f"{setting}.png")
     for setting, measured in results.items():
-        print(f"\n{setting:24} first  last   kept over 10th (95%)   lost    alive  direction")
+        print(f"\n{setting:24} first  last   kept over 10th (95%)   lost    ends   alive  direction")
         for name, result in measured.items():
-            kept = result["kept_over_tenth"]
+            kept, way = result["kept_over_tenth"], result.get("direction", {}).get("value", math.nan)
             print(
                 f"{name:24} {result['quality_first']['value']:.3f}  {result['quality_last']['value']:.3f}  "
                 f"{kept['value']:.3f} ({kept['low']:.3f} to {kept['high']:.3f})  {result['lost']['value']:6.3f}  "
-                f"{result['alive']['value']:.2f}   {result.get('direction', {}).get('value', math.nan):.2f}"
+                f"{result['ends']['quality']['value']:.3f}  {result['alive']['value']:.2f}   {way:.2f}"
             )
 
 

@@ -34,11 +34,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import PIL.Image
+import sides
 import torch
 from contestants import SVI_TINY, WORLD_OPTIONS, load_fused
-from diffusers import WanImageToVideoPipeline
 from kills import PROMPT, START, WRITING, generate_options, kill_films
-from report import provenance, write_json
+from report import provenance, ratio_of, write_json
 
 from diffusers_svi import Clip, FilmWriter, PixelMotion, SVIPipeline
 
@@ -203,27 +203,14 @@ def measure_stream(args, figures: dict, keep: Callable[[], None]) -> None:
     keep()
 
 
-def ratio_of(values: list[float], others: list[float]) -> dict[str, float]:
-    """The median of the ratios of pairs, and the middle half of them: what slows the machine slows both of a pair."""
-    low, middle, high = np.quantile(np.array(values) / np.array(others), [0.25, 0.5, 0.75])
-    return {"median": float(middle), "quarter": float(low), "three_quarters": float(high)}
-
-
 def by_hand(pipe: SVIPipeline, num_clips: int, steps: int, embedded: bool) -> Iterator[np.ndarray]:
-    """Clip after clip by the parent, each of the last frame of the one before, as people do it."""
-    parent = WanImageToVideoPipeline(**pipe.components)
-    parent.set_progress_bar_config(disable=True)
+    """Clip after clip by the parent, with a prompt or with its embeddings."""
     told = {"prompt": PROMPT, "max_sequence_length": 32}
     if embedded:
         with torch.no_grad():
-            told = {"prompt_embeds": parent.encode_prompt(PROMPT, None, False, max_sequence_length=32)[0]}
-    image = PIL.Image.open(START)
-    for index in range(num_clips):
-        generator = torch.Generator().manual_seed(index)
-        options = {**WORLD_OPTIONS, "num_inference_steps": steps, **told}
-        frames = parent(image=image, generator=generator, output_type="np", **options).frames[0]
-        image = PIL.Image.fromarray((frames[-1] * 255).round().astype(np.uint8))
-        yield frames
+            told = {"prompt_embeds": pipe.encode_prompt(PROMPT, None, False, max_sequence_length=32)[0]}
+    options = {**WORLD_OPTIONS, "num_inference_steps": steps, **told}
+    return sides.by_hand(pipe, PIL.Image.open(START), num_clips, **options)
 
 
 def measure_overlap(args, figures: dict, keep: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import psutil
 import torch
 import transformers
@@ -56,6 +57,12 @@ def report(results: dict, args: argparse.Namespace) -> None:
         print(json.dumps(results))
     else:
         print("\n".join(f"{name:28} {value}" for name, value in results.items()))
+
+
+def ratio_of(values: list[float], others: list[float]) -> dict[str, float]:
+    """The median of the ratios of pairs, and the middle half of them: what slows the machine slows both of a pair."""
+    low, middle, high = np.quantile(np.array(values) / np.array(others), [0.25, 0.5, 0.75])
+    return {"median": float(middle), "quarter": float(low), "three_quarters": float(high)}
 
 
 def write_json(results: dict, path: Path) -> None:

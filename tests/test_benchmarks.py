@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import WanTransformer3DModel
 
 from diffusers_svi import PixelMotion
 
@@ -96,3 +98,131 @@ def test_memory(run, tmp_path):
     assert results["runs"]["step"][0]["at_the_peak"] == "step"
     assert results == json.loads((tmp_path / "memory.json").read_text())
     assert (tmp_path / "memory.png").stat().st_size
+
+
+def test_chain(run, tmp_path):
+    """Both sides do the same work: the same operations, and the same film to the bit."""
+    results = run("chain", "--output_dir", tmp_path)
+    for measured in results.values():
+        assert {"command", "seed", "versions", "machine", "figures"} <= set(measured) and measured["models"] == [
+            "tiny"
+        ]
+    figures, peaks, cost = (results[name]["figures"] for name in ("sides", "memory", "cost"))
+    figures, peaks = figures["tiny"], peaks["tiny"]
+    assert figures["frames_equal"]
+    assert figures["flops"]["SVIPipeline"] == figures["flops"]["by hand"]
+    for side in ("SVIPipeline", "by hand"):
+        shares, seconds = figures["shares"][side], figures["median_seconds"][side]
+        assert list(shares) == ["text", "encode", "denoise", "decode", "other"]
+        assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
+        reached = figures["flops"][side]["denoise"] / seconds["denoise"]
+        assert figures["share_of_ceiling"][side] == pytest.approx(reached / figures["ceiling"]["flops_a_second"])
+        assert figures["frames_a_second"][side] > 0 and peaks[side] > 0
+    assert set(figures["ratio"]) == {"total", "without text", "wall"}
+    assert peaks["ratio"] == peaks["SVIPipeline"] / peaks["by hand"]
+    # A clip more is as many operations as any other one; the prompt is encoded once.
+    clips = cost["clips"]["lines"]["flops"]
+    assert clips["slope"] == pytest.approx(sum(figures["flops"]["SVIPipeline"].values()) - clips["intercept"])
+    assert clips["intercept"] == pytest.approx(figures["flops"]["SVIPipeline"]["text"])
+    assert cost["pixels"]["against"] == [16**2, 32**2] and cost["frames"]["against"] == [5, 9]
+    assert results == json.loads((tmp_path / "chain.json").read_text())
+    assert (tmp_path / "chain.png").stat().st_size
+    # What is not measured again is kept.
+    again = run("chain", "--output_dir", tmp_path, "--only", "sides")
+    assert again["cost"] == results["cost"] and again["memory"] == results["memory"]
+    assert (
+        again["sides"]["command"].endswith("--only sides") and again["sides"]["figures"] != results["sides"]["figures"]
+    )
+
+
+def test_a_straight_line_is_fitted_with_what_it_explains():
+    chain = import_module("chain")
+    assert chain.line([1, 2, 3], [5, 7, 9]) == pytest.approx({"slope": 2, "intercept": 3, "explained": 1})
+    assert chain.line([1, 2, 3], [0, 1, 0]) == pytest.approx({"slope": 0, "intercept": 1 / 3, "explained": 0})
+
+
+def test_operations_of_attention_and_layers_are_counted_by_phase():
+    """Of a transformer of one layer by hand: products of matrices and attention; convolutions are those of patches."""
+    phases, models = import_module("phases"), import_module("random_models")
+    pipe = models.random_pipeline(models.MODELS["small"], "cpu", torch.float32, 0)
+    watch = phases.Phases(pipe, "cpu")
+    states = torch.zeros(1, 36, 2, 4, 4), torch.zeros(1), torch.zeros(1, 512, 128)
+    with watch.watching(), torch.no_grad():
+        _, flops = watch.flops(lambda: pipe.transformer(*states))
+        _, seconds = watch.seconds(lambda: pipe.transformer(*states))
+    tokens, text, inner = 8, 512, 128
+    block = 4 * tokens * inner**2 + 2 * (tokens + text) * inner**2  # what the two attentions multiply
+    block += 2 * tokens * inner * (tokens + text)  # their scores, and sums of values
+    block += 8 * tokens * inner**2
+    around = tokens * inner * (36 + 16) * 4 + text * 2 * inner**2 + 256 * inner + 7 * inner**2
+    assert flops["denoise"] == 2 * (2 * block + around)
+    assert seconds["denoise"] > 0 and seconds["text"] == seconds["encode"] == seconds["decode"] == 0
+    assert "forward" not in vars(pipe.transformer) and "step" not in vars(pipe.scheduler)
+
+
+def test_the_run_for_a_gpu_completes_on_a_cpu_and_keeps_what_is_done(monkeypatch, tmp_path):
+    gpu = import_module("on_a_gpu")
+
+    def call() -> dict:
+        monkeypatch.setattr(
+            sys, "argv", ["on_a_gpu.py", "--tiny", "--parts", "fifty", "erft", f"--output_dir={tmp_path}"]
+        )
+        gpu.main()
+        return json.loads((tmp_path / "gpu.json").read_text())
+
+    results = call()
+    assert {"date", "command", "versions", "machine", "aims"} <= set(results)
+    fifty, erft = (results["parts"][name] for name in ("fifty-tiny", "erft-tiny"))
+    assert fifty["sides"]["num_inference_steps"] == 50 and erft["preset"] == "quick"
+    figures = fifty["sides"]["figures"]["tiny"]
+    assert results["summary"]["fifty-tiny"] == {
+        "frames a second": figures["frames_a_second"]["SVIPipeline"],
+        "share of the ceiling": figures["share_of_ceiling"]["SVIPipeline"],
+    }
+    assert results["summary"]["erft-tiny"]["over plain"] == erft["step_ratio"]
+    assert call() == results
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("sides", {"only": ["sides"], "num_inference_steps": 4, "num_pairs": 2, "sides": ["SVIPipeline", "by hand"]}),
+        ("fifty", {"only": ["sides"], "num_inference_steps": 50, "num_pairs": 1, "sides": ["SVIPipeline"]}),
+        ("memory", {"only": ["memory"], "num_inference_steps": 1}),
+    ],
+)
+def test_the_parts_for_a_gpu_are_what_they_say(monkeypatch, kind, expected):
+    gpu, chain = import_module("on_a_gpu"), import_module("chain")
+    monkeypatch.setattr(sys, "argv", ["chain.py", "--models", "14b", *gpu.CHAIN[kind]])
+    args = vars(chain.parse_args())
+    assert {name: args[name] for name in expected} == expected
+    assert {name: args[name] for name in ("models", "guidance_scale", "quick")} == {
+        "models": ["14b"],
+        "guidance_scale": 1.0,
+        "quick": False,
+    }
+
+
+def test_models_for_a_gpu_have_the_published_numbers_of_parameters():
+    models = import_module("random_models").MODELS
+    with torch.device("meta"):
+        counts = {
+            name: sum(value.numel() for value in WanTransformer3DModel(**models[name].transformer).parameters())
+            for name in ("1.3b", "14b")
+        }
+    assert counts == {"1.3b": 1_419_119_680, "14b": 16_394_878_784}
+    assert all(models[name].clip == {"height": 480, "width": 832, "num_frames": 81} for name in counts)
+
+
+def test_a_part_for_a_gpu_that_fails_says_why(monkeypatch, tmp_path):
+    gpu = import_module("on_a_gpu")
+    scripts = {
+        "out of memory": "raise type('OutOfMemoryError', (RuntimeError,), {})",
+        "Traceback": "raise ValueError('no')",
+        "not done after": "import time; time.sleep(60)",
+    }
+    for expected, text in scripts.items():
+        monkeypatch.setattr(gpu, "LIMIT", 2 if "sleep" in text else 60)
+        (tmp_path / "script.py").write_text(text)
+        outcome = gpu.measure("part", str(tmp_path / "script.py"), [], tmp_path / "figures.json")
+        assert outcome["failed"].startswith(expected) and outcome["minutes"] >= 0

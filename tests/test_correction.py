@@ -673,6 +673,26 @@ def test_nothing_is_loaded_on_trial(run_command, tmp_path):
     assert not (tmp_path / "found").exists()
 
 
+def make_story(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "prompt.txt").write_text("a large blue circle moves up\nit waits\n")
+    PIL.Image.open(ROOT / "docs" / "images" / "start.png").save(folder / "frame.png")
+
+
+def test_stories_come_after_images_with_prompts_of_their_own(run_command, tmp_path):
+    make_story(tmp_path / "stories" / "first")
+    make_story(tmp_path / "stories" / "second")
+    options = {"lora": "none", "kind": "exposure", "num_inference_steps": 1, "without_plot": True}
+    status, told, errors = run_command(*correct(**options, stories="stories"))
+    assert status == 0 and "1 errors on 4 samples" in told, errors
+    made = json.loads((tmp_path / "found" / "correction.json").read_text())["made_with"]
+    assert made["sample 2"].endswith(": a large red circle moves left over a green meadow")
+    assert re.fullmatch("stories: second .*: a large blue circle moves up", made["sample 4"])
+    options |= {"image": None, "prompt": None, "stories": "stories", "out_dir": "other", "dry_run": True}
+    status, told, errors = run_command(*correct(**options))
+    assert status == 0 and "1 errors on 2 samples" in told, errors
+
+
 def test_a_video_is_a_clip_before_and_the_plot_can_be_left_out(run_command, tmp_path):
     write_numbered(tmp_path / "video.mp4", num_frames=10, height=64, width=64)
     options = {"image": None, "video": "video.mp4", "fps": 8, "kind": "exposure", "lora": "none", "without_plot": True}
@@ -684,7 +704,9 @@ def test_a_video_is_a_clip_before_and_the_plot_can_be_left_out(run_command, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image": None}, "Give `--image` or `--video`"),
+        ({"image": None}, "Give `--image`, `--video` or `--stories`"),
+        ({"image": None, "stories": "gone"}, "'gone' is no folder"),
+        ({"image": None, "stories": "story"}, "`--prompt` is of images and videos"),
         ({"image": "gone.png"}, "`--image`='gone.png' cannot be read"),
         ({"prompt": None}, "one for each of the 2 images and videos; got 0"),
         ({"prompt": ["a"] * 3}, "one for each of the 2 images and videos; got 3"),
@@ -703,6 +725,7 @@ def test_a_video_is_a_clip_before_and_the_plot_can_be_left_out(run_command, tmp_
 )
 def test_what_is_wrong_is_told_before_anything_is_loaded(run_command, tmp_path, options, message):
     write_numbered(tmp_path / "short.mp4", num_frames=5)
+    make_story(tmp_path / "story")
     status, _, errors = run_command(*correct(model="no/model", **options))
     assert status == 1 and message in errors and "Traceback" not in errors
 

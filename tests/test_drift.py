@@ -9,10 +9,12 @@ from pathlib import Path
 
 import av
 import drift
+import ends
 import numpy as np
 import pairs
 import PIL.Image
 import pytest
+import vbench
 
 from conftest import make_components
 from diffusers_svi import PixelMotion, SVIPipeline
@@ -204,9 +206,72 @@ def test_pairs_are_compared_chain_by_chain(run, tmp_path):
 
 def test_prompts_that_say_more_of_a_clip_are_refused(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n[/duration=10s] a dog")
-    args = argparse.Namespace(prompts=tmp_path / "prompts.txt", num_clips=2, images=[])
+    images = [ROOT / "docs" / "images" / "start.png"]
+    args = argparse.Namespace(prompts=tmp_path / "prompts.txt", images=list(map(str, images)), stories=None)
     with pytest.raises(ValueError, match="`--prompts`: .*prompts.txt says more of a clip than its prompt"):
-        list(drift.own_films("creative", args))
+        drift.own_stories(args)
+
+
+def test_ends_are_the_change_from_the_first_to_the_last_15_percent_of_a_film():
+    """Of twenty clips three at either end; a film that gets better counts as one that gets worse."""
+    worse = np.linspace(1, 0, 20)
+    assert drift.start_end(np.stack([worse, worse[::-1]])) == pytest.approx([17 / 19] * 2)
+    assert drift.start_end(np.array([[0.5, 9, 9, 0.25]])) == pytest.approx([0.25])
+    # Clips without a figure are left out, and so are films without any at one end.
+    nan = np.nan
+    ends = drift.start_end(np.array([[nan, 0.5, *[9] * 6, 0.1, nan], [nan, nan, *[9] * 6, 0.1, 0.2]]))
+    assert ends == pytest.approx([0.4, nan], nan_ok=True)
+
+
+def test_ends_are_found_in_files_of_before(run, tmp_path):
+    chains = {"quality": [[0.9, 0.5, 0.4], [0.8, 0.5, 0.7]]}
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "drift.json"
+    file.write_text(json.dumps({"results": {"consistent": {"base": {"chains": chains}}}}))
+    printed = run(ends, file, f"--output_dir={tmp_path}")
+    found = json.loads((tmp_path / "ends.json").read_text())["ends"]["run, consistent, base"]
+    assert found["chains"] == 2 and found["quality"] == pytest.approx({"value": 0.3, "low": 0.1, "high": 0.5})
+    assert "quality    0.300 (0.100 to 0.500)" in printed
+
+
+def test_the_committed_ends_are_those_of_the_committed_chains():
+    folder = ROOT / "docs" / "results" / "drift"
+    assert json.loads((folder / "ends.json").read_text())["ends"] == ends.find_ends(folder / "drift.json")
+
+
+def test_films_are_written_as_vbench_long_reads_them(run, tmp_path):
+    """Two stories with the same first prompt are films 0 and 1 of it, whole, and nothing lies beside them."""
+    SVIPipeline(**make_components("i2v")).save_pretrained(tmp_path / "model")
+    for name in ("b", "a"):
+        (tmp_path / "stories" / name).mkdir(parents=True)
+        (tmp_path / "stories" / name / "prompt.txt").write_text('prompts = ["a cat sits", "a dog jumps"]')
+        start = PIL.Image.open(ROOT / "docs" / "images" / "start.png")
+        start.transpose(PIL.Image.Transpose.ROTATE_90 if name == "b" else PIL.Image.Transpose.ROTATE_180).save(
+            tmp_path / "stories" / name / "frame.png"
+        )
+    options = ["--num_clips=2", "--num_inference_steps=1", "--height=32", "--width=32", "--num_frames=9"]
+    options += [f"--model_dir={tmp_path / 'model'}", "--contestants", "base", "--settings", "creative"]
+    run(drift, *options, f"--stories={tmp_path / 'stories'}", "--save_films", f"--output_dir={tmp_path / 'out'}")
+    films = sorted((tmp_path / "out" / "vbench" / "creative-base").iterdir())
+    assert [film.name for film in films] == ["a cat sits-0.mp4", "a cat sits-1.mp4"]
+    for film in films:
+        with av.open(film) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 2 * 9 - 1
+            assert container.streams.video[0].average_rate == 16
+    assert films[0].read_bytes() != films[1].read_bytes()
+    results = json.loads((tmp_path / "out" / "drift.json").read_text())["results"]["creative"]["base"]
+    first, last = np.array(results["chains"]["quality"]).T
+    assert results["ends"]["quality"]["value"] == pytest.approx(np.abs(first - last).mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("a cat / a dog", "holds '/'"), ("a_cat", "holds '_'"), ("a" * 246, "252 bytes, of at most 251")],
+)
+def test_prompts_that_vbench_long_could_not_read_are_refused(prompt, message):
+    assert vbench.film_name("a" * 245, 3) == "a" * 245 + "-3.mp4"
+    with pytest.raises(ValueError, match=message):
+        vbench.film_name(prompt, 0)
 
 
 def test_matched_colours_are_one_more_contestant(run, tmp_path):

@@ -20,6 +20,7 @@ _MODULES = {
     "SVIEulerScheduler": "scheduler",
     "load_prompts": "prompts",
     "parse_prompts": "prompts",
+    "load_stories": "stories",
     "NEGATIVE_PROMPT": "prompts",
     "WAN_NEGATIVE_PROMPT": "prompts",
     "FilmWriter": "film",

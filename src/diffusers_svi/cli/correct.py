@@ -21,6 +21,9 @@ WHAT = [
         "What is measured", "--image", "images", multiple=True, help="The clip before stands still; once for each."
     ),
     option("What is measured", "--video", "videos", type=PATH, multiple=True, help="Its first frames are it."),
+    option(
+        "What is measured", "--stories", type=PATH, help="A folder for each, with frame.jpg and prompt.txt: its first."
+    ),
     option("What is measured", "--prompt", "prompts", multiple=True, help="Of the clip made: one, or one for each."),
     option(
         "What is measured", "--kind", "kinds", type=click.Choice([*KINDS]), multiple=True, help="All if not given."

@@ -17,6 +17,7 @@ from ..loading import check_loading, load_pipeline
 from ..noise import MAX_SEED
 from ..presets import PRESETS, SEED_STEP
 from ..specs import check_clip
+from ..stories import load_stories
 from ..training.environment import own_folder
 from .order import LOADING, film_settings, open_image
 
@@ -68,20 +69,28 @@ def run(options: Mapping[str, Any]) -> None:
 
 
 def _samples(options: Mapping[str, Any], fps: float) -> list[Sample]:
-    """Images first, then videos, each with its prompt and its noise."""
+    """Images first, then videos, each with its prompt and its noise, and stories, which have prompts of their own."""
     if fps != int(fps) or fps < 1:
         raise ValueError(f"`--fps` {fps:g}: a video is brought to whole frames a second. Give a whole number.")
     given: list[dict[str, Any]] = [{"name": str(image), "image": open_image(image)} for image in options["images"]]
     given += [{"name": str(video), "video": video, "fps": int(fps)} for video in options["videos"]]
     prompts = [check_clip(prompt, index).prompt for index, prompt in enumerate(options["prompts"])]
-    if not given:
-        raise click.UsageError("Give `--image` or `--video`, what the clip before shows: best eight of them or more.")
-    if len(prompts) not in (1, len(given)):
+    stories = [] if options["stories"] is None else load_stories(options["stories"])
+    if not given and not stories:
+        raise click.UsageError(
+            "Give `--image`, `--video` or `--stories`, what the clip before shows: best eight of them or more."
+        )
+    if prompts and not given:
+        raise click.UsageError("`--prompt` is of images and videos; stories have prompts of their own.")
+    if given and len(prompts) not in (1, len(given)):
         raise click.UsageError(
             f"Give one `--prompt`, or one for each of the {len(given)} images and videos; got {len(prompts)}."
         )
-    first = check_count("--seed", options["seed"], 0, MAX_SEED - 1 - SEED_STEP * len(given))
     prompts = prompts * len(given) if len(prompts) == 1 else prompts
+    for story in stories:
+        given.append({"name": f"{options['stories']}: {story.name}", "image": story.image})
+        prompts.append(check_clip(story.prompts[0], 0).prompt)
+    first = check_count("--seed", options["seed"], 0, MAX_SEED - 1 - SEED_STEP * len(given))
     return [
         Sample(**of, prompt=prompt, seed=first + SEED_STEP * index)
         for index, (of, prompt) in enumerate(zip(given, prompts, strict=True))

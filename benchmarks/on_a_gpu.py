@@ -1,0 +1,144 @@
+"""What films and error recycling cost at the published shapes, on one GPU, in one call. No GPU has run it yet.
+
+    python benchmarks/on_a_gpu.py --output_dir docs/results/gpu
+    python benchmarks/on_a_gpu.py --tiny --output_dir outputs/tiny     # the same on a CPU, to see that it runs
+
+Parts, of at most nine minutes each, for Wan of 1.3 and of 14 billion parameters, weights in bfloat16 made at random on
+the GPU, clips of 81 frames of 480 x 832, one pass a step:
+
+- sides: `chain.py` with four steps: SVIPipeline over by hand, where the time goes, frames a second, and the share of
+  the card's ceiling, a large product of matrices in the same run, that denoising reaches. Aim: 60%.
+- fifty: the same with fifty steps, one clip by SVIPipeline.
+- memory: the peak of either side.
+- erft: `erft_step.py` at the larger of both that fits, with 100 errors a grid.
+
+Writes `gpu.json`, and what every part wrote into a folder of its own. What is done is kept: the same call goes on. A
+part that takes too long, or more memory than there is, is noted as such, and the next one begins.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from chain import AIMS
+from report import provenance, write_json
+
+
+FOLDER = Path(__file__).parent
+LIMIT = 540  # seconds
+LARGEST_FIRST = ("14b", "1.3b")
+CHAIN = {
+    "sides": ["--only", "sides", "--num_pairs", "2", "--num_inference_steps", "4"],
+    "fifty": ["--only", "sides", "--sides", "SVIPipeline", "--num_pairs", "1", "--num_inference_steps", "50"],
+    # The peak is that of any number of steps.
+    "memory": ["--only", "memory", "--num_inference_steps", "1"],
+}
+ERFT = {
+    "14b": ["--preset", "14b", "--capacity", "100"],
+    "1.3b": [
+        "--preset",
+        "14b",
+        "--capacity",
+        "100",
+        "--num_layers",
+        "30",
+        "--num_attention_heads",
+        "12",
+        "--ffn_dim",
+        "8960",
+    ],
+    "tiny": ["--preset", "quick"],
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=[*CHAIN, "erft"], default=[*CHAIN, "erft"], help="Default: all.")
+    parser.add_argument("--tiny", action="store_true", help="A tiny model, on a CPU too.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/gpu"), help="Default: %(default)s.")
+    args = parser.parse_args()
+    if not (args.tiny or torch.cuda.is_available()):
+        parser.error("there is no GPU here: `--tiny` tries it on the CPU.")
+    return args
+
+
+def measure(name: str, script: str, options: list[str], file: Path) -> dict[str, Any]:
+    """What `script` wrote to `file`, or why it did not; with the minutes that it took."""
+    command = [sys.executable, str(FOLDER / script), *options]
+    print(f"{name}: {script} {' '.join(options)}", file=sys.stderr, flush=True)
+    begun = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+        if done.returncode == 0:
+            outcome = json.loads(file.read_text())
+        elif "OutOfMemoryError" in done.stderr:
+            outcome = {"failed": "out of memory"}
+        else:
+            outcome = {"failed": done.stderr[-2000:]}
+    except subprocess.TimeoutExpired:
+        outcome = {"failed": f"not done after {LIMIT} seconds"}
+    return {"minutes": round((time.monotonic() - begun) / 60, 1), **outcome}
+
+
+def run_parts(args: argparse.Namespace, parts: dict[str, dict], keep: Callable[[], None]) -> None:
+    models = ["tiny"] if args.tiny else LARGEST_FIRST
+    for kind in args.parts:
+        for model in models:
+            name = f"{kind}-{model}"
+            if name not in parts or "failed" in parts[name]:
+                folder = args.output_dir / name
+                if kind == "erft":
+                    file = folder / "erft_step.json"
+                    parts[name] = measure(name, "erft_step.py", [*ERFT[model], "--output_file", str(file)], file)
+                else:
+                    told = ["--models", model, *CHAIN[kind], "--output_dir", str(folder)]
+                    parts[name] = measure(name, "chain.py", told, folder / "chain.json")
+                keep()
+            if kind == "erft" and "failed" not in parts[name]:
+                break  # it is the largest that fits
+
+
+def summary(parts: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """The figures of every part that there are, by its name."""
+    told: dict[str, dict[str, float]] = {}
+    for name, part in parts.items():
+        figures = next(iter(part["sides"]["figures"].values())) if "sides" in part else {}
+        if figures:
+            told[name] = {
+                "frames a second": figures["frames_a_second"]["SVIPipeline"],
+                "share of the ceiling": figures["share_of_ceiling"]["SVIPipeline"],
+            }
+        if "ratio" in figures:
+            told[name]["over by hand"] = figures["ratio"]["total"]["median"]
+        if "memory" in part:
+            (peaks,) = part["memory"]["figures"].values()
+            told[name] = {side: peaks[side] / 1e9 for side in ("SVIPipeline", "by hand")}
+        if "step_ratio" in part:
+            told[name] = {"seconds": part["median_seconds"]["erft"], "over plain": part["step_ratio"]}
+    return told
+
+
+def main():
+    args = parse_args()
+    file = args.output_dir / "gpu.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    if not results:
+        date = datetime.now(UTC).strftime("%Y-%m-%d")
+        results = {"date": date, **provenance(), "aims": AIMS, "parts": {}}
+    run_parts(args, results["parts"], lambda: write_json(results, file))
+    results["summary"] = summary(results["parts"])
+    write_json(results, file)
+    for name, part in results["parts"].items():
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in results["summary"].get(name, {}).items())
+        print(f"{name:14} {part['minutes']:4} min  {part.get('failed', figures)}")
+
+
+if __name__ == "__main__":
+    main()
