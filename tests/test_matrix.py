@@ -129,14 +129,11 @@ def test_compiled_blocks_are_compiled_once(kind, graphs):
     assert compiled == [1, 1, 1]
 
 
-@pytest.mark.parametrize("way", ["wrapped", "in place"])
-def test_a_compiled_transformer_is_compiled_once(way, graphs):
+def test_a_compiled_transformer_is_compiled_once(graphs):
+    """Wrapped, or in place, as the second one is: they share a graph."""
     pipe = make_pipe("a14b")
-    for name, transformer in experts_of(pipe).items():
-        if way == "wrapped":
-            setattr(pipe, name, torch.compile(transformer, **EAGER))
-        else:
-            transformer.compile(**EAGER)
+    pipe.transformer = torch.compile(pipe.transformer, **EAGER)
+    pipe.transformer_2.compile(**EAGER)
     compiled = []
     for made, expected in zip(clips(pipe, "a14b"), plain("a14b"), strict=True):
         assert torch.equal(made, expected)
