@@ -47,14 +47,18 @@ def folder(tmp_path_factory) -> Path:
     """Two experts, and their LoRAs: as people have them, an SVI LoRA and a few-step one of other keys."""
     folder = tmp_path_factory.mktemp("a14b")
     for seed, expert in enumerate(EXPERTS):
-        torch.manual_seed(seed)
-        model = WanTransformer3DModel(in_channels=36, out_channels=16, text_dim=TEXT_DIM, rope_max_seq_len=64, **SIZE)
+        model = make_expert(seed)
         model.save_pretrained(folder / expert)
         write_gguf(model, folder / f"{expert}.gguf")
         noise = ("high_noise", "low_noise")[seed]
         save_file(make_lora(model, seed=seed), folder / f"svi_{noise}.safetensors")
         save_file(make_lora(model, seed=2 + seed, layout="kohya", alpha=2), folder / f"fast_{noise}.safetensors")
     return folder
+
+
+def make_expert(seed: int) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    return WanTransformer3DModel(in_channels=36, out_channels=16, text_dim=TEXT_DIM, rope_max_seq_len=64, **SIZE)
 
 
 def write_gguf(model: WanTransformer3DModel, path: Path) -> None:
