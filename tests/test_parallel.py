@@ -17,8 +17,9 @@ from test_matrix import START
 TESTS = Path(__file__).parent
 KINDS = ("wan2.1", "a14b")
 WORKER = """
-import json, sys
+import json, os, sys
 from contextlib import nullcontext
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 import torch
@@ -30,8 +31,10 @@ from diffusers_svi.lora_layers import experts_of
 from test_caches import make_pipe, stream
 from test_matrix import START
 
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+folder, second = Path(sys.argv[1]), os.fork()  # once all is imported
+rank = 0 if second else 1
+meeting = {"init_method": f"file://{folder}/meeting", "timeout": timedelta(seconds=300)}
+dist.init_process_group("gloo", rank=rank, world_size=2, **meeting)
 
 
 def share(transformer, **options):
@@ -73,6 +76,8 @@ except ValueError as error:
     told["refused"] = str(error)
 (folder / f"{rank}.json").write_text(json.dumps(told))
 dist.destroy_process_group()
+if second:
+    assert os.waitpid(second, 0)[1] == 0
 """
 
 
@@ -80,12 +85,8 @@ dist.destroy_process_group()
 def folder(tmp_path_factory) -> Path:
     """What the two leave behind."""
     folder = tmp_path_factory.mktemp("parallel")
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(folder)], cwd=TESTS, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    errors = [rank.communicate()[1].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    done = subprocess.run([sys.executable, "-c", WORKER, str(folder)], cwd=TESTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
