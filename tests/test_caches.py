@@ -79,9 +79,7 @@ def stream(pipe: SVIPipeline, image=None, kind: str = "i2v", **options):
         image=image,
         prompts=prompts,
         seeds=range(3),
-        conditioning=None if state is not None else SCHEMES[kind],
-        **size,
-        **settings,
+        **{"conditioning": None if state is not None else SCHEMES[kind], **size, **settings},
     )
 
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from diffusers import WanImageToVideoPipeline
 from diffusers.utils.torch_utils import unwrap_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .lora_layers import at_work, experts_of, lora_layers
 
@@ -45,9 +46,10 @@ def fingerprint_weights(module: torch.nn.Module) -> str:
     module = unwrap_module(module)
     # Adapters wrap the layers they are on.
     weights = {
-        name.replace(".base_layer", ""): value
+        part: tensor
         for name, value in module.state_dict().items()
         if ".lora_" not in name and isinstance(value, torch.Tensor)
+        for part, tensor in _parts(name.replace(".base_layer", ""), value)
     }
     return _digest_tensors(weights)
 
@@ -63,12 +65,23 @@ def fingerprint_loras(module: torch.nn.Module) -> str:
         for adapter in [] if layer.disable_adapters else at_work(layer):
             parts = {"A": layer.lora_A[adapter].weight, "B": layer.lora_B[adapter].weight}
             matrices.setdefault(adapter, {}).update({f"{name}.{side}": weight for side, weight in parts.items()})
-            scales.setdefault(adapter, []).append(layer.scaling[adapter])
+            # A tensor where LoRAs are to be swapped in a compiled model.
+            scales.setdefault(adapter, []).append(float(layer.scaling[adapter]))
     told = [
         f"{_digest_tensors(tensors)} of scale {' ... '.join(f'{scale:g}' for scale in sorted(set(scales[adapter])))}"
         for adapter, tensors in matrices.items()
     ]
     return ", ".join(sorted(told)) or "none"
+
+
+def _parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor itself, or what torchao packed it into: such a one has no values of its own."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    inner, _ = tensor.__tensor_flatten__()
+    for part in inner:
+        yield from _parts(f"{name}.{part}", getattr(tensor, part))
 
 
 def _digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

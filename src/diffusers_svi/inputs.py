@@ -23,6 +23,7 @@ from .fingerprints import made_with
 from .lora_layers import adjustable, experts_of
 from .noise import clip_noise
 from .options import FILM_DEFAULTS, FilmOptions
+from .parallel import check_context_parallel
 from .pixels import CLIP_RESIZES
 from .resume import first_state, refuse_changes
 from .specs import check_guidance, check_negative, check_prompts
@@ -130,6 +131,7 @@ def check_film(
         prompts, given["prompt_embeds"], given["num_clips"], source, has_experts, scheme, adapters
     )
     shape = latent_shape(pipe, num_frames, height, width)
+    check_context_parallel(experts_of(pipe).values(), shape)
     noise = clip_noise(given["generator"], given["seeds"], given["latents"], num_clips, shape)
     tensor_inputs = given["callback_on_step_end_tensor_inputs"]
     if isinstance(given["callback_on_step_end"], (PipelineCallback, MultiPipelineCallbacks)):

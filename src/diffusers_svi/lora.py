@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 FUSED_KEY = "_svi_fused_conditioning"
 # Beside diffusers' own `pytorch_lora_weights.safetensors`.
 WEIGHT_NAME_2 = "pytorch_lora_weights_2.safetensors"
+_FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 _OF_IMAGES = re.compile(r"\.add_[kv]_proj\.|\.image_embedder\.")
 
 
@@ -99,7 +100,8 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
         Raises:
             ValueError: if a file cannot be read or is pickled, is damaged, was made for another model, another expert,
                 or needs modules that are not supported; if `conditioning` is no scheme, `expert` none of the two, or
-                `adapter_name` in use, or with `hotswap` not in use. Nothing has been loaded then.
+                `adapter_name` in use, or with `hotswap` not in use; if layers are kept in float8 already. Nothing has
+                been loaded then.
         """
         check_scheme(conditioning)
         if expert is not None:
@@ -131,6 +133,15 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                 raise ValueError(
                     f"`adapter_name`={adapter_name!r} is {'not ' if hotswap else ''}in use in `{component}`, with "
                     f"`hotswap`={hotswap}: choose another name, or the other value of `hotswap`."
+                )
+            kept = {
+                layer.weight.dtype for layer in transformer.modules() if isinstance(layer, torch.nn.Linear)
+            } & _FLOAT8
+            if kept and not hotswap:
+                raise ValueError(
+                    f"Layers of `{component}` are kept in {kept.pop()}: the LoRA {files[component].name!r} would be "
+                    "too, and nothing can be computed with it. Load LoRAs first, and call `enable_layerwise_casting` "
+                    "afterwards."
                 )
             places = get_peft_model_state_dict(transformer, adapter_name=adapter_name) if hotswap else {}
             more = [key for key in state_dict if key.removeprefix("transformer.") not in places]
