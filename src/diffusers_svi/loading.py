@@ -13,11 +13,11 @@ from diffusers.models import attention_dispatch
 from diffusers.utils.torch_utils import get_device
 
 from .checks import check_choice
-from .lora_file import NO_FILE
 from .lora_layers import EXPERTS
 from .pipeline import SVIPipeline
 from .presets import DTYPES, OFFLOADS, QUANTIZATIONS, Preset
 from .scheduler import SVIEulerScheduler
+from .weights_file import NO_FILE
 
 
 def load_pipeline(
