@@ -34,12 +34,12 @@ _AUDIO = {
     "audio_cross_attn.proj": ("audio_attn.to_out",),
 }
 _AUDIO_KEY = re.compile(
-    r"(?:.*\.)??(?P<block>blocks\.\d+\.)?(?P<layer>(?:audio_proj|audio_cross_attn)\.\w+|norm_x)\.(?P<part>weight|bias)"
+    r"(?:.*?\.)??(?P<block>blocks\.\d+\.)?(?P<layer>(?:audio_proj|audio_cross_attn)\.\w+|norm_x)\.(?P<part>weight|bias)"
 )
-_POSE_KEY = re.compile(r"(?:.*\.)??dwpose_embedding\.(?P<index>\d+)\.(?P<part>weight|bias)")
+_POSE_KEY = re.compile(r"(?:.*?\.)??dwpose_embedding\.(?P<index>\d+)\.(?P<part>weight|bias)")
 # UniAnimate's encoder of a reference pose, which SVI-Dance does not use.
 # source: the authors' pipeline loads `dwpose_embedding` alone
-_UNUSED = re.compile(r"(?:.*\.)??randomref_embedding_pose\.")
+_UNUSED = re.compile(r"(?:.*?\.)??randomref_embedding_pose\.")
 
 
 def convert_audio(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
