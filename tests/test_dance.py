@@ -1,16 +1,24 @@
 """SVI-Dance: the transformer that sees poses, the published pose encoder on it, and films that follow poses."""
 
+import itertools
 import logging
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+from safetensors.torch import save_file
 
-from conftest import make_transformer, seeded
+from conftest import CLIP, make_components, make_transformer, quiet, seeded
+from diffusers_svi import LatentMotion, PixelMotion
 from diffusers_svi.conditions.converters import convert_pose, with_modules
+from diffusers_svi.conditions.dance_pipeline import SVIDancePipeline
 from diffusers_svi.conditions.dance_transformer import PoseEmbedder, SVIDanceTransformer3DModel
 from diffusers_svi.memory.model import build
 from diffusers_svi.published import PUBLISHED
+from test_lora import make_lora
 from test_talk import inputs
 
 
@@ -172,3 +180,165 @@ def test_what_svi_dance_does_not_use_is_named(caplog, monkeypatch):
 def test_a_weight_that_is_none_of_the_encoder_is_refused(name):
     with pytest.raises(ValueError, match=f"'{name}' is no weight of the pose encoder"):
         convert_pose({**make_dwpose(), name: torch.zeros(2)})
+
+
+# Films
+
+
+def make_pipe(kind: str = "i2v") -> SVIDancePipeline:
+    components = make_components(kind)
+    components["transformer"] = with_modules(
+        SVIDanceTransformer3DModel, components["transformer"], make_dwpose()
+    ).eval()
+    return quiet(SVIDancePipeline(**components))
+
+
+def counted(length: int) -> torch.Tensor:
+    """Poses whose picture n is of the grey n."""
+    return torch.arange(length, dtype=torch.uint8).view(length, 1, 1, 1).repeat(1, 32, 32, 3)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[list[int]]:
+    """The pictures that each call of a dancing transformer saw."""
+    rows, forward = [], SVIDanceTransformer3DModel.forward
+
+    def record(self, *args, attention_kwargs=None, **kwargs):
+        pose = attention_kwargs["pose"]
+        assert pose.shape == (1, 3, 9, 32, 32) and pose.dtype == torch.float32
+        rows.append((255 * pose[0, 0, :, 0, 0]).round().int().tolist())
+        return forward(self, *args, attention_kwargs=attention_kwargs, **kwargs)
+
+    monkeypatch.setattr(SVIDanceTransformer3DModel, "forward", record)
+    return rows
+
+
+FAST = {**CLIP, "num_inference_steps": 1, "guidance_scale": 1.0}
+
+
+@pytest.mark.parametrize("scheme", [PixelMotion(1, "reference"), PixelMotion(5), LatentMotion(1)], ids=str)
+def test_frame_n_of_the_film_sees_pose_n_through_every_seam_and_on_resume(scheme, image, seen):
+    pipe, pose = make_pipe(), counted(scheme.film_length(4, 9))
+    options = {"conditioning": scheme, "pose": pose, "seeds": itertools.count(), **FAST}
+    clips = list(pipe.stream(image, "a cat sits", **options))
+    told = {}
+    for clip, pictures_of_clip in zip(clips, seen, strict=True):
+        frames = len(clip.frames) + len(clip.tail)
+        for number in range(frames):
+            told[clip.start + number] = pictures_of_clip[9 - frames + number]
+    assert list(told) == list(told.values()) == list(range(len(pose)))
+    before, options["seeds"] = seen[2:], itertools.count()
+    seen.clear()
+    rest = list(make_pipe().stream(prompts="a cat sits", state=clips[1].state, **options))
+    assert seen == before
+    assert all(np.array_equal(one.frames, other.frames) for one, other in zip(clips[2:], rest, strict=True))
+
+
+def test_a_film_ends_with_its_poses_the_last_of_which_holds(image, seen):
+    film = make_pipe()(image, "a cat sits", pose=counted(12), generator=seeded(), **FAST).frames[0]
+    assert len(film) == 17 and seen == [list(range(9)), [8, 9, 10, 11, 11, 11, 11, 11, 11]]
+    message = (
+        "`pose` has 12 frames, which make 2 clips .* but 3 are asked for by `num_clips`. .* pass `loop_pose=True`"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_pipe().stream(image, "a cat sits", num_clips=3, pose=counted(12), **FAST)
+
+
+def test_poses_that_loop_begin_again_in_the_film(image, seen):
+    options = {"pose": counted(6), "loop_pose": True, "num_clips": 3, **FAST}
+    clips = list(make_pipe().stream(image, "a cat sits", generator=seeded(), **options))
+    assert len(clips) == 3
+    assert seen == [[frame % 6 for frame in range(first, first + 9)] for first in (0, 8, 16)]
+    assert clips[0].recipe["settings"]["loop_pose"] is True
+
+
+def test_both_passes_of_guidance_see_the_pose(image, seen):
+    make_pipe()(image, "a cat sits", pose=counted(9), generator=seeded(), **{**CLIP, "num_inference_steps": 1})
+    assert seen == [list(range(9))] * 2  # guided by default, as published
+
+
+def test_pictures_may_be_a_list_or_an_array(image):
+    pose = (255 * pictures()[0].permute(1, 2, 3, 0)).byte()
+    images = [PIL.Image.fromarray(picture.numpy()) for picture in pose]
+    films = [
+        make_pipe()(image, "a cat", pose=given, generator=seeded(), **FAST).frames[0]
+        for given in (pose, pose.numpy(), images)
+    ]
+    assert np.array_equal(films[0], films[1]) and np.array_equal(films[0], films[2])
+    other = make_pipe()(image, "a cat", pose=pose.flip(0), generator=seeded(), **FAST).frames[0]
+    assert not np.array_equal(films[0], other)
+
+
+@pytest.mark.parametrize(
+    ("pose", "message"),
+    [
+        (None, "`pose`, which the film is to follow, is missing"),
+        ("dance.mp4", r"`pose` must be pictures of the film's size, \(frames, 32, 32, 3\) of uint8, got 'dance.mp4'"),
+        (torch.zeros(9, 32, 16, 3, dtype=torch.uint8), r"got \(32, 16, 3\) of torch.uint8 in 9 rows"),
+        (torch.zeros(9, 32, 32, 3), "of torch.float32 in 9 rows"),
+        (counted(0), "in 0 rows"),
+        ([PIL.Image.new("RGB", (32, 32)), PIL.Image.new("RGB", (16, 32))], "must be pictures of one size"),
+        ([], "must be pictures of one size, got none"),
+    ],
+)
+def test_poses_that_are_none_are_refused(pose, message, image):
+    with pytest.raises(ValueError, match=message):
+        make_pipe().stream(image, "a cat", pose=pose, **FAST)
+
+
+def test_an_option_that_is_wrong_is_refused(image):
+    with pytest.raises(ValueError, match="`loop_pose` must be `True` or `False`, got 1"):
+        make_pipe().stream(image, "a cat", pose=counted(9), loop_pose=1, **FAST)
+
+
+# Loading
+
+
+def test_lora_and_encoder_are_loaded_in_one_call(image, tmp_path):
+    save_file({**make_lora(make_transformer()), **make_dwpose()}, tmp_path / "svi-dance.safetensors")
+    pipe = quiet(SVIDancePipeline(**make_components("i2v")))
+    with pytest.raises(ValueError, match="the model has no modules for it"):
+        pipe.stream(image, "a cat", pose=counted(9), **FAST)
+    pipe.load_lora_weights(tmp_path, weight_name="svi-dance.safetensors", adapter_name="dance")
+    assert pipe.has_modules and pipe.lora_conditioning == PixelMotion(1, padding="reference")
+    assert pipe.lora_clip_resize == "squash" and pipe.get_list_adapters() == {"transformer": ["dance"]}
+    made = pipe(image, "a cat", pose=counted(9), generator=seeded(), **FAST).frames
+    other = make_pipe()
+    other.load_lora_weights(make_lora(other.transformer), conditioning=PixelMotion(1, "reference"))
+    expected = other(image, "a cat", pose=counted(9), generator=seeded(), clip_resize="squash", **FAST).frames
+    assert np.array_equal(made, expected)
+
+
+def test_where_something_is_wrong_nothing_has_been_loaded(tmp_path):
+    lora = make_lora(make_transformer())
+    save_file(lora, tmp_path / "svi-dance.safetensors")
+    for source, options, message in (
+        (tmp_path, {"weight_name": "svi-dance.safetensors"}, "comes without the pose encoder, `dwpose_embedding`"),
+        ({**lora, **make_dwpose(dim=48)}, {}, r"is \(48, 4, 1, 2, 2\), but the layer is \(24, 4, 1, 2, 2\)"),
+        ({**lora, "audio_proj.norm.bias": torch.zeros(2)}, {}, "follow audio, .* load it with `SVITalkPipeline`"),
+    ):
+        pipe = SVIDancePipeline(**make_components("i2v"))
+        before = pipe.transformer
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(source, **options)
+        assert pipe.transformer is before and not hasattr(before, "peft_config")
+
+
+def test_a_lora_on_the_patches_comes_and_goes_and_poses_are_seen():
+    dance = make_dance()
+    expected = predict(dance, pictures())
+    dance.add_adapter(LoraConfig(r=2, target_modules=["patch_embedding"]), adapter_name="a")
+    assert torch.equal(predict(dance, pictures()), expected)  # its second matrix is of zeros
+    dance.delete_adapters("a")
+    assert torch.equal(predict(dance, pictures()), expected)
+    wrapped = make_transformer()
+    wrapped.add_adapter(LoraConfig(r=2, target_modules=["patch_embedding"]), adapter_name="a")
+    assert torch.equal(predict(with_modules(SVIDanceTransformer3DModel, wrapped, make_dwpose()), pictures()), expected)
+
+
+def test_a_saved_pipeline_has_its_encoder(image, tmp_path):
+    pipe = make_pipe()
+    pipe.save_pretrained(tmp_path)
+    loaded = quiet(SVIDancePipeline.from_pretrained(tmp_path))
+    film, again = (one(image, "a cat", pose=counted(9), generator=seeded(), **FAST).frames for one in (pipe, loaded))
+    assert np.array_equal(film, again)

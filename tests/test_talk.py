@@ -1,19 +1,32 @@
 """SVI-Talk: the transformer that hears, the published audio modules on it, and films that follow audio."""
 
 import copy
+import itertools
+import logging
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers import (
+    DiffusionPipeline,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    WanImageToVideoPipeline,
+    WanTransformer3DModel,
+)
+from safetensors.torch import save_file
 
-from conftest import TEXT_DIM, make_transformer, seeded
-from diffusers_svi import ChainState, HeldLatents, LatentMotion, PixelMotion
+from conftest import CLIP, TEXT_DIM, make_components, make_transformer, quiet, seeded
+from diffusers_svi import ChainState, ClipSpec, HeldLatents, LatentMotion, PixelMotion, SVIPipeline
 from diffusers_svi.conditions.converters import convert_audio, with_modules
 from diffusers_svi.conditions.guidance import AudioGuidance
+from diffusers_svi.conditions.talk_pipeline import MULTITALK, MULTITALK_FILE, SVITalkPipeline
 from diffusers_svi.conditions.talk_transformer import AudioAttention, AudioEmbedder, SVITalkTransformer3DModel
 from diffusers_svi.conditions.windows import audio_windows, clips_to_cover, first_frame, latent_windows
 from diffusers_svi.memory.model import build
 from diffusers_svi.published import PUBLISHED
+from test_lora import make_lora
 
 
 LAYERS, CHANNELS, TOKENS, TOKEN_DIM, HIDDEN = 2, 3, 4, 6, 8
@@ -249,6 +262,16 @@ def test_compiled_as_a_whole_it_hears_what_each_call_has():
         assert torch.equal(predict(compiled, audio), predict(talk, audio))
 
 
+def test_a_guided_call_can_be_compiled():
+    talk, guidance = make_talk(), AudioGuidance(2.0, 5.0)
+    compiled = torch.compile(talk, backend="eager")
+    for call in ("uncond", "cond"):
+        with compiled.cache_context(call):
+            made = predict(compiled, windows(), audio_guidance=guidance)
+        with talk.cache_context(call):
+            assert torch.equal(predict(talk, windows(), audio_guidance=guidance), made)
+
+
 def test_its_blocks_can_be_compiled():
     talk = make_talk()
     expected = predict(talk, windows())
@@ -436,3 +459,398 @@ def test_a_transformer_that_something_is_around_is_refused():
     for transformer in (offloaded, compiled, blocks):
         with pytest.raises(ValueError, match="compiled, offloaded, cached or kept in float8: load them before"):
             with_modules(SVITalkTransformer3DModel, transformer, make_multitalk())
+
+
+# Films
+
+
+def make_pipe(kind: str = "i2v") -> SVITalkPipeline:
+    components = make_components(kind)
+    components["transformer"] = with_modules(
+        SVITalkTransformer3DModel, components["transformer"], make_multitalk()
+    ).eval()
+    return quiet(SVITalkPipeline(**components))
+
+
+def counted(length: int) -> torch.Tensor:
+    """Audio whose row n encodes n."""
+    return torch.arange(float(length)).view(length, 1, 1).expand(length, LAYERS, CHANNELS).contiguous()
+
+
+@pytest.fixture
+def heard(monkeypatch) -> list[list[list[int]]]:
+    """The rows that each call of a talking transformer heard, a window a frame."""
+    rows, forward = [], SVITalkTransformer3DModel.forward
+
+    def record(self, *args, attention_kwargs=None, **kwargs):
+        if attention_kwargs is not None and "audio" in attention_kwargs:
+            rows.append(attention_kwargs["audio"][0, :, :, 0, 0].int().tolist())
+        return forward(self, *args, attention_kwargs=attention_kwargs, **kwargs)
+
+    monkeypatch.setattr(SVITalkTransformer3DModel, "forward", record)
+    return rows
+
+
+# One pass a clip.
+FAST = {**CLIP, "num_inference_steps": 1, "guidance_scale": 1.0, "audio_guidance_scale": 1.0}
+
+
+def told(clips, heard) -> list[int]:
+    """For every frame of the film in turn, the row that it heard: of the clip that told it last."""
+    rows: dict[int, int] = {}
+    for clip, windows_of_clip in zip(clips, heard, strict=True):
+        frames = len(clip.frames) + len(clip.tail)
+        # What a clip adds is its end, or its beginning; its tail is told again.
+        before = clip.state.conditioning.trims == "head" and clip.start > 0 and frames < 9
+        first = 9 - frames if before else 0
+        for number in range(frames):
+            rows[clip.start + number] = windows_of_clip[first + number][2]
+    assert list(rows) == list(range(len(rows)))
+    return list(rows.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [
+        ("i2v", PixelMotion(1, "reference")),
+        ("wan2.1", PixelMotion(5)),
+        ("i2v", LatentMotion(1)),
+        ("i2v", LatentMotion(0)),
+    ],
+    ids=str,
+)
+def test_frame_n_of_the_film_hears_row_n_through_every_seam_and_on_resume(kind, scheme, image, heard, tmp_path):
+    pipe, audio = make_pipe(kind), counted(scheme.film_length(4, 9))
+    options = {"conditioning": scheme, "seeds": itertools.count(), **FAST}
+    clips = list(pipe.stream(image, "a cat sits", audio=audio, **options))
+    assert len(clips) == 4
+    assert told(clips, heard) == list(range(len(audio)))
+    for clip, (first, *_) in zip(clips, heard, strict=True):
+        assert (
+            first[2]
+            == first_frame(ChainState(scheme, 9, torch.zeros(1, 3, 32, 32))) + (9 - scheme.overlap) * clip.index
+        )
+    # Windows reach over the seams, into what other clips tell.
+    assert heard[1][0] == [heard[1][0][2] + offset for offset in range(-2, 3)]
+    clips[1].state.save(tmp_path / "state")
+    heard_before = heard[2:]
+    heard.clear()
+    options["seeds"] = itertools.count()
+    rest = list(
+        make_pipe(kind).stream(prompts="a cat sits", audio=audio, state=ChainState.load(tmp_path / "state"), **options)
+    )
+    assert heard == heard_before and [clip.index for clip in rest] == [2, 3]
+    assert all(np.array_equal(one.frames, other.frames) for one, other in zip(clips[2:], rest, strict=True))
+
+
+def test_a_model_that_holds_latents_hears_too(image, heard):
+    """As TI2V-5B: every token has a timestep of its own."""
+    pipe, audio = make_pipe("ti2v-5b"), counted(13)
+    clips = list(
+        pipe.stream(image, "a cat sits", audio=audio, conditioning=HeldLatents(1), seeds=itertools.count(), **FAST)
+    )
+    assert told(clips, heard) == list(range(13))
+
+
+def test_a_film_of_specs_hears_frame_by_frame_after_a_cut_too(image, heard):
+    pipe, audio = make_pipe(), counted(34)
+    prompts = [ClipSpec("a cat sits", num_clips=2, seed=3), ClipSpec("the dog jumps", cut=image), "a cat sits"]
+    clips = list(pipe.stream(image, prompts, audio=audio, conditioning=PixelMotion(1, "reference"), **FAST))
+    frames = np.concatenate([clip.frames for clip in clips])
+    assert [clip.start for clip in clips] == [0, 8, 16, 25] and len(frames) == 34
+    assert [windows_of_clip[0][2] for windows_of_clip in heard] == [0, 8, 17, 25]
+    assert [windows_of_clip[8][2] for windows_of_clip in heard] == [8, 16, 25, 33]
+
+
+def test_a_film_that_begins_with_a_video_hears_from_its_end_on(image, heard):
+    video = torch.rand(3, 12, 32, 32, generator=seeded()).permute(1, 2, 3, 0).mul(255).byte().numpy()
+    state = ChainState.from_video(video, PixelMotion(1), 9)
+    clips = list(make_pipe().stream(prompts="a cat sits", audio=counted(20), state=state, **FAST))
+    assert len(clips) == 1 and [window[2] for window in heard[0]] == list(range(11, 20))
+    with pytest.raises(ValueError, match="`audio` has 12 frames, which make 0 clips"):
+        make_pipe().stream(prompts="a cat sits", audio=counted(12), state=state, **FAST)
+
+
+@pytest.mark.parametrize(("length", "clips"), [(1, 1), (9, 1), (10, 2), (17, 2), (18, 3)])
+def test_the_film_is_as_long_as_its_audio(length, clips, image, heard):
+    film = make_pipe()(image, "a cat sits", audio=counted(length), generator=seeded(), **FAST).frames[0]
+    assert len(film) == 8 * clips + 1 and len(heard) == clips
+    # Behind the end the last row holds.
+    assert heard[-1][8][2] == min(8 * clips, length - 1)
+
+
+def test_an_endless_list_of_prompts_ends_with_the_audio(image):
+    prompts = itertools.cycle(["a cat sits", "the dog jumps"])
+    clips = list(make_pipe().stream(image, prompts, audio=counted(17), generator=seeded(), **FAST))
+    assert [clip.prompt for clip in clips] == ["a cat sits", "the dog jumps"]
+
+
+def test_a_shorter_film_may_be_asked_for_and_no_longer_one(image, heard):
+    pipe = make_pipe()
+    film = pipe(image, "a cat sits", num_clips=1, audio=counted(30), generator=seeded(), **FAST).frames[0]
+    assert len(film) == 9
+    for asked in ({"prompts": "a cat", "num_clips": 3}, {"prompts": ["a cat", ClipSpec("a dog", num_clips=2)]}):
+        name = "num_clips" if "num_clips" in asked else "prompts"
+        message = (
+            f"`audio` has 17 frames, which make 2 clips .* but 3 are asked for by `{name}`. The film ends with its"
+        )
+        with pytest.raises(ValueError, match=message):
+            pipe.stream(image, audio=counted(17), **asked, **FAST)
+    with pytest.raises(ValueError, match="but 3 are asked for by `prompt_embeds`"):
+        pipe.stream(image, prompt_embeds=torch.zeros(3, 512, TEXT_DIM), audio=counted(17), **FAST)
+
+
+def test_the_guided_film_equals_one_of_three_passes_by_hand(image, heard):
+    """A parent whose transformer answers "cond" with the three-pass formula, without guidance of its own."""
+    pipe, audio, options = make_pipe(), features(9), {**CLIP, "height": 32, "width": 32}
+    latents = pipe(
+        image,
+        "a cat sits",
+        audio=audio,
+        guidance_scale=3.0,
+        audio_guidance_scale=4.0,
+        negative_prompt="bad",
+        generator=seeded(),
+        output_type="latent",
+        **options,
+    ).frames[0]
+    assert len(heard) == 2 * 2  # the transformer is called as often as the parent calls it
+
+    by_hand = quiet(WanImageToVideoPipeline(**make_pipe().components, boundary_ratio=None, expand_timesteps=False))
+    model, forward = by_hand.transformer, by_hand.transformer.forward
+    negative = by_hand.encode_prompt("bad", None, False)[0]
+    heard_windows, passes = audio_windows(audio, 0, 9)[None], []
+    model.proj_out.register_forward_hook(lambda *_: passes.append(1))
+
+    def three_passes(encoder_hidden_states, attention_kwargs, return_dict, **inputs_of_step):
+        def velocity(text, audio_of_pass):
+            given = {"audio": audio_of_pass}
+            return forward(**inputs_of_step, encoder_hidden_states=text, attention_kwargs=given, return_dict=False)[0]
+
+        u = velocity(negative, torch.zeros_like(heard_windows))
+        d, c = velocity(negative, heard_windows), velocity(encoder_hidden_states, heard_windows)
+        return (u + 4.0 * (d - u) + 3.0 * (c - d),)
+
+    model.forward = three_passes
+    expected = by_hand(
+        image=image, prompt="a cat sits", guidance_scale=1.0, generator=seeded(), output_type="latent", **options
+    ).frames
+    assert len(passes) == 3 * 2
+    assert torch.allclose(latents, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(("text", "audio", "passes"), [(2.0, 5.0, 3), (2.0, 1.0, 2), (1.0, 5.0, 2), (1.0, 1.0, 1)])
+def test_a_step_takes_as_many_passes_as_it_needs(text, audio, passes, image):
+    pipe, made = make_pipe(), []
+    pipe.transformer.proj_out.register_forward_hook(lambda *_: made.append(1))
+    options = {**FAST, "guidance_scale": text, "audio_guidance_scale": audio}
+    pipe(image, "a cat sits", audio=features(9), generator=seeded(), **options)
+    assert len(made) == passes
+
+
+def test_a_clip_may_have_a_guidance_of_its_own(image):
+    pipe, made = make_pipe(), []
+    pipe.transformer.proj_out.register_forward_hook(lambda *_: made.append(1))
+    prompts = [ClipSpec("a cat sits", guidance_scale=2.0), "the dog jumps"]
+    list(pipe.stream(image, prompts, audio=features(17), generator=seeded(), **{**FAST, "audio_guidance_scale": 5.0}))
+    assert len(made) == 3 + 2
+
+
+def test_the_defaults_are_the_authors(image):
+    pipe = make_pipe()
+    clip = next(pipe.stream(image, "a cat sits", audio=features(9), generator=seeded(), **CLIP))
+    settings = clip.recipe["settings"]
+    assert (settings["guidance_scale"], settings["audio_guidance_scale"]) == (2.0, 5.0)
+    assert settings["audio"].startswith("9 frames ")
+
+
+def test_a_cache_keeps_the_three_passes_apart(image):
+    """With a threshold that no change stays below, every pass is computed: as without a cache."""
+    options = {"audio": features(9), **CLIP, "num_inference_steps": 3, "output_type": "latent"}
+    plain = make_pipe()(image, "a cat sits", generator=seeded(), **options).frames
+    pipe = make_pipe()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    assert torch.equal(pipe(image, "a cat sits", generator=seeded(), **options).frames, plain)
+    # Where every change stays below, each pass answers with what it kept of its own: after the first step no block
+    # but the first is computed.
+    pipe.transformer.disable_cache()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    computed = []
+    pipe.transformer.blocks[1].ffn.register_forward_hook(lambda *_: computed.append(1))
+    assert not torch.equal(pipe(image, "a cat sits", generator=seeded(), **options).frames, plain)
+    assert len(computed) == 3
+
+
+def test_a_cache_for_one_pass_is_refused_where_the_audio_takes_two(image):
+    pipe = make_pipe()
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_block_identifiers=(r"blocks\.\d+\.attn1",),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    )
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(ValueError, match="`PyramidAttentionBroadcastConfig` cannot be used with guidance"):
+        pipe.stream(image, "a cat", audio=features(9), **{**FAST, "audio_guidance_scale": 5.0})
+    pipe(image, "a cat", audio=features(9), generator=seeded(), **FAST)
+
+
+def test_a_chain_names_other_audio(image, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers_svi"), "propagate", True)
+    pipe, audio = make_pipe(), features(17)
+    state = next(pipe.stream(image, "a cat sits", audio=audio, generator=seeded(), **FAST)).state
+    next(pipe.stream(prompts="a cat sits", audio=audio.clone(), generator=seeded(), state=state, **FAST))
+    assert "something else" not in caplog.text
+    audio[5, 0, 0] += 1
+    next(pipe.stream(prompts="a cat sits", audio=audio, generator=seeded(), state=state, **FAST))
+    assert "made with something else (audio: 17 frames" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("audio", "message"),
+    [
+        (None, "`audio`, which the film is to follow, is missing"),
+        ("speech.wav", "`audio` must be features .* got 'speech.wav'"),
+        (torch.zeros(9, 2, 4), r"layers x channels = 6 for this model, got \(2, 4\) of torch.float32 in 9 rows"),
+        (torch.zeros(0, 2, 3), "in 0 rows"),
+        (torch.zeros(9, 2, 3, dtype=torch.long), "torch.int64 in 9 rows"),
+        (torch.full((9, 2, 3), torch.nan), "holds values that are not finite"),
+    ],
+    ids=str,
+)
+def test_audio_that_is_none_is_refused(audio, message, image):
+    with pytest.raises(ValueError, match=message):
+        make_pipe().stream(image, "a cat", audio=audio, **FAST)
+
+
+def test_an_option_that_is_wrong_is_refused(image):
+    pipe = make_pipe()
+    with pytest.raises(ValueError, match="`audio_guidance_scale` must be a finite number, got 'much'"):
+        pipe.stream(image, "a cat", audio=features(9), **{**FAST, "audio_guidance_scale": "much"})
+    with pytest.raises(ValueError, match="`image`, the start image, is missing"):
+        pipe.stream(prompts="a cat", audio=features(9), **FAST)
+    with pytest.raises(TypeError, match="A film has no option pose"):
+        pipe.stream(image, "a cat", audio=features(9), pose=1, **FAST)
+
+
+def test_features_may_be_read_when_they_are_due(image, heard):
+    """Rows of a file on disk, for one; nothing is asked of them but their number and slices."""
+
+    class Lazy:
+        fingerprint = "of its own"
+
+        def __init__(self):
+            self.read = []
+
+        def __len__(self):
+            return 17
+
+        def __getitem__(self, rows):
+            self.read.append((rows.start, rows.stop))
+            return counted(17)[rows].numpy()
+
+    lazy = Lazy()
+    clips = list(make_pipe().stream(image, "a cat", audio=lazy, generator=seeded(), **FAST))
+    assert told(clips, heard) == list(range(17)) and lazy.read[-2:] == [(0, 11), (6, 17)]
+    assert clips[0].recipe["settings"]["audio"] == "17 frames of its own"
+
+
+# Loading
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A folder in which the names of the Hub mean something."""
+    monkeypatch.chdir(tmp_path)
+    for file, weights in {
+        f"{MULTITALK}/{MULTITALK_FILE}": make_multitalk(),
+        "vita-video-gen/svi-model/version-1.0/svi-talk.safetensors": make_lora(make_transformer()),
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True)
+        save_file(weights, tmp_path / file)
+    return "vita-video-gen/svi-model", {"weight_name": "version-1.0/svi-talk.safetensors"}
+
+
+def test_lora_and_modules_are_loaded_in_one_call(published, image):
+    source, options = published
+    pipe = quiet(SVITalkPipeline(**make_components("i2v")))
+    with pytest.raises(ValueError, match="the model has no modules for it. Load the published ones"):
+        pipe.stream(image, "a cat", audio=features(9), **FAST)
+    pipe.load_lora_weights(source, adapter_name="talk", **options)
+    assert pipe.has_modules and pipe.lora_conditioning == PixelMotion(1, padding="reference")
+    assert pipe.lora_clip_resize == "squash" and pipe.get_list_adapters() == {"transformer": ["talk"]}
+    made = pipe(image, "a cat", audio=features(9), generator=seeded(), **FAST).frames
+    other = make_pipe()
+    other.load_lora_weights(make_lora(other.transformer), conditioning=PixelMotion(1, "reference"))
+    expected = other(image, "a cat", audio=features(9), generator=seeded(), clip_resize="squash", **FAST).frames
+    assert np.array_equal(made, expected)
+
+
+def test_modules_may_come_from_elsewhere_or_in_the_file_itself(image, tmp_path):
+    lora = make_lora(make_transformer())
+    for folder, weights, modules in (("a", lora, make_multitalk()), ("b", {**lora, **make_multitalk()}, None)):
+        (tmp_path / folder).mkdir()
+        save_file(weights, tmp_path / folder / "svi-talk.safetensors")
+        pipe = SVITalkPipeline(**make_components("i2v"))
+        pipe.load_lora_weights(tmp_path / folder, weight_name="svi-talk.safetensors", audio_modules=modules)
+        assert torch.equal(pipe.transformer.audio_embedder.norm.bias, make_multitalk()["audio_proj.norm.bias"])
+        assert pipe.lora_conditioning == PixelMotion(1, "reference")
+
+
+def test_a_lora_that_was_there_before_stays(published):
+    source, options = published
+    pipe = SVITalkPipeline(**make_components("i2v"))
+    pipe.load_lora_weights(make_lora(pipe.transformer, seed=2), adapter_name="fast")
+    pipe.load_lora_weights(source, adapter_name="talk", **options)
+    assert pipe.get_list_adapters() == {"transformer": ["fast", "talk"]}
+    pipe.unload_lora_weights()
+    assert pipe.has_modules and pipe.get_list_adapters() == {}
+
+
+def test_where_something_is_wrong_nothing_has_been_loaded(published):
+    source, options = published
+    Path("weights.bin").write_bytes(b"pickled")
+    for trouble, message in (
+        ({"audio_modules": make_multitalk(dim=48)}, "The modules do not fit this transformer"),
+        ({"audio_modules": make_multitalk(), "adapter_name": "a", "hotswap": True}, "is not in use"),
+        ({"audio_modules": "weights.bin"}, "The audio module 'weights.bin' is not a safetensors file"),
+    ):
+        pipe = SVITalkPipeline(**make_components("i2v"))
+        before = pipe.transformer
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(source, **options, **trouble)
+        assert pipe.transformer is before and not hasattr(before, "peft_config")
+
+
+def test_other_conditions_are_refused():
+    pipe = make_pipe()
+    dance = {**make_lora(pipe.transformer), "dwpose_embedding.0.weight": torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match="for films that follow pose, .* load it with `SVIDancePipeline`"):
+        pipe.load_lora_weights(dance)
+
+
+def test_a_saved_pipeline_has_its_modules(image, tmp_path):
+    pipe = make_pipe()
+    pipe.save_pretrained(tmp_path)
+    loaded = quiet(SVITalkPipeline.from_pretrained(tmp_path))
+    assert loaded.has_modules
+    film, again = (one(image, "a cat", audio=features(9), generator=seeded(), **FAST).frames for one in (pipe, loaded))
+    assert np.array_equal(film, again)
+    # By itself diffusers loads it as what the base is.
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is WanImageToVideoPipeline and isinstance(stock.transformer, SVITalkTransformer3DModel)
+
+
+def test_a_plain_film_is_made_with_the_same_transformer(image):
+    plain = quiet(SVIPipeline(**make_components("i2v")))
+    talking = quiet(SVIPipeline(**{**make_components("i2v"), "transformer": make_talk()}))
+    options = {**CLIP, "num_inference_steps": 1}
+    one, other = (pipe(image, "a cat", generator=seeded(), **options).frames for pipe in (plain, talking))
+    assert np.array_equal(one, other)
+
+
+def test_an_offloaded_film_is_the_same(image):
+    options = {"audio": features(9), **CLIP}
+    expected = make_pipe()(image, "a cat", generator=seeded(), **options).frames
+    pipe = make_pipe()
+    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    assert np.array_equal(pipe(image, "a cat", generator=seeded(), **options).frames, expected)

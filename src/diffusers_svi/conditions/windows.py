@@ -7,6 +7,7 @@ import torch
 from ..chain import ChainState
 from ..conditioning import Scheme
 from ..wan import TEMPORAL_FACTOR
+from .given import Rows
 
 
 def first_frame(state: ChainState) -> int:
@@ -32,20 +33,28 @@ def clips_to_cover(length: int, scheme: Scheme, num_frames: int, state: ChainSta
     return made + 1 + max(0, math.ceil((length - told - num_frames) / new))
 
 
-def film_rows(first: int, count: int, length: int, loop: bool = False) -> torch.Tensor:
-    """Rows of a condition of `length` rows for the film frames from `first` on, `(count,)` whole numbers.
+def film_rows(rows: Rows, first: int, count: int, loop: bool = False) -> torch.Tensor:
+    """The rows of a condition for `count` film frames from `first` on.
 
     Beyond its ends the row at the end holds; with `loop`, it begins again.
     """
-    rows = torch.arange(first, first + count)
-    return rows % length if loop else rows.clamp(0, length - 1)
+    length = len(rows)
+    if not loop:
+        wanted = torch.arange(first, first + count).clamp(0, length - 1)
+        start = int(wanted[0])
+        return torch.as_tensor(rows[start : int(wanted[-1]) + 1])[wanted - start]
+    pieces, start = [], first % length
+    while count > 0:
+        pieces.append(torch.as_tensor(rows[start : start + count]))
+        count, start = count - len(pieces[-1]), 0
+    return torch.cat(pieces)
 
 
-def audio_windows(features: torch.Tensor, first: int, num_frames: int, window: int = 5) -> torch.Tensor:
+def audio_windows(features: Rows, first: int, num_frames: int, window: int = 5) -> torch.Tensor:
     """What each frame of a clip hears: the rows around its own.
 
     Args:
-        features (`torch.Tensor` of shape `(frames, layers, channels)`): Of all of the film, a row a frame.
+        features (`Rows` of the shape `(frames, layers, channels)`): Of all of the film, a row a frame.
         first (`int`): The film frame that the clip begins with.
         num_frames (`int`): Frames of the clip.
         window (`int`, defaults to 5): Rows, an odd number: as many before a frame as behind it.
@@ -53,8 +62,8 @@ def audio_windows(features: torch.Tensor, first: int, num_frames: int, window: i
     Returns:
         `(num_frames, window, layers, channels)`. Beyond the ends of the film the row at the end holds.
     """
-    rows = film_rows(first - window // 2, num_frames + window - 1, len(features))
-    return features[rows.unfold(0, window, 1).to(features.device)]
+    rows = film_rows(features, first - window // 2, num_frames + window - 1)
+    return rows[torch.arange(len(rows)).unfold(0, window, 1)]
 
 
 def latent_windows(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
