@@ -258,18 +258,17 @@ def test_gradients_with_checkpointing_are_those_without():
 def test_compiled_as_a_whole_it_hears_what_each_call_has():
     talk = make_talk()
     compiled = torch.compile(talk, backend="eager", fullgraph=True)
-    for audio in (windows(3), windows(9), None):
+    for audio in (windows(3), windows(9)):
         assert torch.equal(predict(compiled, audio), predict(talk, audio))
 
 
 def test_a_guided_call_can_be_compiled():
     talk, guidance = make_talk(), AudioGuidance(2.0, 5.0)
     compiled = torch.compile(talk, backend="eager")
-    for call in ("uncond", "cond"):
-        with compiled.cache_context(call):
-            made = predict(compiled, windows(), audio_guidance=guidance)
-        with talk.cache_context(call):
-            assert torch.equal(predict(talk, windows(), audio_guidance=guidance), made)
+    with compiled.cache_context("uncond"):
+        made = predict(compiled, windows(), audio_guidance=guidance)
+    with talk.cache_context("uncond"):
+        assert torch.equal(predict(talk, windows(), audio_guidance=guidance), made)
 
 
 def test_its_blocks_can_be_compiled():
@@ -654,6 +653,17 @@ def test_a_clip_may_have_a_guidance_of_its_own(image):
     prompts = [ClipSpec("a cat sits", guidance_scale=2.0), "the dog jumps"]
     list(pipe.stream(image, prompts, audio=features(17), generator=seeded(), **{**FAST, "audio_guidance_scale": 5.0}))
     assert len(made) == 3 + 2
+
+
+def test_a_scale_for_loras_is_passed_on(image):
+    pipe, options = make_pipe(), {"audio": features(9), **FAST}
+    expected = pipe(image, "a cat", generator=seeded(), **options).frames
+    pipe.load_lora_weights(make_lora(pipe.transformer))
+    made = [
+        pipe(image, "a cat", generator=seeded(), attention_kwargs={"scale": scale}, **options).frames
+        for scale in (0.0, 1.0)
+    ]
+    assert np.array_equal(made[0], expected) and not np.array_equal(made[1], expected)
 
 
 def test_the_defaults_are_the_authors(image):

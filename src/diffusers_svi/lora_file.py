@@ -145,7 +145,7 @@ def check_condition(lora: LoraFile, condition: str | None = None) -> None:
     if lora.condition not in (None, condition):
         raise ValueError(
             f"The LoRA {lora.name!r} is for films that follow {lora.condition}, for which a model has modules of "
-            f"its own: load it with `{_PIPELINES[lora.condition]}`, of `diffusers_svi.conditions`."
+            f"its own: load it with `{_PIPELINES[lora.condition]}`."
         )
 
 
