@@ -1,6 +1,7 @@
 """SVI-Talk: the transformer that hears, the published audio modules on it, and films that follow audio."""
 
 import copy
+import inspect
 import itertools
 import logging
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanTransformer3DModel,
 )
+from optimum.quanto import freeze, qint8, quantize
 from safetensors.torch import save_file
 
 from conftest import CLIP, TEXT_DIM, make_components, make_transformer, quiet, seeded
@@ -24,6 +26,7 @@ from diffusers_svi.conditions.guidance import AudioGuidance
 from diffusers_svi.conditions.talk_pipeline import MULTITALK, MULTITALK_FILE, SVITalkPipeline
 from diffusers_svi.conditions.talk_transformer import AudioAttention, AudioEmbedder, SVITalkTransformer3DModel
 from diffusers_svi.conditions.windows import audio_windows, clips_to_cover, first_frame, latent_windows
+from diffusers_svi.loading import check_recipe
 from diffusers_svi.memory.model import build
 from diffusers_svi.published import PUBLISHED
 from test_lora import make_lora
@@ -431,6 +434,25 @@ def test_modules_are_of_the_type_of_the_transformer_but_for_norms():
     assert talk.blocks[0].audio_norm.weight.dtype == torch.float32
 
 
+def test_what_the_base_remembers_its_talking_kind_does(image):
+    """Checkpointing, layers in 8 bits, and that an SVI LoRA is in its weights."""
+    base = make_transformer()
+    base.enable_gradient_checkpointing()
+    quantize(base, weights=qint8)
+    freeze(base)
+    expected = predict(base)
+    talk = with_modules(SVITalkTransformer3DModel, base, make_multitalk())
+    assert talk.gradient_checkpointing and torch.equal(predict(talk), expected)
+    assert not torch.equal(predict(talk, windows()), expected)
+
+    pipe = SVITalkPipeline(**make_components("i2v"))
+    pipe.load_lora_weights(make_lora(pipe.transformer), conditioning=PixelMotion(1, "reference"))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.load_audio_modules(make_multitalk())
+    assert pipe.has_modules and pipe.lora_conditioning == PixelMotion(1, "reference")
+
+
 def without(name: str) -> dict[str, torch.Tensor]:
     return {key: value for key, value in make_multitalk().items() if key != name}
 
@@ -595,6 +617,12 @@ def test_a_shorter_film_may_be_asked_for_and_no_longer_one(image, heard):
         )
         with pytest.raises(ValueError, match=message):
             pipe.stream(image, audio=counted(17), **asked, **FAST)
+    with pytest.raises(ValueError, match="but 3 are asked for by `prompts`"):
+        pipe.stream(image, ClipSpec("a cat", num_clips=3), audio=counted(17), **FAST)
+    with pytest.raises(ValueError, match="but 3 are asked for by `num_clips`"):
+        pipe.stream(image, "a cat", num_clips=np.int64(3), audio=counted(17), **FAST)
+    with pytest.raises(ValueError, match=r"`prompts\[0\].num_clips` must be"):
+        pipe.stream(image, [ClipSpec("a cat", num_clips="two")], audio=counted(17), **FAST)
     with pytest.raises(ValueError, match="but 3 are asked for by `prompt_embeds`"):
         pipe.stream(image, prompt_embeds=torch.zeros(3, 512, TEXT_DIM), audio=counted(17), **FAST)
 
@@ -672,6 +700,16 @@ def test_the_defaults_are_the_authors(image):
     settings = clip.recipe["settings"]
     assert (settings["guidance_scale"], settings["audio_guidance_scale"]) == (2.0, 5.0)
     assert settings["audio"].startswith("9 frames ")
+    shown = inspect.signature(SVITalkPipeline.__call__).parameters
+    assert (shown["guidance_scale"].default, shown["audio_guidance_scale"].default) == (2.0, 5.0)
+    assert inspect.signature(SVIPipeline.__call__).parameters["guidance_scale"].default == 5.0
+
+
+def test_a_recipe_does_not_tell_what_a_film_follows(image):
+    """The command, which has no audio to give, does not make such a film again without."""
+    recipe = next(make_pipe().stream(image, "a cat", audio=features(9), generator=seeded(), **FAST)).recipe
+    with pytest.raises(ValueError, match="The film follows `audio`, of which a recipe tells no more than a fing"):
+        check_recipe(recipe, "a/model")
 
 
 def test_a_cache_keeps_the_three_passes_apart(image):

@@ -1,6 +1,6 @@
 """`ConditionPipeline`: films that follow something beside text, frame by frame."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -10,11 +10,13 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils.torch_utils import unwrap_module
 
 from ..chain import ChainState
+from ..checks import check_count
 from ..clips import ClipSpec
 from ..inputs import Film, check_kinds, check_num_frames, check_size, choose_scheme
 from ..lora_layers import EXPERTS, experts_of
 from ..options import FILM_DEFAULTS, FilmOptions
 from ..pipeline import SVIPipeline
+from ..specs import check_clip
 from ..start_image import read_image
 from .converters import with_modules
 from .given import Rows, fingerprint
@@ -96,30 +98,34 @@ class ConditionPipeline(SVIPipeline):
         scheme = choose_scheme(merged["conditioning"], merged["condition_frames"], state, trained, ignored)
         scheme.check(num_frames, self.config.expand_timesteps)
         prompts = merged["prompt"] if prompts is None else prompts
-        told_anew = scheme.overlap * _cuts(prompts, state)
+        listed = [prompts] if isinstance(prompts, (ClipSpec, Mapping)) else prompts
+        listed = listed if isinstance(listed, (list, tuple)) else []
+        specs = [check_clip(item, index) for index, item in enumerate(listed)]
+        # After a cut nothing is told again: the film is longer.
+        told_anew = scheme.overlap * _cuts(specs, state)
         most = clips_to_cover(max(length - told_anew, 1), scheme, num_frames, state)
-        source, asked = "num_clips", merged["num_clips"]
-        if asked is None and isinstance(prompts, (list, tuple)):
-            source, asked = "prompts", sum(getattr(item, "num_clips", 1) for item in prompts)
-        elif asked is None and merged["prompt_embeds"] is not None:
+        source, asked = "prompts", sum(spec.num_clips for spec in specs)
+        if merged["num_clips"] is not None:
+            source, asked = "num_clips", check_count("num_clips", merged["num_clips"], 1)
+        elif merged["prompt_embeds"] is not None:
             source, asked = "prompt_embeds", len(merged["prompt_embeds"])
-        if most < 1 or (isinstance(asked, int) and asked > most):
+        if asked > most or most < 1:
             raise ValueError(
                 f"`{name}` has {length} frames, which make {most} clips of `num_frames`={num_frames} with "
                 f"{scheme}, but {asked or 'at least one'} are asked for by `{source}`. {self._longer}"
             )
-        return most if source != "num_clips" or asked is None else asked
+        return asked if source == "num_clips" else most
 
     @property
     def _bare_transformer(self) -> Any:
         return unwrap_module(self.transformer)
 
 
-def _cuts(prompts: Any, state: ChainState | None) -> int:
-    """The clips still to be made, of those known, that begin with a cut: after it nothing is told again."""
+def _cuts(specs: list[ClipSpec], state: ChainState | None) -> int:
+    """The clips still to be made that begin with a cut, where something goes before."""
     made, index, count = 0 if state is None else state.num_clips, 0, 0
-    for item in prompts if isinstance(prompts, (list, tuple)) else []:
+    for spec in specs:
         goes_on = index > 0 or (state is not None and state.continues)
-        count += isinstance(item, ClipSpec) and item.cut is not None and index >= made and goes_on
-        index += getattr(item, "num_clips", 1)
+        count += spec.cut is not None and index >= made and goes_on
+        index += spec.num_clips
     return count
