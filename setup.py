@@ -27,6 +27,7 @@ extras = {
     "train": ["datasets>=4.0", "tensorboard>=2.15"],
     "deepspeed": ["deepspeed>=0.17"],
     "app": ["gradio>=6.0,<7"],
+    "talk": ["pyloudnorm>=0.2"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -40,9 +41,8 @@ extras = {
     ],
     "quality": ["ruff>=0.11", "mypy>=1.15", "import-linter>=2.10", "types-psutil", "types-tqdm"],
 }
-extras["test"] += (
-    extras["app"] + extras["color"] + extras["demo"] + extras["train"] + extras["deepspeed"] + extras["quality"]
-)
+for name in ("app", "color", "demo", "talk", "train", "deepspeed", "quality"):
+    extras["test"] += extras[name]
 
 setup(
     name="diffusers_svi",

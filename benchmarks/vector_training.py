@@ -20,6 +20,9 @@ from diffusers_svi.erft import (
     erft_loss,
     loss_weights,
     recycled_velocity,
+    restoration_weights,
+    restorative_velocity,
+    self_error,
 )
 from diffusers_svi.erft.bank import StoredError
 from diffusers_svi.erft.injection import Switches
@@ -128,15 +131,6 @@ def make_recycler(contestant: Contestant, seed: int) -> ErrorRecycler:
     return ErrorRecycler(bank, InjectionConfig(**contestant.injection), RecyclerConfig(), seed)
 
 
-def bell() -> torch.Tensor:
-    """EverAnimate's alpha(t) = exp(-2 ((t - 500) / 1000)^2) over the schedule, stretched to [0, 1].
-
-    It is the bell that losses are weighted with, on another scale.
-    """
-    weights = loss_weights(TIMESTEPS, SHIFT)
-    return (weights / weights.max()).float()
-
-
 def train(
     model: WanTransformer3DModel,
     world: World,
@@ -152,7 +146,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, contestant.learning_rate, steps, pct_start=0.05)
     generator = torch.Generator().manual_seed(seed)
     all_sigmas = shifted_sigmas(TIMESTEPS, SHIFT).float()
-    weights, alphas = loss_weights(TIMESTEPS, SHIFT).float(), bell()
+    weights, alphas = loss_weights(TIMESTEPS, SHIFT).float(), restoration_weights(TIMESTEPS, SHIFT).float()
     recycler = make_recycler(contestant, seed) if contestant.injection is not None else None
     for step in range(steps):
         look(step)
@@ -167,8 +161,11 @@ def train(
         noisy, target = interpolate(latents, noise, sigmas), recycled_velocity(clean, noise)
         if contestant.restorative:
             chosen = (sigmas >= RESTORED_FROM) & (torch.rand(batch_size, generator=generator) < RESTORED_SHARE)
-            moved = self_error(model, noisy, target, condition, sigmas, texts) * like(chosen, noisy)
-            noisy, target = noisy + moved, target + like(alphas[places], noisy) * moved
+            with torch.no_grad():
+                predicted = predict(model, noisy, condition, sigmas, texts)
+            flawed = clean + self_error(predicted, clean, noise, sigmas) * like(chosen, clean)
+            noisy = interpolate(flawed, noise, sigmas)
+            target = restorative_velocity(clean, flawed, noise, sigmas, alphas[places])
         prediction = predict(model, noisy, condition, sigmas, texts)
         loss = erft_loss(prediction, target, weights[places]).mean()
         optimizer.zero_grad()
@@ -179,20 +176,3 @@ def train(
         if recycler is not None and step % BANKED_EVERY == 0:
             few = Switches(*(switch[:BANKED] for switch in switches))
             recycler.recycle((prediction - target).detach()[:BANKED], sigmas[:BANKED], few)
-
-
-@torch.no_grad()
-def self_error(
-    model: WanTransformer3DModel,
-    noisy: torch.Tensor,
-    target: torch.Tensor,
-    condition: torch.Tensor,
-    sigmas: torch.Tensor,
-    texts: torch.Tensor,
-) -> torch.Tensor:
-    """x' - x = (1 - sigma) (x0' - x0): how far samples move if x0' is the model's own one-step prediction.
-
-    With the residual r of the velocity, x0' - x0 = -sigma r.
-    """
-    residual = predict(model, noisy, condition, sigmas, texts) - target
-    return -like((1 - sigmas) * sigmas, residual) * residual

@@ -7,11 +7,10 @@ import PIL.Image
 import pytest
 import recycling
 import torch
-from vector_training import CONTESTANTS, PUBLISHED, Contestant, WhiteBank, bell, make_model, make_recycler, self_error
+from vector_training import CONTESTANTS, PUBLISHED, Contestant, WhiteBank, make_model, make_recycler
 from vectors import CHANNELS, FRAMES, IDENTITIES, SPEEDS, World
 
-from diffusers_svi.erft import ErrorBank, loss_weights
-from diffusers_svi.flow import interpolate, like, velocity
+from diffusers_svi.erft import ErrorBank
 
 
 @pytest.fixture(scope="module")
@@ -64,30 +63,6 @@ def test_errors_along_the_surface_stay_on_it(world, clips, kind):
     cosine = torch.nn.functional.cosine_similarity(along, direction, dim=1)
     torch.testing.assert_close(cosine.abs(), torch.ones(64), atol=2e-3, rtol=0)
     assert set(cosine.sign().tolist()) == {-1.0, 1.0}
-
-
-def test_from_a_self_error_the_velocity_over_sigma_leads_to_the_clean_clip(world, clips):
-    model = make_model()
-    clean, texts = clips.latents, world.texts[clips.prompts]
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(clean.shape, generator=generator)
-    sigmas = torch.linspace(0.1, 1, 64)
-    noisy, target, condition = interpolate(clean, noise, sigmas), velocity(clean, noise), torch.zeros_like(clean)
-    moved = self_error(model, noisy, target, condition, sigmas, texts)
-    assert moved[0].square().mean() > 1e-4
-    back = noisy + moved - like(sigmas, noisy) * (target + moved / like(sigmas, noisy))
-    torch.testing.assert_close(back, clean, atol=1e-5, rtol=1e-5)
-    # The one-step prediction of the model under the same noise.
-    with torch.no_grad():
-        predicted = noisy - like(sigmas, noisy) * recycling.predict(model, noisy, condition, sigmas, texts)
-    torch.testing.assert_close(noisy + moved, interpolate(predicted, noise, sigmas), atol=1e-5, rtol=1e-5)
-
-
-def test_the_bell_is_highest_in_the_middle():
-    values = bell()
-    assert values.max() == 1 and values.min() == 0 and len(values) == 1000
-    middle = int(values.argmax())
-    assert loss_weights(1000, recycling.SHIFT)[middle] == loss_weights(1000, recycling.SHIFT).max()
 
 
 def test_white_noise_has_the_size_of_the_error_it_stands_for():

@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -26,6 +27,24 @@ RUN_UP = 8
 BITS_A_SECOND = 96_000
 
 
+@contextmanager
+def open_track(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
+    """A file, opened by PyAV, and the first track of sound in it.
+
+    Raises:
+        ValueError: if it cannot be read, has no sound, or something in the block fails to.
+    """
+    import av
+
+    try:
+        with av.open(os.fspath(path), options={"format_whitelist": FORMATS}) as file:
+            if not file.streams.audio:
+                raise ValueError("there is no sound in it")
+            yield file, file.streams.audio[0]
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise ValueError(f"`audio`={os.fspath(path)!r} cannot be read as sound: {error}") from error
+
+
 class Sound:
     """The first track of sound in a file, decoded, on disk: 16 bits a sample, mono or stereo.
 
@@ -39,23 +58,17 @@ class Sound:
     def __init__(self, path: str | os.PathLike):
         import av
 
-        try:
+        with open_track(path) as (file, stream):
             with open(path, "rb") as content:
                 self.digest = hashlib.file_digest(content, "sha256").hexdigest()
-            with av.open(os.fspath(path), options={"format_whitelist": FORMATS}) as file:
-                if not file.streams.audio:
-                    raise ValueError("there is no sound in it")
-                stream = file.streams.audio[0]
-                self.rate = stream.rate if stream.rate in RATES else 48000
-                self.layout = "mono" if stream.channels == 1 else "stereo"
-                self.channels = 1 if stream.channels == 1 else 2
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the film is written
-                resampler = av.AudioResampler(format="s16", layout=self.layout, rate=self.rate)
-                for frame in file.decode(stream):
-                    self._write(resampler.resample(frame))
-                self._write(resampler.resample(None))
-        except (OSError, ValueError, av.FFmpegError) as error:
-            raise ValueError(f"`audio`={os.fspath(path)!r} cannot be read as sound: {error}") from error
+            self.rate = stream.rate if stream.rate in RATES else 48000
+            self.layout = "mono" if stream.channels == 1 else "stereo"
+            self.channels = 1 if stream.channels == 1 else 2
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the film is written
+            resampler = av.AudioResampler(format="s16", layout=self.layout, rate=self.rate)
+            for frame in file.decode(stream):
+                self._write(resampler.resample(frame))
+            self._write(resampler.resample(None))
         self._length = self._file.tell() // (2 * self.channels)
 
     def samples(self, first: int, last: int) -> np.ndarray:

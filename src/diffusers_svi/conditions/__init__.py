@@ -1,1 +1,1 @@
-"""Conditions beside text that follow a film frame by frame: audio and poses."""
+"""What a film follows beside its text: a voice, or a skeleton that dances."""

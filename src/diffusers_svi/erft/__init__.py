@@ -5,6 +5,7 @@ from .distributed import ShardedErrorBank
 from .injection import InjectionConfig, Switches
 from .objective import clean_side_error, erft_loss, loss_weights, noise_side_error, recycled_velocity
 from .recycler import ErrorRecycler, Injected, RecyclerConfig
+from .restoration import restoration_weights, restorative_velocity, self_error
 from .snapshot import load_bank, save_bank
 
 
@@ -24,5 +25,8 @@ __all__ = [
     "loss_weights",
     "noise_side_error",
     "recycled_velocity",
+    "restoration_weights",
+    "restorative_velocity",
     "save_bank",
+    "self_error",
 ]
