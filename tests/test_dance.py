@@ -12,10 +12,11 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from conftest import CLIP, make_components, make_transformer, quiet, seeded
-from diffusers_svi import LatentMotion, PixelMotion
+from diffusers_svi import LatentMotion, PixelMotion, save_video
 from diffusers_svi.conditions.converters import convert_pose, with_modules
 from diffusers_svi.conditions.dance_pipeline import SVIDancePipeline
 from diffusers_svi.conditions.dance_transformer import PoseEmbedder, SVIDanceTransformer3DModel
+from diffusers_svi.conditions.pose import open_pose
 from diffusers_svi.memory.model import build
 from diffusers_svi.published import PUBLISHED
 from test_lora import make_lora
@@ -194,9 +195,9 @@ def make_pipe(kind: str = "i2v") -> SVIDancePipeline:
     return quiet(SVIDancePipeline(**components))
 
 
-def counted(length: int) -> torch.Tensor:
+def counted(length: int) -> np.ndarray:
     """Poses whose picture n is of the grey n."""
-    return torch.arange(length, dtype=torch.uint8).view(length, 1, 1, 1).repeat(1, 32, 32, 3)
+    return np.arange(length, dtype=np.uint8).repeat(32 * 32 * 3).reshape(length, 32, 32, 3)
 
 
 @pytest.fixture
@@ -258,29 +259,38 @@ def test_both_passes_of_guidance_see_the_pose(image, seen):
     assert seen == [list(range(9))] * 2  # guided by default, as published
 
 
-def test_pictures_may_be_a_list_or_an_array(image):
-    pose = (255 * pictures()[0].permute(1, 2, 3, 0)).byte()
-    images = [PIL.Image.fromarray(picture.numpy()) for picture in pose]
+def test_pictures_may_be_a_tensor_a_list_or_an_array(image):
+    pose = (255 * pictures()[0].permute(1, 0, 2, 3)).byte()
+    array = pose.permute(0, 2, 3, 1).numpy()
     films = [
         make_pipe()(image, "a cat", pose=given, generator=seeded(), **FAST).frames[0]
-        for given in (pose, pose.numpy(), images)
+        for given in (pose, array, [PIL.Image.fromarray(picture) for picture in array])
     ]
     assert np.array_equal(films[0], films[1]) and np.array_equal(films[0], films[2])
-    other = make_pipe()(image, "a cat", pose=pose.flip(0), generator=seeded(), **FAST).frames[0]
+    other = make_pipe()(image, "a cat", pose=array[::-1], generator=seeded(), **FAST).frames[0]
     assert not np.array_equal(films[0], other)
+
+
+def test_poses_are_brought_to_the_size_of_the_film(image, seen):
+    large = counted(9).repeat(2, axis=1).repeat(2, axis=2)
+    make_pipe()(image, "a cat", pose=large, generator=seeded(), **FAST)
+    assert seen == [list(range(9))]
+
+
+def test_poses_out_of_a_video(image, seen, tmp_path):
+    save_video(tmp_path / "dance.mp4", 20 * counted(9), fps=16)
+    make_pipe()(image, "a cat", pose=str(tmp_path / "dance.mp4"), generator=seeded(), **FAST)
+    assert np.allclose(seen, [20 * np.arange(9)], atol=4)
 
 
 @pytest.mark.parametrize(
     ("pose", "message"),
     [
         (None, "`pose`, which the film is to follow, is missing"),
-        ("dance.mp4", r"`pose` must be pictures of the film's size, \(frames, 32, 32, 3\) of uint8, got 'dance.mp4'"),
-        (torch.zeros(9, 32, 16, 3, dtype=torch.uint8), r"got \(32, 16, 3\) of torch.uint8 in 9 rows"),
-        (torch.zeros(9, 32, 32, 3), "of torch.float32 in 9 rows"),
-        (counted(0), "in 0 rows"),
-        ([PIL.Image.new("RGB", (32, 32)), PIL.Image.new("RGB", (16, 32))], "must be pictures of one size"),
-        ([], "must be pictures of one size, got none"),
+        (counted(0), "`pose` must be a path, frames .* at least one"),
+        (open_pose(counted(9), 64, 32), r"`pose` was opened for a film of 64 x 32 .* this one is 32 x 32. Open it by"),
     ],
+    ids=str,
 )
 def test_poses_that_are_none_are_refused(pose, message, image):
     with pytest.raises(ValueError, match=message):

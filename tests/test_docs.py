@@ -11,12 +11,13 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from conftest import make_components
-from diffusers_svi import PixelMotion, SVIPipeline
+from diffusers_svi import PixelMotion, SVIPipeline, save_video
 from diffusers_svi.conditions.talk_pipeline import MULTITALK, MULTITALK_FILE
 from diffusers_svi.lora_file import lora_metadata
 from test_dance import make_dwpose
 from test_lora import make_lora
-from test_talk import features, make_multitalk
+from test_sound import make_sound
+from test_talk import make_encoder, make_multitalk
 
 
 ROOT = Path(__file__).parents[1]
@@ -58,8 +59,9 @@ def folder(tmp_path, monkeypatch):
     save_file({**make_lora(wan.transformer), **make_dwpose()}, lora.with_name("svi-dance.safetensors"))
     (tmp_path / MULTITALK).mkdir(parents=True)
     save_file(make_multitalk(), tmp_path / MULTITALK / MULTITALK_FILE)
-    np.save(tmp_path / "speech.npy", features(17).numpy())
-    np.save(tmp_path / "dance.npy", np.zeros((17, 32, 32, 3), np.uint8))
+    make_encoder().save_pretrained(tmp_path / "TencentGameMate/chinese-wav2vec2-base")
+    make_sound(tmp_path / "speech.wav", 0.68)
+    save_video(tmp_path / "dance.mp4", np.zeros((17, 32, 32, 3), np.uint8))
     # What the command of docs/training.md leaves behind.
     tiny = WanTransformer3DModel.from_pretrained(ROOT / "examples" / "svi_tiny" / "model" / "transformer")
     (tmp_path / "outputs" / "svi-shot").mkdir(parents=True)

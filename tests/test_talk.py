@@ -18,9 +18,11 @@ from diffusers import (
 )
 from optimum.quanto import freeze, qint8, quantize
 from safetensors.torch import save_file
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from conftest import CLIP, TEXT_DIM, make_components, make_transformer, quiet, seeded
 from diffusers_svi import ChainState, ClipSpec, HeldLatents, LatentMotion, PixelMotion, SVIPipeline
+from diffusers_svi.conditions.audio import open_audio
 from diffusers_svi.conditions.converters import convert_audio, with_modules
 from diffusers_svi.conditions.guidance import AudioGuidance
 from diffusers_svi.conditions.talk_pipeline import MULTITALK, MULTITALK_FILE, SVITalkPipeline
@@ -29,6 +31,7 @@ from diffusers_svi.conditions.windows import audio_windows, clips_to_cover, firs
 from diffusers_svi.loading import check_recipe
 from diffusers_svi.memory.model import build
 from diffusers_svi.published import PUBLISHED
+from test_audio import speech
 from test_lora import make_lora
 
 
@@ -493,6 +496,21 @@ def make_pipe(kind: str = "i2v") -> SVITalkPipeline:
     return quiet(SVITalkPipeline(**components))
 
 
+def make_encoder() -> Wav2Vec2Model:
+    """A tiny one of the kind of wav2vec2-base."""
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        conv_dim=(8,) * 7,
+        hidden_size=CHANNELS,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=1,
+        intermediate_size=8,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=1,
+    )
+    return Wav2Vec2Model(config).eval()
+
+
 def counted(length: int) -> torch.Tensor:
     """Audio whose row n encodes n."""
     return torch.arange(float(length)).view(length, 1, 1).expand(length, LAYERS, CHANNELS).contiguous()
@@ -643,7 +661,7 @@ def test_the_guided_film_equals_one_of_three_passes_by_hand(image, heard):
     ).frames[0]
     assert len(heard) == 2 * 2  # the transformer is called as often as the parent calls it
 
-    by_hand = quiet(WanImageToVideoPipeline(**make_pipe().components, boundary_ratio=None, expand_timesteps=False))
+    by_hand = quiet(WanImageToVideoPipeline(**{**make_components("i2v"), "transformer": make_talk()}))
     model, forward = by_hand.transformer, by_hand.transformer.forward
     negative = by_hand.encode_prompt("bad", None, False)[0]
     heard_windows, passes = audio_windows(audio, 0, 9)[None], []
@@ -757,11 +775,10 @@ def test_a_chain_names_other_audio(image, caplog, monkeypatch):
     ("audio", "message"),
     [
         (None, "`audio`, which the film is to follow, is missing"),
-        ("speech.wav", "`audio` must be features .* got 'speech.wav'"),
-        (torch.zeros(9, 2, 4), r"layers x channels = 6 for this model, got \(2, 4\) of torch.float32 in 9 rows"),
-        (torch.zeros(0, 2, 3), "in 0 rows"),
-        (torch.zeros(9, 2, 3, dtype=torch.long), "torch.int64 in 9 rows"),
-        (torch.full((9, 2, 3), torch.nan), "holds values that are not finite"),
+        (7, "`audio` must be a path, `\\(array, rate\\)`, or features"),
+        (torch.zeros(9, 2, 4), "`audio` has 2 layers of 4 channels a row, but this model hears 6 values"),
+        (torch.zeros(0, 2, 3), "`audio` as features must be floats of the shape"),
+        (torch.full((9, 2, 3), torch.nan), "`audio` has values that are no numbers"),
     ],
     ids=str,
 )
@@ -780,26 +797,33 @@ def test_an_option_that_is_wrong_is_refused(image):
         pipe.stream(image, "a cat", audio=features(9), pose=1, **FAST)
 
 
-def test_features_may_be_read_when_they_are_due(image, heard):
-    """Rows of a file on disk, for one; nothing is asked of them but their number and slices."""
+def test_features_may_stay_on_disk(image, heard, tmp_path):
+    np.save(tmp_path / "speech.npy", counted(17).numpy())
+    audio = np.load(tmp_path / "speech.npy", mmap_mode="r")
+    assert told(list(make_pipe().stream(image, "a cat", audio=audio, generator=seeded(), **FAST)), heard) == list(
+        range(17)
+    )
 
-    class Lazy:
-        fingerprint = "of its own"
 
-        def __init__(self):
-            self.read = []
-
-        def __len__(self):
-            return 17
-
-        def __getitem__(self, rows):
-            self.read.append((rows.start, rows.stop))
-            return counted(17)[rows].numpy()
-
-    lazy = Lazy()
-    clips = list(make_pipe().stream(image, "a cat", audio=lazy, generator=seeded(), **FAST))
-    assert told(clips, heard) == list(range(17)) and lazy.read[-2:] == [(0, 11), (6, 17)]
-    assert clips[0].recipe["settings"]["audio"] == "17 frames of its own"
+def test_a_sound_is_heard_by_the_encoder_of_the_pipeline(image, tmp_path):
+    """Two seconds of sound are 50 rows; the film equals that of the features, and a saved pipeline has the encoder."""
+    encoder, sound = make_encoder(), (speech(2.0), 16000)
+    pipe = SVITalkPipeline(
+        **{**make_components("i2v"), "transformer": make_talk()},
+        audio_encoder=encoder,
+        audio_feature_extractor=Wav2Vec2FeatureExtractor(),
+    )
+    options = {"num_clips": 2, "generator": seeded(), **FAST}
+    film = quiet(pipe)(image, "a cat", audio=sound, **options).frames
+    rows = open_audio(sound, encoder)[:]
+    assert rows.shape == (50, LAYERS, CHANNELS)
+    options["generator"] = seeded()
+    assert np.array_equal(make_pipe()(image, "a cat", audio=rows, **options).frames, film)
+    pipe.save_pretrained(tmp_path)
+    loaded, options["generator"] = quiet(SVITalkPipeline.from_pretrained(tmp_path)), seeded()
+    assert np.array_equal(loaded(image, "a cat", audio=sound, **options).frames, film)
+    with pytest.raises(ValueError, match="`audio` is a sound: pass an `audio_encoder`"):
+        make_pipe().stream(image, "a cat", audio=sound, **FAST)
 
 
 # Loading

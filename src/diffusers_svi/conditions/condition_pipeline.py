@@ -19,7 +19,7 @@ from ..pipeline import SVIPipeline
 from ..specs import check_clip
 from ..start_image import read_image
 from .converters import with_modules
-from .given import Rows, fingerprint
+from .rows import Rows
 from .windows import clips_to_cover
 
 
@@ -86,7 +86,7 @@ class ConditionPipeline(SVIPipeline):
         if not loop:
             given["num_clips"] = self._num_clips(len(rows), prompts, merged)
         film = super()._check_film(image, prompts, given)
-        settings = {**film.settings, **own, name: f"{len(rows)} frames {fingerprint(rows)}"}
+        settings = {**film.settings, **own, name: f"{len(rows)} frames {rows.fingerprint[:16]}"}
         kwargs = {**(film.clip_options["attention_kwargs"] or {}), **own, name: rows}
         return replace(film, settings=settings, clip_options={**film.clip_options, "attention_kwargs": kwargs})
 

@@ -1,10 +1,8 @@
 """`SVIDancePipeline`: films that follow poses."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Unpack
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
@@ -17,7 +15,8 @@ from ..options import FilmOptions
 from ..pipeline import with_film_options
 from .condition_pipeline import ConditionPipeline
 from .dance_transformer import SVIDanceTransformer3DModel
-from .given import Rows
+from .pose import PoseLike, Poses, open_pose
+from .rows import Rows
 from .windows import film_rows, first_frame
 
 
@@ -43,7 +42,7 @@ class SVIDancePipeline(ConditionPipeline):
         image: PipelineImageInput | None = None,
         prompts: str | ClipSpec | Iterable[str | ClipSpec] | None = None,
         *,
-        pose: Rows | Sequence[PIL.Image.Image] | None = None,
+        pose: PoseLike | Poses | None = None,
         loop_pose: bool = False,
         return_dict: bool = True,
         **options: Unpack[FilmOptions],
@@ -56,10 +55,11 @@ class SVIDancePipeline(ConditionPipeline):
                 As in [`SVIPipeline`]. `guidance_scale` defaults to 2.0. `num_clips` defaults to as many as the poses
                 are long, for which the last prompt holds; the last clip runs on to its end, where the last pose holds.
                 More clips are refused, unless poses loop.
-            pose (`torch.Tensor` or `np.ndarray` of shape `(frames, height, width, 3)`, or a list of `PIL.Image`):
-                Pictures of poses, uint8, of the film's size, one a film frame; or anything that has these as
-                `len(pose)` rows and `pose[start:stop]`. Pose n belongs to frame n of the film, also where the film
-                goes on from a `state` or began with a video.
+            pose (`str`, `np.ndarray`, `torch.Tensor`, `list[PIL.Image.Image]` or what `open_pose` gave):
+                Pictures of poses, one a film frame: a video, a folder, keypoints in a file, or frames, see
+                [`open_pose`]. Those of another aspect than the film's are padded; open them by `open_pose` for another
+                fit, or for a video of another rate. Pose n belongs to frame n of the film, also where the film goes on
+                from a `state` or began with a video.
             loop_pose (`bool`, defaults to `False`):
                 Whether the poses begin again where they end. The number of clips is then that of a call of
                 [`SVIPipeline`].
@@ -75,7 +75,7 @@ class SVIDancePipeline(ConditionPipeline):
         image: PipelineImageInput | None = None,
         prompts: str | ClipSpec | Iterable[str | ClipSpec] | None = None,
         *,
-        pose: Rows | Sequence[PIL.Image.Image] | None = None,
+        pose: PoseLike | Poses | None = None,
         loop_pose: bool = False,
         **options: Unpack[FilmOptions],
     ) -> Iterator[Clip]:
@@ -102,21 +102,14 @@ class SVIDancePipeline(ConditionPipeline):
             )
 
     def _opened(self, condition: Any, height: int, width: int) -> Rows:
-        if isinstance(condition, (list, tuple)) and all(isinstance(item, PIL.Image.Image) for item in condition):
-            sizes = {item.size for item in condition}
-            if len(sizes) != 1:
-                raise ValueError(f"`pose` must be pictures of one size, got {sorted(sizes) or 'none'}.")
-            condition = np.stack([np.asarray(item.convert("RGB")) for item in condition])
-        is_given = hasattr(condition, "__getitem__") and not isinstance(condition, (str, tuple, list))
-        first = torch.as_tensor(condition[:1]) if is_given else torch.empty(0)
-        if first.shape != (1, height, width, 3) or first.dtype != torch.uint8:
-            got = (
-                f"{tuple(first.shape[1:])} of {first.dtype} in {len(condition)} rows" if is_given else f"{condition!r}"
-            )
+        poses = open_pose(condition, height, width)
+        size = poses[:1].shape[1:3]
+        if size != (height, width):
             raise ValueError(
-                f"`pose` must be pictures of the film's size, (frames, {height}, {width}, 3) of uint8, got {got}."
+                f"`pose` was opened for a film of {size[0]} x {size[1]} (height x width), but this one is {height} x "
+                f"{width}. Open it by `open_pose(pose, {height}, {width})`."
             )
-        return condition
+        return poses
 
     def _check_film(
         self,

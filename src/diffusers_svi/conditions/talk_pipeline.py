@@ -2,12 +2,20 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
-import numpy as np
 import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    PreTrainedTokenizerBase,
+    UMT5EncoderModel,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+)
 
 from ..caches import check_caches
 from ..chain import ChainState
@@ -19,9 +27,10 @@ from ..lora_layers import experts_of
 from ..options import FilmOptions
 from ..pipeline import with_film_options
 from ..weights_file import fetch_weights
+from .audio import AudioLike, open_audio
 from .condition_pipeline import ConditionPipeline
-from .given import Rows
 from .guidance import AudioGuidance
+from .rows import Rows
 from .talk_transformer import SVITalkTransformer3DModel
 from .windows import audio_windows, first_frame
 
@@ -38,12 +47,53 @@ class SVITalkPipeline(ConditionPipeline):
 
     Components and `from_pretrained` are those of [`SVIPipeline`], with a [`SVITalkTransformer3DModel`] once the audio
     modules are loaded: with the LoRA, by `load_lora_weights`, or by `load_audio_modules`. A saved pipeline has them.
+
+    Args:
+        audio_encoder (`Wav2Vec2Model`, *optional*):
+            Of `TencentGameMate/chinese-wav2vec2-base`, for the published modules. Features of a sound that were
+            computed before need none.
+        audio_feature_extractor (`Wav2Vec2FeatureExtractor`, *optional*): Its own.
     """
+
+    _optional_components: ClassVar[list[str]] = [
+        *ConditionPipeline._optional_components,
+        "audio_encoder",
+        "audio_feature_extractor",
+    ]
 
     _follows = "audio"
     _kind = SVITalkTransformer3DModel
     _guidance_scale = GUIDANCE
     _longer = "The film ends with its audio: leave `num_clips` out, or lengthen the sound by silence."
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        image_processor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModel | None = None,
+        transformer: WanTransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+        audio_encoder: Wav2Vec2Model | None = None,
+        audio_feature_extractor: Wav2Vec2FeatureExtractor | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            text_encoder,
+            vae,
+            scheduler,
+            image_processor,
+            image_encoder,
+            transformer,
+            transformer_2,
+            boundary_ratio,
+            expand_timesteps,
+        )
+        self.register_modules(audio_encoder=audio_encoder, audio_feature_extractor=audio_feature_extractor)
 
     @with_film_options(guidance_scale=GUIDANCE)
     def __call__(
@@ -51,7 +101,7 @@ class SVITalkPipeline(ConditionPipeline):
         image: PipelineImageInput | None = None,
         prompts: str | ClipSpec | Iterable[str | ClipSpec] | None = None,
         *,
-        audio: Rows | None = None,
+        audio: AudioLike | Rows | None = None,
         audio_guidance_scale: float = AUDIO_GUIDANCE,
         return_dict: bool = True,
         **options: Unpack[FilmOptions],
@@ -64,10 +114,11 @@ class SVITalkPipeline(ConditionPipeline):
                 As in [`SVIPipeline`]. `guidance_scale`, that of the prompt, defaults to 2.0. `num_clips` defaults to
                 as many as the audio is long, for which the last prompt holds; the last clip runs on to its end, where
                 the last row of audio holds. More clips are refused.
-            audio (`torch.Tensor` or `np.ndarray` of shape `(frames, layers, channels)`):
-                Features of the speech, a row a film frame, of wav2vec2 `(frames, 12, 768)`; or anything that has
-                these as `len(audio)` rows and `audio[start:stop]`. Row n belongs to frame n of the film, also where
-                the film goes on from a `state` or began with a video.
+            audio (`str`, `tuple`, `np.ndarray`, `torch.Tensor` or what `open_audio` gave):
+                A sound, which needs the `audio_encoder`: a file, or `(array, rate)`, heard at 25 film frames a second;
+                or its features, a row a film frame, `(frames, 12, 768)`. For another rate of frames, open it by
+                `open_audio`. Row n belongs to frame n of the film, also where the film goes on from a `state` or began
+                with a video.
             audio_guidance_scale (`float`, defaults to 5.0):
                 Weight of the audio, see [`AudioGuidance`]. Where it is not 1, each step takes a pass more: three with
                 guidance by the prompt, two without.
@@ -83,7 +134,7 @@ class SVITalkPipeline(ConditionPipeline):
         image: PipelineImageInput | None = None,
         prompts: str | ClipSpec | Iterable[str | ClipSpec] | None = None,
         *,
-        audio: Rows | None = None,
+        audio: AudioLike | Rows | None = None,
         audio_guidance_scale: float = AUDIO_GUIDANCE,
         **options: Unpack[FilmOptions],
     ) -> Iterator[Clip]:
@@ -149,20 +200,15 @@ class SVITalkPipeline(ConditionPipeline):
             self.load_audio_modules()
 
     def _opened(self, condition: Any, height: int, width: int) -> Rows:
-        is_given = hasattr(condition, "__getitem__") and not isinstance(condition, (str, tuple, list))
-        first = torch.as_tensor(condition[:1]) if is_given else torch.empty(0)
+        features = open_audio(condition, self.audio_encoder, feature_extractor=self.audio_feature_extractor)
         audio_dim = self._bare_transformer.config.audio_dim
-        if first.ndim != 3 or not len(first) or first[0].numel() != audio_dim or not first.is_floating_point():
-            got = (
-                f"{tuple(first.shape[1:])} of {first.dtype} in {len(condition)} rows" if is_given else f"{condition!r}"
-            )
+        _, layers, channels = features.shape
+        if layers * channels != audio_dim:
             raise ValueError(
-                f"`audio` must be features (frames, layers, channels), floats with layers x channels = {audio_dim} "
-                f"for this model, got {got}."
+                f"`audio` has {layers} layers of {channels} channels a row, but this model hears {audio_dim} values: "
+                "12 x 768 of `TencentGameMate/chinese-wav2vec2-base`, for the published one."
             )
-        if isinstance(condition, (torch.Tensor, np.ndarray)) and not torch.as_tensor(condition).isfinite().all():
-            raise ValueError("`audio` holds values that are not finite. Compute the features again.")
-        return condition
+        return features
 
     def _check_film(
         self,

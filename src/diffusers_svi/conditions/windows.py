@@ -7,7 +7,7 @@ import torch
 from ..chain import ChainState
 from ..conditioning import Scheme
 from ..wan import TEMPORAL_FACTOR
-from .given import Rows
+from .rows import Rows
 
 
 def first_frame(state: ChainState) -> int:
