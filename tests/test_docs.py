@@ -11,10 +11,14 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from conftest import make_components
-from diffusers_svi import PixelMotion, SVIPipeline
+from diffusers_svi import PixelMotion, SVIPipeline, save_video
+from diffusers_svi.conditions.talk_pipeline import MULTITALK, MULTITALK_FILE
 from diffusers_svi.lora_file import lora_metadata
+from test_dance import make_dwpose
 from test_lora import make_lora
 from test_quantized import make_expert, write_gguf
+from test_sound import make_sound
+from test_talk import make_encoder, make_multitalk
 
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +71,14 @@ def folder(tmp_path, monkeypatch):
     lora = tmp_path / "vita-video-gen/svi-model/version-1.0/svi-film-opt-10212025.safetensors"
     lora.parent.mkdir(parents=True)
     save_file(make_lora(wan.transformer), lora)
+    # Talk and Dance: audio and poses of a film of two clips.
+    save_file(make_lora(wan.transformer), lora.with_name("svi-talk.safetensors"))
+    save_file({**make_lora(wan.transformer), **make_dwpose()}, lora.with_name("svi-dance.safetensors"))
+    (tmp_path / MULTITALK).mkdir(parents=True)
+    save_file(make_multitalk(), tmp_path / MULTITALK / MULTITALK_FILE)
+    make_encoder().save_pretrained(tmp_path / "TencentGameMate/chinese-wav2vec2-base")
+    make_sound(tmp_path / "speech.wav", 0.68)
+    save_video(tmp_path / "dance.mp4", np.zeros((17, 32, 32, 3), np.uint8))
     # What the command of docs/training.md leaves behind.
     tiny = WanTransformer3DModel.from_pretrained(ROOT / "examples" / "svi_tiny" / "model" / "transformer")
     (tmp_path / "outputs" / "svi-shot").mkdir(parents=True)

@@ -815,10 +815,13 @@ def test_talk_and_dance_are_named(i2v, tmp_path, member):
     state_dict = {**make_lora(i2v.transformer), extra: torch.zeros(2, 2)}
     save_file(state_dict, tmp_path / f"svi-{member}.safetensors")
     save_file(state_dict, tmp_path / "renamed.safetensors")
-    with pytest.raises(ValueError, match=rf"not supported yet: SVI-{member.title()} needs modules.*{extra}"):
-        i2v.load_lora_weights(tmp_path, weight_name=f"svi-{member}.safetensors")
-    with pytest.raises(ValueError, match=r"not supported yet: It needs modules beside the LoRA"):
-        i2v.load_lora_weights(tmp_path, weight_name="renamed.safetensors")
+    named = {"talk": "audio, .* load it with `SVITalkPipeline`", "dance": "pose, .* load it with `SVIDancePipeline`"}
+    for name in (f"svi-{member}.safetensors", "renamed.safetensors"):
+        with pytest.raises(ValueError, match=f"is for films that follow {named[member]}"):
+            i2v.load_lora_weights(tmp_path, weight_name=name)
+        with pytest.raises(ValueError, match=f"is for films that follow {named[member]}"):
+            SVIPipeline.lora_state_dict(tmp_path, weight_name=name)
+    assert not hasattr(i2v.transformer, "peft_config")
 
 
 @pytest.mark.parametrize(("side", "shape"), [("A", (4, 99)), ("B", (99, 4))])

@@ -8,6 +8,8 @@ __version__ = "0.1.0.dev0"
 
 _MODULES = {
     "SVIPipeline": "pipeline",
+    "SVITalkPipeline": "conditions.talk_pipeline",
+    "SVIDancePipeline": "conditions.dance_pipeline",
     "SVIBlocks": "modular",
     "SVIModularPipeline": "modular",
     "FilmOptions": "options",

@@ -13,11 +13,11 @@ from diffusers.models import attention_dispatch
 from diffusers.utils.torch_utils import get_device
 
 from .checks import check_choice
-from .lora_file import NO_FILE
 from .lora_layers import EXPERTS
 from .pipeline import SVIPipeline
 from .presets import DTYPES, OFFLOADS, QUANTIZATIONS, Preset
 from .scheduler import SVIEulerScheduler
+from .weights_file import NO_FILE
 
 
 def load_pipeline(
@@ -129,6 +129,9 @@ def check_recipe(film: Mapping[str, Any], model: str | Path | None = None) -> No
         sources = [lora["name"] for lora in loras]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The recipe does not tell what the film was made with ({error!r} is missing).") from error
+    for condition in ("audio", "pose"):
+        if condition in film.get("settings", {}):
+            raise ValueError(f"The film follows `{condition}`, of which a recipe tells no more than a fingerprint.")
     if told.get("fused"):
         raise ValueError("The film was made with LoRAs that were fused into the model, of which no file is known.")
     if told["name"] is None and model is None:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -21,7 +21,7 @@ from peft import get_peft_model_state_dict
 
 from .checks import check_choice
 from .conditioning import Scheme, scheme_from_dict
-from .lora_file import EXPERTS, LoraFile, check_scheme, read_lora, write_lora
+from .lora_file import EXPERTS, LoraFile, check_condition, check_scheme, read_lora, write_lora
 from .lora_keys import some_of
 from .lora_layers import at_work, check_fits, layer_of, lora_layers
 
@@ -46,6 +46,9 @@ class _ClassOrInstanceMethod(classmethod):
 class SVILoraLoaderMixin(WanLoraLoaderMixin):
     """diffusers' loader of LoRAs for Wan pipelines, for SVI LoRAs: before the pipeline among the bases of a class."""
 
+    # What films follow beside text, "audio" or "pose".
+    _follows: ClassVar[str | None] = None
+
     @classmethod
     def lora_state_dict(
         cls,
@@ -55,6 +58,7 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict | None]:
         """As in diffusers, for every key layout of an SVI LoRA; arguments and errors are those of [`read_lora`]."""
         lora = read_lora(pretrained_model_name_or_path_or_dict, **kwargs)
+        check_condition(lora)
         return (lora.state_dict, lora.adapter_metadata) if return_lora_metadata else lora.state_dict
 
     def load_lora_weights(
@@ -118,6 +122,8 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                 )
             files["transformer_2"] = read_lora(pretrained_model_name_or_path_or_dict, weight_name_2, **hub_options)
 
+        for lora in files.values():
+            check_condition(lora, self._follows)
         state_dicts = {component: self._fitted(component, lora, expert) for component, lora in files.items()}
         schemes = [conditioning] if conditioning is not None else [lora.conditioning for lora in files.values()]
         if len(set(schemes)) > 1:
@@ -151,6 +157,7 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                     f"{files[component].name!r} has more: {some_of(more)}. Load it under a name of its own."
                 )
         for component, lora in files.items():
+            self._load_modules(component, lora)
             self.load_lora_into_transformer(
                 state_dicts[component],
                 transformer=getattr(self, component),
@@ -331,6 +338,9 @@ class SVILoraLoaderMixin(WanLoraLoaderMixin):
                     for scheme, clip_resize in schemes.values()
                 ]
                 transformer.register_to_config(**{FUSED_KEY: [*known, *added]})
+
+    def _load_modules(self, component: str, lora: LoraFile) -> None:
+        """Give `component` the modules that films of `lora` need, if it needs any."""
 
     def _fitted(self, component: str, lora: LoraFile, expert: str | None) -> dict[str, torch.Tensor]:
         """The weights of `lora` once it is sure that they belong into `component`."""

@@ -1,35 +1,25 @@
 """Files of SVI LoRAs, and the scheme each was trained for."""
 
-import hashlib
 import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import (
-    LORA_ADAPTER_METADATA_KEY,
-    LORA_WEIGHT_NAME_SAFE,
-    _best_guess_weight_name,
-    _fetch_state_dict,
-)
-from diffusers.utils import _get_model_file, logging
-from huggingface_hub import HfApi
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import HTTPError
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import logging
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .checks import check_choice
 from .conditioning import HeldLatents, LatentMotion, PixelMotion, Scheme, scheme_from_dict
 from .files import written_whole
-from .hub import hub_trouble
 from .lora_keys import original_name, some_of, to_diffusers
 from .pixels import CLIP_RESIZES
+from .weights_file import fetch_weights
 
 
 logger = logging.get_logger(__name__)
@@ -39,11 +29,6 @@ CONDITIONING_KEY = "svi_conditioning"
 EXPERT_KEY = "svi_expert"
 CLIP_RESIZE_KEY = "svi_clip_resize"
 EXPERTS = ("high", "low")
-# What stands for the source of a LoRA that no file tells.
-NO_FILE = ("a state dict", "loaded otherwise")
-# Where a file of the Hub lies in the cache.
-_SNAPSHOT = re.compile(r"[\\/]snapshots[\\/](?P<commit>[0-9a-f]{40})[\\/]")
-_HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
 
 # A published repository that is for one scheme: Pro for TI2V-5B (Impulse2000/svi-model-pro-5b).
 _REPOSITORIES = ((r"svi[-_]model[-_]pro[-_]5b", HeldLatents(num_latents=1)),)
@@ -54,6 +39,7 @@ _PUBLISHED = (
     (r"svi[-_]film", PixelMotion(num_frames=5, padding="zeros")),
     (r"svi[-_]shot", PixelMotion(num_frames=1, padding="reference")),
     (r"svi[-_]tom", PixelMotion(num_frames=1, padding="zeros")),
+    (r"svi[-_](talk|dance)", PixelMotion(num_frames=1, padding="reference")),
     (r"svi.*wan2\.?2.*v2\.0_pro|svi_v2_pro.*wan2\.2", LatentMotion(num_latents=1)),
     (r"svi_wan2\.1.*v2\.0", PixelMotion(num_frames=5, padding="reference")),
     (r"svi_wan2\.2.*v2\.0", PixelMotion(num_frames=1, padding="reference")),
@@ -63,7 +49,13 @@ _EXPERT = re.compile(
     r"(?<![a-z])(?P<expert>high|low)_noise(?![a-z])"
     r"|a14b(?:-4steps-lora)?_(?:[ti]2v_)?(?P<copy>high|low)_(?:lora|lightning|lightx2v|fp16|bf16)"
 )
-_UNSUPPORTED = {r"svi[-_]talk": "SVI-Talk", r"svi[-_]dance": "SVI-Dance"}
+# Members whose films follow something beside text, and the modules for it that may lie in the file of the LoRA.
+_CONDITIONS = (
+    (r"svi[-_]talk", "audio", r"(?:^|\.)(?:audio_proj|audio_cross_attn|norm_x)\."),
+    (r"svi[-_]dance", "pose", r"(?:^|\.)(?:dwpose_embedding|randomref_embedding_pose)\."),
+)
+# What such films are made with.
+_PIPELINES = {"audio": "SVITalkPipeline", "pose": "SVIDancePipeline"}
 
 # What the published LoRAs train, in every block.
 TARGET_MODULES = [
@@ -87,6 +79,8 @@ class LoraFile:
         name (`str`): What to call the file in messages.
         source (`dict`): Where it came from: `name`, `weight_name`, `subfolder`, `revision` and the file's `sha256`,
             as far as there are any.
+        condition (`str`, *optional*): What its films follow beside text, "audio" or "pose".
+        modules (`dict[str, torch.Tensor]`): Weights of the modules for that, under the file's own names.
     """
 
     state_dict: dict[str, torch.Tensor]
@@ -96,6 +90,8 @@ class LoraFile:
     clip_resize: str | None
     name: str
     source: dict[str, str]
+    condition: str | None = None
+    modules: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def read_lora(
@@ -112,43 +108,9 @@ def read_lora(
         ValueError: if the file cannot be read, is pickled, holds no LoRA or a damaged one, or needs modules that are
             not supported; for an option that is not one of those above, and `weight_name` where `source` is no folder.
     """
-    for option in hub_options:
-        check_choice("hub_options", option, _HUB_OPTIONS)
-    if weight_name is not None and (isinstance(source, dict) or os.path.isfile(source)):
-        raise ValueError(
-            f"`weight_name`={weight_name!r} is a file in a folder or repository, but what it is to be in is "
-            f"{'a state dict' if isinstance(source, dict) else f'the file {os.fspath(source)!r}'}: leave it out, or "
-            "give the folder."
-        )
-    name = _name(source, weight_name)
-    if not isinstance(source, dict):
-        _refuse_pickles(source, weight_name)
-    try:
-        if weight_name is None and not isinstance(source, dict):
-            weight_name = (
-                _best_guess_weight_name(source)
-                if os.path.exists(source)
-                else _file_of_repository(os.fspath(source), hub_options)
-            )
-        state_dict, adapter_metadata, file_metadata = _fetch_state_dict(
-            source,
-            weight_name=weight_name,
-            use_safetensors=True,
-            allow_pickle=False,
-            return_file_metadata=True,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            **{option: hub_options.get(option) for option in _HUB_OPTIONS},
-        )
-    except (OSError, HTTPError, IndexError, SafetensorError, ValueError, TypeError, RecursionError) as error:
-        trouble = hub_trouble(error, str(source))
-        if trouble is not None:
-            raise ValueError(f"No LoRA could be read from {name!r}. {trouble}") from None
-        raise ValueError(
-            f"No LoRA could be read from {name!r}: {error} Give a safetensors file, or a folder or Hub repository "
-            "with `weight_name`, the file in it."
-        ) from error
-    origin = _origin(source, weight_name, hub_options)
-    _refuse_unsupported(name, state_dict)
+    fetched = fetch_weights(source, weight_name, what="LoRA", **hub_options)
+    name, state_dict, adapter_metadata = fetched.name, fetched.state_dict, fetched.adapter_metadata
+    state_dict, modules = _without_modules(state_dict)
     if adapter_metadata is not None and any(key.endswith(".alpha") for key in state_dict):
         raise ValueError(
             f"The LoRA {name!r} gives its alpha twice, among the weights and as `{LORA_ADAPTER_METADATA_KEY}` in the "
@@ -165,7 +127,7 @@ def read_lora(
     conditioning, expert = _published(name)
     # source: the authors' code shows CLIP all of a frame, in training as well
     clip_resize = None if conditioning is None else "squash"
-    metadata = file_metadata or {}
+    metadata = fetched.metadata
     if CONDITIONING_KEY in metadata:
         conditioning = _scheme(name, metadata[CONDITIONING_KEY])
         clip_resize = metadata.get(CLIP_RESIZE_KEY)
@@ -174,7 +136,17 @@ def read_lora(
     if EXPERT_KEY in metadata:
         expert = metadata[EXPERT_KEY]
         check_choice(EXPERT_KEY, expert, EXPERTS)
-    return LoraFile(state_dict, adapter_metadata, conditioning, expert, clip_resize, name, origin)
+    origin, condition = fetched.source, _condition(name, modules)
+    return LoraFile(state_dict, adapter_metadata, conditioning, expert, clip_resize, name, origin, condition, modules)
+
+
+def check_condition(lora: LoraFile, condition: str | None = None) -> None:
+    """Raise a `ValueError` where the films of `lora` follow something beside text that is not `condition`."""
+    if lora.condition not in (None, condition):
+        raise ValueError(
+            f"The LoRA {lora.name!r} is for films that follow {lora.condition}, for which a model has modules of "
+            f"its own: load it with `{_PIPELINES[lora.condition]}`."
+        )
 
 
 def check_scheme(conditioning: Scheme | None) -> None:
@@ -292,6 +264,25 @@ def _published(name: str) -> tuple[Scheme | None, str | None]:
     return next(iter(schemes), None), (expert["expert"] or expert["copy"]) if expert else None
 
 
+def _without_modules(
+    state_dict: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What a file holds of a LoRA, and what it holds of modules for audio or poses."""
+    of_modules = [
+        key for key in state_dict if ".lora_" not in key and any(re.search(keys, key) for *_, keys in _CONDITIONS)
+    ]
+    modules = {key: state_dict[key] for key in of_modules}
+    return {key: value for key, value in state_dict.items() if key not in modules}, modules
+
+
+def _condition(name: str, modules: dict[str, torch.Tensor]) -> str | None:
+    stem = os.path.basename(name).lower()
+    for pattern, condition, keys in _CONDITIONS:
+        if re.search(pattern, stem) or any(re.search(keys, key) for key in modules):
+            return condition
+    return None
+
+
 def _scheme(name: str, text: str) -> Scheme:
     try:
         return scheme_from_dict(json.loads(text))
@@ -322,74 +313,4 @@ def _check_config(name: str, adapter_metadata: Any, state_dict: dict[str, torch.
         raise ValueError(
             f"The metadata of the LoRA {name!r} has a `{LORA_ADAPTER_METADATA_KEY}` that is not that of the weights: "
             "another rank, an alpha that is not above 0, or DoRA. Save it again with `save_lora_weights`."
-        )
-
-
-def _name(source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str | None) -> str:
-    if isinstance(source, dict):
-        return "state dict"
-    return os.path.join(os.fspath(source), weight_name) if weight_name else os.fspath(source)
-
-
-def _origin(
-    source: str | os.PathLike | dict[str, torch.Tensor], weight_name: str | None, hub_options: dict[str, Any]
-) -> dict[str, str]:
-    """Where a LoRA that was just read came from, and the digest of its file."""
-    if isinstance(source, dict):
-        return {"name": NO_FILE[0]}
-    name, revision, subfolder = os.fspath(source), hub_options.get("revision"), hub_options.get("subfolder")
-    file = _get_model_file(
-        name,
-        weights_name=weight_name or LORA_WEIGHT_NAME_SAFE,
-        subfolder=subfolder,
-        revision=revision,
-        cache_dir=hub_options.get("cache_dir"),
-        local_files_only=True,
-    )
-    with open(file, "rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    commit = None if os.path.exists(name) else _SNAPSHOT.search(file)
-    told = {
-        "name": name,
-        "weight_name": weight_name,
-        "subfolder": subfolder,
-        # A branch moves on; the commit that it was does not.
-        "revision": commit["commit"] if commit else revision,
-        "sha256": sha256,
-    }
-    return {key: value for key, value in told.items() if value is not None}
-
-
-def _file_of_repository(repo_id: str, hub_options: dict[str, Any]) -> str | None:
-    """The one LoRA of a repository. diffusers would look for it without token and revision."""
-    if hub_options.get("local_files_only") or HF_HUB_OFFLINE:
-        return None
-    folder = f"{hub_options['subfolder']}/" if hub_options.get("subfolder") else ""
-    files = HfApi(token=hub_options.get("token")).list_repo_files(repo_id, revision=hub_options.get("revision"))
-    names = [file.removeprefix(folder) for file in files if file.startswith(folder) and file.endswith(".safetensors")]
-    if LORA_WEIGHT_NAME_SAFE in names:
-        return LORA_WEIGHT_NAME_SAFE
-    if len(names) > 1:
-        raise ValueError(f"It has several files, {', '.join(map(repr, sorted(names)))}.")
-    return names[0] if names else None
-
-
-def _refuse_pickles(source: str | os.PathLike, weight_name: str | None) -> None:
-    file = weight_name if weight_name is not None else os.fspath(source) if os.path.isfile(source) else None
-    if file is not None and not file.endswith(".safetensors"):
-        raise ValueError(
-            f"The LoRA {_name(source, weight_name)!r} is not a safetensors file. Other formats can run code when they "
-            "are read and are not loaded; convert it with `safetensors.torch.save_file` where you trust it."
-        )
-
-
-def _refuse_unsupported(name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    stem = os.path.basename(name).lower()
-    extra = sorted(key for key in state_dict if re.search(r"audio|dwpose|randomref_embedding", key))
-    member = next((member for pattern, member in _UNSUPPORTED.items() if re.search(pattern, stem)), None)
-    if member or extra:
-        what = f"{member or 'It'} needs modules beside the LoRA (audio or pose)"
-        raise ValueError(
-            f"The LoRA {name!r} is not supported yet: {what}{f', such as {extra[0]!r}' if extra else ''}. Supported "
-            "are SVI-Shot, Film, Tom&Jerry, 2.0 and 2.0 Pro."
         )

@@ -41,17 +41,21 @@ from .wan import TEMPORAL_FACTOR, decode_video
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _with_film_options(method: Method) -> Method:
-    """Show the options and their defaults in the method's signature, where `help` and diffusers' tools look."""
-    signature = inspect.signature(method)
-    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    annotations = FilmOptions.__annotations__
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[name])
-        for name, default in FILM_DEFAULTS.items()
-    ]
-    method.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-    return method
+def with_film_options(**defaults: Any) -> Callable[[Method], Method]:
+    """Show the options in a method's signature, where `help` and diffusers' tools look; `defaults` are its own."""
+
+    def shown(method: Method) -> Method:
+        signature = inspect.signature(method)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        annotations = FilmOptions.__annotations__
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[name])
+            for name, default in {**FILM_DEFAULTS, **defaults}.items()
+        ]
+        method.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+        return method
+
+    return shown
 
 
 class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
@@ -65,7 +69,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
     (two experts) and Wan 2.2 TI2V-5B (`expand_timesteps`).
     """
 
-    @_with_film_options
+    @with_film_options()
     @torch.no_grad()
     def __call__(
         self,
@@ -106,7 +110,7 @@ class SVIPipeline(SVILoraLoaderMixin, HubModelMixin, ClipPipeline):
         video = [frames] if isinstance(frames, list) else frames[None]
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
-    @_with_film_options
+    @with_film_options()
     def stream(
         self,
         image: PipelineImageInput | None = None,

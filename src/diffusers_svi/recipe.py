@@ -16,10 +16,10 @@ from . import __version__
 from .conditioning import Scheme
 from .data_uri import to_data_uri
 from .lora import FUSED_KEY
-from .lora_file import NO_FILE
 from .lora_layers import experts_of, lora_layers
 from .notes import read_notes
 from .pixels import to_pil, to_uint8
+from .weights_file import NO_FILE
 
 
 FORMAT = "diffusers_svi.recipe"

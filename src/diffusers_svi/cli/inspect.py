@@ -79,7 +79,8 @@ def _lora(file: Path) -> None:
 
     lora = read_lora(file)
     ranks = sorted({value.shape[0] for key, value in lora.state_dict.items() if ".lora_A." in key})
-    told = {
+    told: dict[str, Any] = {"follows": lora.condition} if lora.condition is not None else {}
+    told |= {
         "scheme": lora.conditioning or "not known: pass `conditioning=` to `load_lora_weights`",
         "expert": lora.expert or "none of two",
         "CLIP sees": lora.clip_resize or "not told",

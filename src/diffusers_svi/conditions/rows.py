@@ -1,6 +1,19 @@
 """What conditions of any kind have in common: rows, one a film frame, that are taken as `[start:stop]`."""
 
-from typing import Any
+from typing import Any, Protocol
+
+
+class Rows(Protocol):
+    """A condition of a film: `len(...)` rows, and `[start:stop]` of them; rows may be computed when they are due."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What it is made of, shortly."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Any:
+        """A tensor or an array."""
 
 
 def bounds(rows: Any, length: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import is_compiled_module
 from peft import LoraConfig, convert_to_lora, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 
-from ..lora_file import read_lora
+from ..lora_file import check_condition, read_lora
 from .layers import check_layers
 
 
@@ -22,9 +22,10 @@ def read_init_lora(
     """The weights to go on from, at the scale of a LoRA of `rank` and `alpha`.
 
     Raises:
-        ValueError: if there is no LoRA, or it has another rank.
+        ValueError: if there is no LoRA, it has another rank, or its films follow audio or poses.
     """
     lora = read_lora(source, weight_name, cache_dir=cache_dir)
+    check_condition(lora)
     ranks = {value.shape[0] for name, value in lora.state_dict.items() if ".lora_A." in name}
     if ranks != {rank}:
         raise ValueError(
