@@ -53,6 +53,7 @@ from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.flow import interpolate, shifted_sigmas
 from diffusers_svi.frames import Video
 from diffusers_svi.lora_file import read_lora, save_lora
+from diffusers_svi.training.block_offload import BlockOffload
 from diffusers_svi.training.cache import TensorCache
 from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
@@ -72,7 +73,7 @@ from diffusers_svi.training.optimizers import (
     make_optimizer,
 )
 from diffusers_svi.training.push import PushError, download_model, open_repo, push
-from diffusers_svi.training.ranges import check_combinations, check_ranges
+from diffusers_svi.training.ranges import check_combinations, check_placement, check_ranges
 from diffusers_svi.training.run_arguments import (
     check_steps,
     compare_arguments,
@@ -158,6 +159,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--expert", choices=("high", "low"), help="Wan 2.2 A14B: which expert to train, on its side of the boundary.")
     text = "Load the frozen base quantized by bitsandbytes (QLoRA). For long films use the LoRA on the full base."
     add("--quantize_base", choices=("4bit", "8bit"), help=text)
+    text = (
+        "Keep the blocks of the frozen base on the CPU but when they compute, the next one copied meanwhile. Needs "
+        "--gradient_checkpointing."
+    )
+    add("--group_offload", action="store_true", help=text)
     text = "Tiles in the VAE, for less memory. Not as published: over many clips, tiles leave traces."
     add("--enable_tiling", "--tiled", action="store_true", help=text)
     add("--offload", action="store_true", help="Keep encoders and VAE on the CPU but when they are used.")
@@ -708,6 +714,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # What is wanted, against what was begun
     plugin = accelerator.state.deepspeed_plugin
     launched = {"mixed_precision": accelerator.mixed_precision, "zero_stage": plugin and plugin.zero_stage}
+    check_placement(vars(args), launched["zero_stage"])
     arguments = describe_arguments({**vars(args), **launched})
     arguments_file = output_dir / ("arguments.json" if args.expert is None else f"arguments_{args.expert}_noise.json")
     resumed = find_checkpoint(output_dir, args.resume_from_checkpoint, accelerator.num_processes)
@@ -803,7 +810,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if not args.quantize_base:
+    if args.group_offload:
+        BlockOffload(transformer, accelerator.device)
+    elif not args.quantize_base:
         transformer.to(accelerator.device)
     config = next(iter(transformer.peft_config.values()))
 

@@ -9,7 +9,7 @@ import torch
 from conftest import load_script
 from diffusers_svi.training import ranges
 from diffusers_svi.training.finite import all_finite
-from diffusers_svi.training.ranges import check_ranges
+from diffusers_svi.training.ranges import check_combinations, check_placement, check_ranges
 
 
 BASE = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--train_data_dir=z", "--report_to=none"]
@@ -73,6 +73,7 @@ def test_a_number_out_of_its_range_is_refused(name, value, wanted):
             "Give one of `--validation_steps` and `--validation_epochs`",
         ),
         (["--optimizer=prodigy", "--use_8bit_adam"], "`--use_8bit_adam` is for `--optimizer adamw`, got prodigy."),
+        (["--group_offload"], "`--group_offload` needs `--gradient_checkpointing`: without it the backward pass"),
         (["--lora_layers=to_z"], "`--lora_layers`: 'to_z' is none of"),
     ],
 )
@@ -80,6 +81,21 @@ def test_what_would_do_nothing_is_refused(parse_args, capsys, options, message):
     with pytest.raises(SystemExit) as exit:
         parse_args([*BASE, *options])
     assert exit.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_blocks_are_moved_by_one_only():
+    values = {"group_offload": True, "gradient_checkpointing": True, "quantize_base": "4bit"}
+    values |= {name: value for name, (_, _, value) in ranges.OPTIONS_OF.items()}
+    values |= {option: None for option, _, _ in ranges.OPTIONS_OF.values()}
+    values |= {"lr_warmup_steps": 0, "validation_steps": None}
+    with pytest.raises(ValueError, match="moves plain weights, `--quantize_base 4bit` has others: give one"):
+        check_combinations(values)
+    check_combinations({**values, "quantize_base": None})
+    for stage in (2, 3):
+        with pytest.raises(ValueError, match=rf"DeepSpeed \(ZeRO-{stage}\) would both place the weights: launch"):
+            check_placement(values, stage)
+        check_placement({**values, "group_offload": False}, stage)
+    check_placement(values, None)
 
 
 def test_what_goes_together_is_taken(parse_args):

@@ -287,14 +287,22 @@ def test_a_run_of_another_preset_is_refused_where_a_lora_lies(models, tmp_path, 
 
 @pytest.mark.parametrize("mode", ["local", "sharded"])
 def test_two_processes(models, tmp_path, mode):
-    """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same."""
+    """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same.
+
+    So it is with blocks on the CPU, and a film made on the way.
+    """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     options = {"launcher": launcher, "bank_mode": mode, "samples_per_video": 2, "buffer_warmup_iter": 2}
     options |= {"latent_cache_dir": tmp_path / "cache", "checkpointing_steps": 2}
     train(models / "i2v", tmp_path / "straight", max_train_steps=4, **options)
     shutil.copytree(tmp_path / "straight/checkpoint-2", tmp_path / "again/checkpoint-2")
+    PIL.Image.new("RGB", (64, 64), "teal").save(tmp_path / "start.png")
+    options |= {"validation_prompt": ["a cat"], "validation_image": tmp_path / "start.png", "validation_steps": 3}
+    options |= {"validation_inference_steps": 1, "group_offload": True, "gradient_checkpointing": True}
     train(models / "i2v", tmp_path / "again", max_train_steps=4, resume_from_checkpoint="latest", **options)
     assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
+    films = sorted(path.name for path in (tmp_path / "again" / "validation").glob("*.mp4"))
+    assert films == ["step-3.mp4", "step-4.mp4"]
     for rank in (0, 1):
         for name in (f"bank-{rank}.safetensors", f"recycler-{rank}.safetensors"):
             assert_same(tmp_path / "straight/checkpoint-4" / name, tmp_path / "again/checkpoint-4" / name)
@@ -412,16 +420,17 @@ def test_layers_and_dropout_of_the_lora(models, tmp_path):
     assert "`--lora_layers`: this model has no add_k_proj. Leave it out." in message
 
 
-def test_a_variant_with_its_encoders_offloaded(models, tmp_path):
-    """The same LoRA, bit for bit, as with everything in place; tiles make latents of their own."""
+def test_a_variant_with_its_encoders_and_blocks_offloaded(models, tmp_path):
+    """The same LoRA, bit for bit, and film as with everything in place; tiles make latents of their own."""
     SVIPipeline.from_pretrained(models / "wan2.1").save_pretrained(tmp_path / "fp32", variant="fp32")
     assert (tmp_path / "fp32" / "vae" / "diffusion_pytorch_model.fp32.safetensors").is_file()
     image = tmp_path / "start.png"
     PIL.Image.fromarray(world.render(world.State("blue sky", 0))).save(image)
     film = {"validation_prompt": ["a cat sits"], "validation_image": image, "validation_inference_steps": 1}
     options = {"max_train_steps": 1, "train_data_dir": models / "world", **film}
+    blocks = {"group_offload": True, "gradient_checkpointing": True}
     train(models / "wan2.1", tmp_path / "plain", **options)
-    train(tmp_path / "fp32", tmp_path / "offloaded", variant="fp32", offload=True, **options)
+    train(tmp_path / "fp32", tmp_path / "offloaded", variant="fp32", offload=True, **blocks, **options)
     assert_same(tmp_path / "plain" / LORA, tmp_path / "offloaded" / LORA)
     figures = [(tmp_path / name / "validation" / "step-1.json").read_text() for name in ("plain", "offloaded")]
     assert figures[0] == figures[1]

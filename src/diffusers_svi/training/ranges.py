@@ -78,3 +78,28 @@ def check_combinations(values: Mapping[str, object]) -> None:
         )
     if values["validation_steps"] and values["validation_epochs"]:
         raise ValueError("Give one of `--validation_steps` and `--validation_epochs`, got both.")
+    if values["group_offload"]:
+        if not values["gradient_checkpointing"]:
+            raise ValueError(
+                "`--group_offload` needs `--gradient_checkpointing`: without it the backward pass would want all "
+                "blocks on the device at once."
+            )
+        if values["quantize_base"]:
+            raise ValueError(
+                f"`--group_offload` moves plain weights, `--quantize_base {values['quantize_base']}` has others: give "
+                "one of the two."
+            )
+
+
+def check_placement(values: Mapping[str, object], zero_stage: int | None) -> None:
+    """Raise a `ValueError` if an argument and DeepSpeed would both place the weights.
+
+    Args:
+        values (`Mapping[str, object]`): All arguments by name.
+        zero_stage (`int`, *optional*): Of DeepSpeed, if the run was launched with it.
+    """
+    if values["group_offload"] and zero_stage is not None:
+        raise ValueError(
+            f"`--group_offload` and DeepSpeed (ZeRO-{zero_stage}) would both place the weights: launch without "
+            "DeepSpeed, or give ZeRO-3 `offload_param_device: cpu` instead."
+        )

@@ -45,7 +45,8 @@ COMPARED = (
 )
 # What is trained does not depend on them.
 FREE = (
-    *("output_dir", "cache_dir", "latent_cache_dir", "dataloader_num_workers", "offload", "bank_path"),
+    *("output_dir", "cache_dir", "latent_cache_dir", "dataloader_num_workers", "offload", "group_offload"),
+    "bank_path",
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("report_to", "tracker_name", "logging_dir"),
     *("validation_prompt", "validation_image", "num_validation_clips", "validation_steps", "validation_epochs"),
