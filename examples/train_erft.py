@@ -53,6 +53,7 @@ from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.flow import interpolate, shifted_sigmas
 from diffusers_svi.frames import Video
 from diffusers_svi.lora_file import read_lora, save_lora
+from diffusers_svi.training.average import MovingAverage
 from diffusers_svi.training.block_offload import BlockOffload
 from diffusers_svi.training.cache import TensorCache
 from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint
@@ -73,6 +74,7 @@ from diffusers_svi.training.optimizers import (
     make_optimizer,
 )
 from diffusers_svi.training.push import PushError, download_model, open_repo, push
+from diffusers_svi.training.quantized import BITSANDBYTES, QUANTIZATIONS, check_quantization
 from diffusers_svi.training.ranges import check_combinations, check_placement, check_ranges
 from diffusers_svi.training.run_arguments import (
     check_steps,
@@ -87,6 +89,7 @@ from diffusers_svi.training.samples import SampleLayout, Samples
 from diffusers_svi.training.sources import open_dataset, open_folder, usable_videos
 from diffusers_svi.training.step_times import StepTimes
 from diffusers_svi.training.weighting import SCHEMES, timestep_pool, timestep_weights
+from diffusers_svi.training.zero import deal_out, zero_stage
 from diffusers_svi.wan import num_latent_frames, transformer_inputs
 
 
@@ -127,7 +130,8 @@ PRESETS = {
 }
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
 CARD_SETTINGS = (
-    *("preset", "expert", "init_lora", "rank", "lora_alpha", "export_rank", "p_vid", "p_img", "p_noi", "p_clean"),
+    *("preset", "expert", "init_lora", "quantize_base", "rank", "lora_alpha", "export_rank"),
+    *("p_vid", "p_img", "p_noi", "p_clean"),
     *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
     *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_frames", "height", "width", "fps"),
     "seed",
@@ -157,8 +161,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--variant", help="Of its weight files, fp16 say.")
     add("--cache_dir", help="Where downloads from the Hub are kept.")
     add("--expert", choices=("high", "low"), help="Wan 2.2 A14B: which expert to train, on its side of the boundary.")
-    text = "Load the frozen base quantized by bitsandbytes (QLoRA). For long films use the LoRA on the full base."
-    add("--quantize_base", choices=("4bit", "8bit"), help=text)
+    text = (
+        "Load the frozen base quantized (QLoRA): 4bit and 8bit by bitsandbytes, int8 and fp8 by torchao. For long "
+        "films use the LoRA on the full base."
+    )
+    add("--quantize_base", choices=QUANTIZATIONS, help=text)
     text = (
         "Keep the blocks of the frozen base on the CPU but when they compute, the next one copied meanwhile. Needs "
         "--gradient_checkpointing."
@@ -293,6 +300,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="Larger gradients are scaled down to it.",
     )
+    text = "Hand over, and show in films, the moving average of the LoRA instead of its last step."
+    add("--use_ema", action="store_true", help=text)
+    add("--ema_decay", type=float, default=0.9999, help="Share of it that a step keeps, after a warm-up.")
     add("--flow_shift", "--sigma_shift", type=float, default=5.0, help="Of the training timesteps.")
     text = (
         "How often noise levels are drawn and what they count. svi: as published; the others as in diffusers' scripts."
@@ -372,8 +382,8 @@ def check_args(args: argparse.Namespace) -> None:
     image = args.validation_image
     if image and not image.startswith("http") and not os.path.isfile(image):
         raise ValueError(f"`--validation_image`={image!r} is not a file.")
-    if args.quantize_base and not torch.cuda.is_available():
-        raise ValueError(f"`--quantize_base={args.quantize_base}` needs a GPU: bitsandbytes quantizes nowhere else.")
+    if args.quantize_base:
+        check_quantization(args.quantize_base)
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("`--hub_token` would be logged by wandb: use `hf auth login` instead.")
     check_trackers(args.report_to)
@@ -623,8 +633,8 @@ class TrainingStep:
 @torch.no_grad()
 def log_validation(
     args: argparse.Namespace, accelerator: Accelerator, pipe: SVIPipeline, scheme: Scheme, step: int
-) -> tuple[Path, dict[str, list[float]]]:
-    """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts. Main process only."""
+) -> tuple[Path, dict[str, list[float]]] | None:
+    """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts; main process only."""
     pipe.set_progress_bar_config(desc=f"Film at step {step}", leave=False)
     pipe.scheduler = SVIEulerScheduler.from_config(pipe.scheduler.config, shift=args.flow_shift)
     with accelerator.autocast():
@@ -646,6 +656,8 @@ def log_validation(
                 generator=torch.Generator().manual_seed(args.seed),
             )
         ]
+    if not accelerator.is_main_process:
+        return None
     # The two experts may be trained into one folder, or repository.
     of_expert = f"{args.expert}_noise" if args.expert else ""
     path = Path(args.output_dir) / "validation" / of_expert / f"step-{step}.mp4"
@@ -672,7 +684,8 @@ def save_model_card(
         method="by error recycling"
         if recycled
         else "by plain tuning on clean conditions, the control of error recycling",
-        settings={name: getattr(args, name) for name in CARD_SETTINGS} | {"fps": film_fps(args)},
+        settings={name: getattr(args, name) for name in CARD_SETTINGS}
+        | {"fps": film_fps(args), "ema_decay": args.ema_decay if args.use_ema else None},
         expert=args.expert,
         film=film and film.as_posix(),
         figures=figures,
@@ -712,9 +725,8 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     output_dir, weight_dtype = Path(args.output_dir), WEIGHT_DTYPES[accelerator.mixed_precision]
     # What is wanted, against what was begun
-    plugin = accelerator.state.deepspeed_plugin
-    launched = {"mixed_precision": accelerator.mixed_precision, "zero_stage": plugin and plugin.zero_stage}
-    check_placement(vars(args), launched["zero_stage"])
+    launched = {"mixed_precision": accelerator.mixed_precision, "zero_stage": zero_stage(accelerator)}
+    check_placement(vars(args), zero_stage(accelerator))
     arguments = describe_arguments({**vars(args), **launched})
     arguments_file = output_dir / ("arguments.json" if args.expert is None else f"arguments_{args.expert}_noise.json")
     resumed = find_checkpoint(output_dir, args.resume_from_checkpoint, accelerator.num_processes)
@@ -810,9 +822,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    num_parameters = sum(parameter.numel() for parameter in parameters)
     if args.group_offload:
         BlockOffload(transformer, accelerator.device)
-    elif not args.quantize_base:
+    elif zero_stage(accelerator) == 3:
+        deal_out(transformer, accelerator, weight_dtype)
+    elif args.quantize_base not in BITSANDBYTES:
         transformer.to(accelerator.device)
     config = next(iter(transformer.peft_config.values()))
 
@@ -839,8 +855,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load_model_hook)
 
     # Optimizer, data loader, learning rate
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    num_parameters = sum(parameter.numel() for parameter in parameters)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     learning_rate = args.learning_rate * (batch_size if args.scale_lr else 1)
     optimizer = make_optimizer(
@@ -889,6 +903,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     )
 
     # Resume
+    average = MovingAverage(parameters, args.ema_decay) if args.use_ema else None
+    averaged = average.applied if average else nullcontext
+    if average:
+        accelerator.register_for_checkpointing(average)
     checkpoints = Checkpoints(output_dir, accelerator, recycler, generator, args.checkpoints_total_limit, run)
     global_step = 0
     if resumed:
@@ -914,9 +932,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         """The film, and its figures, on the main process."""
         film = None
         transformer.eval()
-        if accelerator.is_main_process:
+        # Under ZeRO-3 no process has all weights: they come together block by block, while all make the same film.
+        if accelerator.is_main_process or zero_stage(accelerator) == 3:
             pipe = load_pipeline(args, folder, accelerator, **{subfolder: unwrap(accelerator, transformer)})
-            film = log_validation(args, accelerator, pipe, scheme, global_step)
+            with averaged():
+                film = log_validation(args, accelerator, pipe, scheme, global_step)
             del pipe
             free_memory()
         accelerator.wait_for_everyone()
@@ -959,6 +979,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 continue
 
             must_be_finite("the LoRA", *parameters)
+            if average:
+                average.step()
             global_step += 1
             progress.update()
             all_losses = seen["clean"] + seen["corrupted"]
@@ -984,7 +1006,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     checkpoints.finish()
 
     # Save, validate, push
-    state_dict = lora_state_dict(accelerator, transformer, args.export_rank)
+    with averaged():
+        state_dict = lora_state_dict(accelerator, transformer, args.export_rank)
     if args.export_rank:
         config = replace(config, r=args.export_rank, lora_alpha=args.export_rank)
     state_dict = {name: value.to(getattr(torch, args.export_dtype)) for name, value in state_dict.items()}

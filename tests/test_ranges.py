@@ -74,6 +74,7 @@ def test_a_number_out_of_its_range_is_refused(name, value, wanted):
         ),
         (["--optimizer=prodigy", "--use_8bit_adam"], "`--use_8bit_adam` is for `--optimizer adamw`, got prodigy."),
         (["--group_offload"], "`--group_offload` needs `--gradient_checkpointing`: without it the backward pass"),
+        (["--ema_decay=0.9"], "`--ema_decay`=0.9 does nothing without `--use_ema`."),
         (["--lora_layers=to_z"], "`--lora_layers`: 'to_z' is none of"),
     ],
 )
@@ -87,15 +88,19 @@ def test_blocks_are_moved_by_one_only():
     values = {"group_offload": True, "gradient_checkpointing": True, "quantize_base": "4bit"}
     values |= {name: value for name, (_, _, value) in ranges.OPTIONS_OF.items()}
     values |= {option: None for option, _, _ in ranges.OPTIONS_OF.values()}
-    values |= {"lr_warmup_steps": 0, "validation_steps": None}
+    values |= {"lr_warmup_steps": 0, "validation_steps": None, "ema_decay": ranges.EMA_DECAY, "use_ema": False}
     with pytest.raises(ValueError, match="moves plain weights, `--quantize_base 4bit` has others: give one"):
         check_combinations(values)
     check_combinations({**values, "quantize_base": None})
     for stage in (2, 3):
         with pytest.raises(ValueError, match=rf"DeepSpeed \(ZeRO-{stage}\) would both place the weights: launch"):
             check_placement(values, stage)
-        check_placement({**values, "group_offload": False}, stage)
-    check_placement(values, None)
+    for quantize_base, stage in ((None, 3), ("int8", 2), ("int8", None)):
+        check_placement({**values, "group_offload": False, "quantize_base": quantize_base}, stage)
+    check_placement({**values, "group_offload": False, "quantize_base": None, "use_ema": True}, 2)
+    for given in ({"quantize_base": "int8"}, {"quantize_base": None, "use_ema": True}):
+        with pytest.raises(ValueError, match="`--(quantize_base`=int8|use_ema`) with ZeRO-3: .* dealt out"):
+            check_placement({**values, "group_offload": False, **given}, 3)
 
 
 def test_what_goes_together_is_taken(parse_args):

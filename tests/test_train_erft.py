@@ -420,6 +420,53 @@ def test_layers_and_dropout_of_the_lora(models, tmp_path):
     assert "`--lora_layers`: this model has no add_k_proj. Leave it out." in message
 
 
+def test_the_average_is_handed_over_and_shown(models, tmp_path):
+    """It is that of the LoRAs of all steps, and goes on bit for bit; the film is that of the LoRA that is saved."""
+    PIL.Image.new("RGB", (64, 64), "teal").save(tmp_path / "start.png")
+    options = {"latent_cache_dir": tmp_path / "cache", "validation_prompt": ["a cat"], "validation_inference_steps": 1}
+    options |= {"validation_image": tmp_path / "start.png", "learning_rate": 0.1, "checkpointing_steps": 1}
+    average = {"use_ema": True, "ema_decay": 0.2, "max_train_steps": 3, **options}
+    train(models / "i2v", tmp_path / "run", **average)
+    lora = read_lora(tmp_path / "run", LORA).state_dict
+    first, second, third = (read_lora(tmp_path / "run" / f"checkpoint-{n}", LORA).state_dict for n in (1, 2, 3))
+    for name, value in lora.items():
+        # Kept are 0, (1 + 1) / (10 + 1), and the smaller of (1 + 2) / (10 + 2) and 0.2.
+        expected = 0.2 * (2 / 11 * first[name] + 9 / 11 * second[name]) + 0.8 * third[name]
+        torch.testing.assert_close(value, expected)
+        assert not torch.equal(value, third[name])
+    assert "| ema_decay | 0.2 |" in (tmp_path / "run" / "README.md").read_text()
+
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    train(models / "i2v", tmp_path / "again", resume_from_checkpoint="latest", **average)
+    assert_same(tmp_path / "run" / LORA, tmp_path / "again" / LORA)
+    options |= {"init_lora": tmp_path / "run" / LORA, "max_train_steps": 1, "learning_rate": 0.0}
+    train(models / "i2v", tmp_path / "shown", **options)
+    assert "ema_decay" not in (tmp_path / "shown" / "README.md").read_text()
+    films = [tmp_path / name / "validation" / f"step-{n}.json" for name, n in (("run", 3), ("again", 3), ("shown", 1))]
+    assert films[0].read_text() == films[1].read_text() == films[2].read_text()
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_a_base_quantized_by_torchao(models, tmp_path, form):
+    """The LoRA goes on bit for bit, differs from one of the full base, and chains clips on that."""
+    pytest.importorskip("torchao")
+    options = {"max_train_steps": 2, "checkpointing_steps": 1, "latent_cache_dir": models / "cache-of-forms"}
+    train(models / "i2v", tmp_path / "full", **options)
+    train(models / "i2v", tmp_path / "run", quantize_base=form, **options)
+    shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
+    train(models / "i2v", tmp_path / "again", quantize_base=form, resume_from_checkpoint="latest", **options)
+    assert_same(tmp_path / "run" / LORA, tmp_path / "again" / LORA)
+    lora, full = (read_lora(tmp_path / name, LORA).state_dict for name in ("run", "full"))
+    assert lora.keys() == full.keys() and {value.dtype for value in lora.values()} == {torch.float32}
+    assert not any(torch.equal(value, full[name]) for name, value in lora.items() if ".lora_B." in name)
+    pipe = quiet(SVIPipeline.from_pretrained(models / "i2v"))
+    pipe.load_lora_weights(str(tmp_path / "run"), weight_name=LORA)
+    image = PIL.Image.new("RGB", (64, 64), "teal")
+    size = {"height": 64, "width": 64, "num_frames": 17}
+    film = pipe(image=image, prompts="a cat sits", num_clips=2, num_inference_steps=1, generator=seeded(), **size)
+    assert len(film.frames[0]) == PixelMotion(1).film_length(2, 17)
+
+
 def test_a_variant_with_its_encoders_and_blocks_offloaded(models, tmp_path):
     """The same LoRA, bit for bit, and film as with everything in place; tiles make latents of their own."""
     SVIPipeline.from_pretrained(models / "wan2.1").save_pretrained(tmp_path / "fp32", variant="fp32")

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch.nn.parallel import DistributedDataParallel
 
 
 class BlockOffload:
@@ -44,10 +43,6 @@ class BlockOffload:
             self._weights.append(weights)
             block.register_forward_pre_hook(partial(self._enter, index))
         transformer.to(device)
-        # Processes need not tell each other weights that never change.
-        away = {parameter for frozen in self._frozen for parameter in frozen}
-        names = [name for name, parameter in transformer.named_parameters() if parameter in away]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, names)
 
     @torch.compiler.disable
     def _enter(self, index: int, *_: object) -> None:

@@ -55,7 +55,7 @@ INSTEAD = {
     "--instance_prompt": "give every video its caption; `--proportion_empty_prompts` trains without",
     "--max_num_frames": "give `--num_frames`",
     "--resolution": "give `--height` and `--width`",
-    "--bnb_quantization_config_path": "give `--quantize_base 4bit` or `8bit`",
+    "--bnb_quantization_config_path": "give `--quantize_base` and one of its forms",
     "--guidance_scale": "give `--validation_guidance_scale`",
     "--num_validation_videos": "give `--num_validation_clips`: one film is made",
     "--validation_images": "give `--validation_image`, one",

@@ -16,7 +16,9 @@ NOT_NEGATIVE = (
 )
 POSITIVE = ("lora_alpha", "flow_shift", "adam_epsilon", "max_grad_norm", "bank_max_gb", "lr_power", "logit_std")
 SHARES = ("p_motion", "p_text_start", "proportion_empty_prompts", "max_skipped_share", "clean_buffer_update_prob")
-BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay")
+# diffusers' own, where it is left alone.
+EMA_DECAY = 0.9999
 # What is for one choice of another option only, and its value where it is left alone.
 OPTIONS_OF = {
     "lr_num_cycles": ("lr_scheduler", "cosine_with_restarts", 1),
@@ -76,6 +78,8 @@ def check_combinations(values: Mapping[str, object]) -> None:
             f"`--lr_warmup_steps`={values['lr_warmup_steps']} needs another `--lr_scheduler` than constant, such as "
             "constant_with_warmup."
         )
+    if values["ema_decay"] != EMA_DECAY and not values["use_ema"]:
+        raise ValueError(f"`--ema_decay`={values['ema_decay']} does nothing without `--use_ema`.")
     if values["validation_steps"] and values["validation_epochs"]:
         raise ValueError("Give one of `--validation_steps` and `--validation_epochs`, got both.")
     if values["group_offload"]:
@@ -102,4 +106,11 @@ def check_placement(values: Mapping[str, object], zero_stage: int | None) -> Non
         raise ValueError(
             f"`--group_offload` and DeepSpeed (ZeRO-{zero_stage}) would both place the weights: launch without "
             "DeepSpeed, or give ZeRO-3 `offload_param_device: cpu` instead."
+        )
+    if values["use_ema"] and zero_stage == 3:
+        raise ValueError("`--use_ema` with ZeRO-3: what is trained is dealt out, and not averaged. Use ZeRO-2.")
+    if values["quantize_base"] and zero_stage == 3:
+        raise ValueError(
+            f"`--quantize_base`={values['quantize_base']} with ZeRO-3: quantized weights cannot be dealt out. Use "
+            "ZeRO-2, or none of DeepSpeed."
         )

@@ -30,6 +30,7 @@ FIXED = (
     # Of `accelerate launch`: checkpoints of DeepSpeed have a form of their own.
     "zero_stage",
     *("optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
+    *("use_ema", "ema_decay"),
 )
 # The learning rate and its schedule: the new values hold from the next step on, which is told.
 APPLIED = (
