@@ -18,6 +18,7 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -27,7 +28,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory
@@ -75,7 +76,7 @@ from diffusers_svi.training.optimizers import (
 )
 from diffusers_svi.training.push import PushError, download_model, open_repo, push
 from diffusers_svi.training.quantized import BITSANDBYTES, QUANTIZATIONS, check_quantization
-from diffusers_svi.training.ranges import check_combinations, check_placement, check_ranges
+from diffusers_svi.training.ranges import check_combinations, check_ranges
 from diffusers_svi.training.run_arguments import (
     check_steps,
     compare_arguments,
@@ -89,7 +90,7 @@ from diffusers_svi.training.samples import SampleLayout, Samples
 from diffusers_svi.training.sources import open_dataset, open_folder, usable_videos
 from diffusers_svi.training.step_times import StepTimes
 from diffusers_svi.training.weighting import SCHEMES, timestep_pool, timestep_weights
-from diffusers_svi.training.zero import deal_out, zero_stage
+from diffusers_svi.training.zero import check_beside_zero, deal_out, zero_stage
 from diffusers_svi.wan import num_latent_frames, transformer_inputs
 
 
@@ -314,6 +315,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="What accelerate is configured for if not given.")
     names = ("--gradient_checkpointing", "--use_gradient_checkpointing")
     add(*names, action="store_true", help="Less memory for more computing.")
+    text = "Compile the blocks of the transformer, all by one: the first step takes longer, the others less."
+    add("--compile", action="store_true", help=text)
     add("--allow_tf32", action="store_true", help="Faster float32 products on NVIDIA GPUs.")
 
     add = parser.add_argument_group("checkpoints, logs, validation").add_argument
@@ -706,6 +709,8 @@ def main(args: argparse.Namespace) -> None:
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
         ),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        # The others wait while one makes a film, and after ten minutes NCCL would end them.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
@@ -726,7 +731,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     output_dir, weight_dtype = Path(args.output_dir), WEIGHT_DTYPES[accelerator.mixed_precision]
     # What is wanted, against what was begun
     launched = {"mixed_precision": accelerator.mixed_precision, "zero_stage": zero_stage(accelerator)}
-    check_placement(vars(args), zero_stage(accelerator))
+    check_beside_zero(vars(args), zero_stage(accelerator))
     arguments = describe_arguments({**vars(args), **launched})
     arguments_file = output_dir / ("arguments.json" if args.expert is None else f"arguments_{args.expert}_noise.json")
     resumed = find_checkpoint(output_dir, args.resume_from_checkpoint, accelerator.num_processes)
@@ -830,6 +835,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         deal_out(transformer, accelerator, weight_dtype)
     elif args.quantize_base not in BITSANDBYTES:
         transformer.to(accelerator.device)
+    if args.compile:
+        transformer.compile_repeated_blocks()
     config = next(iter(transformer.peft_config.values()))
 
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:

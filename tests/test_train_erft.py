@@ -37,6 +37,7 @@ from svi_tiny.videos import write_videos
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "train_erft.py"
 CATS = ROOT.parent / "shared" / "data" / "real" / "cats"
+TWO_DEEPSPEED = Path(__file__).with_name("two_deepspeed.py")
 LORA = "pytorch_lora_weights.safetensors"
 SMALL = {
     "height": 64,
@@ -325,6 +326,24 @@ def test_deepspeed(models, tmp_path, stage):
     assert (again / "pytorch_model").is_dir()  # what only DeepSpeed writes
 
 
+def test_a_film_under_zero3_of_two_processes(models, tmp_path):
+    """Neither has all weights, both make it, one writes it: the film that the LoRA makes on the whole base."""
+    PIL.Image.new("RGB", (64, 64), "teal").save(tmp_path / "start.png")
+    options = {"latent_cache_dir": tmp_path / "cache", "max_train_steps": 1, "validation_prompt": ["a cat", "it sits"]}
+    options |= {"validation_image": tmp_path / "start.png", "validation_inference_steps": 2}
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TWO_DEEPSPEED), "3")
+    told = train(models / "i2v", tmp_path / "run", launcher, use_cpu=False, learning_rate=0.1, **options)
+    assert "DistributedType.DEEPSPEED" in told and "Num processes: 2" in told and "'stage': 3" in told
+    options |= {"init_lora": tmp_path / "run" / LORA, "learning_rate": 0.0}
+    train(models / "i2v", tmp_path / "shown", **options)
+    ours, expected = (
+        json.loads((tmp_path / name / "validation" / "step-1.json").read_text()) for name in ("run", "shown")
+    )
+    assert ours.keys() == expected.keys()
+    for name, values in expected.items():
+        assert ours[name] == pytest.approx(values, rel=1e-3, abs=1e-3), name
+
+
 def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
     image = tmp_path / "start.png"
     PIL.Image.fromarray(world.render(world.State("blue sky", 0))).save(image)
@@ -446,25 +465,41 @@ def test_the_average_is_handed_over_and_shown(models, tmp_path):
     assert films[0].read_text() == films[1].read_text() == films[2].read_text()
 
 
-@pytest.mark.parametrize("form", ["int8", "fp8"])
-def test_a_base_quantized_by_torchao(models, tmp_path, form):
-    """The LoRA goes on bit for bit, differs from one of the full base, and chains clips on that."""
+def test_a_base_quantized_by_torchao(models, tmp_path):
+    """The LoRA goes on bit for bit, differs from one of other bits, and chains clips on the full base."""
     pytest.importorskip("torchao")
-    options = {"max_train_steps": 2, "checkpointing_steps": 1, "latent_cache_dir": models / "cache-of-forms"}
-    train(models / "i2v", tmp_path / "full", **options)
-    train(models / "i2v", tmp_path / "run", quantize_base=form, **options)
+    options = {"max_train_steps": 2, "checkpointing_steps": 1, "latent_cache_dir": tmp_path / "cache"}
+    train(models / "i2v", tmp_path / "other", quantize_base="fp8", **options)
+    train(models / "i2v", tmp_path / "run", quantize_base="int8", **options)
     shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
-    train(models / "i2v", tmp_path / "again", quantize_base=form, resume_from_checkpoint="latest", **options)
+    train(models / "i2v", tmp_path / "again", quantize_base="int8", resume_from_checkpoint="latest", **options)
     assert_same(tmp_path / "run" / LORA, tmp_path / "again" / LORA)
-    lora, full = (read_lora(tmp_path / name, LORA).state_dict for name in ("run", "full"))
-    assert lora.keys() == full.keys() and {value.dtype for value in lora.values()} == {torch.float32}
-    assert not any(torch.equal(value, full[name]) for name, value in lora.items() if ".lora_B." in name)
+    assert "| quantize_base | int8 |" in (tmp_path / "run" / "README.md").read_text()
+    lora, other = (read_lora(tmp_path / name, LORA).state_dict for name in ("run", "other"))
+    assert lora.keys() == other.keys() and {value.dtype for value in lora.values()} == {torch.float32}
+    assert not any(torch.equal(value, other[name]) for name, value in lora.items() if ".lora_B." in name)
     pipe = quiet(SVIPipeline.from_pretrained(models / "i2v"))
     pipe.load_lora_weights(str(tmp_path / "run"), weight_name=LORA)
     image = PIL.Image.new("RGB", (64, 64), "teal")
     size = {"height": 64, "width": 64, "num_frames": 17}
     film = pipe(image=image, prompts="a cat sits", num_clips=2, num_inference_steps=1, generator=seeded(), **size)
     assert len(film.frames[0]) == PixelMotion(1).film_length(2, 17)
+
+
+def test_compiled_blocks(models, tmp_path, capfd):
+    """Every step is the same, bit for bit where nothing is fused, and none but the first waits for a compiler."""
+    options = {"max_train_steps": 3, "latent_cache_dir": tmp_path / "cache", "gradient_checkpointing": True}
+    train(models / "i2v", tmp_path / "plain", **options)
+    torch.compiler.set_default_backend("aot_eager")
+    torch._logging.set_logs(recompiles=True)
+    try:
+        train(models / "i2v", tmp_path / "compiled", compile=True, group_offload=True, **options)
+    finally:
+        torch.compiler.set_default_backend(None)
+        torch._logging.set_logs()
+    assert_same(tmp_path / "plain" / LORA, tmp_path / "compiled" / LORA)
+    # What the first block is given needs no gradient, so once the others are compiled anew.
+    assert capfd.readouterr().err.count("Recompiling function forward") == 1
 
 
 def test_a_variant_with_its_encoders_and_blocks_offloaded(models, tmp_path):

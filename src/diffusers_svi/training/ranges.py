@@ -93,24 +93,3 @@ def check_combinations(values: Mapping[str, object]) -> None:
                 f"`--group_offload` moves plain weights, `--quantize_base {values['quantize_base']}` has others: give "
                 "one of the two."
             )
-
-
-def check_placement(values: Mapping[str, object], zero_stage: int | None) -> None:
-    """Raise a `ValueError` if an argument and DeepSpeed would both place the weights.
-
-    Args:
-        values (`Mapping[str, object]`): All arguments by name.
-        zero_stage (`int`, *optional*): Of DeepSpeed, if the run was launched with it.
-    """
-    if values["group_offload"] and zero_stage is not None:
-        raise ValueError(
-            f"`--group_offload` and DeepSpeed (ZeRO-{zero_stage}) would both place the weights: launch without "
-            "DeepSpeed, or give ZeRO-3 `offload_param_device: cpu` instead."
-        )
-    if values["use_ema"] and zero_stage == 3:
-        raise ValueError("`--use_ema` with ZeRO-3: what is trained is dealt out, and not averaged. Use ZeRO-2.")
-    if values["quantize_base"] and zero_stage == 3:
-        raise ValueError(
-            f"`--quantize_base`={values['quantize_base']} with ZeRO-3: quantized weights cannot be dealt out. Use "
-            "ZeRO-2, or none of DeepSpeed."
-        )

@@ -38,7 +38,7 @@ APPLIED = (
     *("max_train_steps", "num_train_epochs"),
 )
 # They matter a bit, and are told.
-TOLD = ("max_grad_norm", "gradient_checkpointing", "allow_tf32", "max_skipped_share")
+TOLD = ("max_grad_norm", "gradient_checkpointing", "compile", "allow_tf32", "max_skipped_share")
 # They name models and data, which are compared by `compare_content`.
 COMPARED = (
     *("pretrained_model_name_or_path", "revision", "variant"),
