@@ -116,7 +116,7 @@ def run_script(arguments: list[str], output: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - closed by the end of the process
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     # As in a process that has just begun.
     logging.getLogger().handlers.clear()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -324,6 +324,15 @@ def test_deepspeed(models, tmp_path, stage):
     assert_same(straight / "bank-0.safetensors", again / "bank-0.safetensors")
     assert len(read_lora(tmp_path / "again", LORA).state_dict) == 40
     assert (again / "pytorch_model").is_dir()  # what only DeepSpeed writes
+
+
+def test_what_does_not_go_with_deepspeed_is_told_first(models, tmp_path, monkeypatch):
+    settings = {"USE_CPU": "false", "USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    told = failed(models / "i2v", tmp_path / "run", group_offload=True, gradient_checkpointing=True)
+    assert told.rstrip().endswith("or give ZeRO-3 `offload_param_device: cpu` instead."), told[-500:]
+    assert not (tmp_path / "run" / "cache").exists()
 
 
 def test_a_film_under_zero3_of_two_processes(models, tmp_path):

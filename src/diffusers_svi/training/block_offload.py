@@ -33,14 +33,16 @@ class BlockOffload:
         self.on_device: set[int] = set()
         self._last = -1
         self._frozen = [[p for p in block.parameters() if not p.requires_grad] for block in transformer.blocks]
-        self._weights: list[list[torch.Tensor]] = []
-        for index, (block, frozen) in enumerate(zip(transformer.blocks, self._frozen, strict=True)):
-            weights = []
+        self._weights: list[list[torch.Tensor]] = [[] for _ in self._frozen]
+        self._absent: list[list[torch.Tensor]] = [[] for _ in self._frozen]
+        for index, block in enumerate(transformer.blocks):
             # One by one: what is copied to page-locked memory is let go of at once.
-            for parameter in frozen:
-                weights.append(parameter.data.pin_memory() if self.stream else parameter.data)
-                self._take_away(parameter)
-            self._weights.append(weights)
+            for parameter in self._frozen[index]:
+                self._weights[index].append(parameter.data.pin_memory() if self.stream else parameter.data)
+                # Of the same shape, type and device, in the memory of one number.
+                nothing = torch.full((1,), float("nan"), dtype=parameter.dtype, device=device)
+                self._absent[index].append(nothing.expand(parameter.shape))
+                parameter.data = self._absent[index][-1]
             block.register_forward_pre_hook(partial(self._enter, index))
         transformer.to(device)
 
@@ -50,8 +52,8 @@ class BlockOffload:
         # Forward 0, 1, ..., backward ..., 1, 0: the first block is followed by the second in both.
         following = index - 1 if 0 < index <= self._last else index + 1
         for other in self.on_device - {index, following}:
-            for parameter in self._frozen[other]:
-                self._take_away(parameter)
+            for parameter, absent in zip(self._frozen[other], self._absent[other], strict=True):
+                parameter.data = absent
         self.on_device &= {index, following}
         self._fetch(index)
         if self.stream:
@@ -70,8 +72,3 @@ class BlockOffload:
             for parameter, weight in zip(self._frozen[index], self._weights[index], strict=True):
                 parameter.data = weight.to(self.device, non_blocking=True, copy=True)
         self.on_device.add(index)
-
-    def _take_away(self, parameter: torch.nn.Parameter) -> None:
-        # Of the same shape, type and device, in the memory of one number.
-        nothing = torch.full((1,), float("nan"), dtype=parameter.dtype, device=self.device)
-        parameter.data = nothing.expand(parameter.shape)
