@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import av
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -123,6 +124,11 @@ def run_script(arguments: list[str], output: int) -> None:
     GradientState._reset_state()
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
+
+
+def last_frames(picture: Path) -> torch.Tensor:
+    """Of a film, as levels of 0 to 255."""
+    return torch.from_numpy(np.array(PIL.Image.open(picture))).float()
 
 
 def assert_same(first: Path, second: Path) -> None:
@@ -290,7 +296,7 @@ def test_a_run_of_another_preset_is_refused_where_a_lora_lies(models, tmp_path, 
 def test_two_processes(models, tmp_path, mode):
     """Data parallel over gloo; a checkpoint holds bank and recycler of each process, and a resumed run is the same.
 
-    So it is with blocks on the CPU, and a film made on the way.
+    So it is with blocks on the CPU, and one of the processes makes the film.
     """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     options = {"launcher": launcher, "bank_mode": mode, "samples_per_video": 2, "buffer_warmup_iter": 2}
@@ -298,12 +304,11 @@ def test_two_processes(models, tmp_path, mode):
     train(models / "i2v", tmp_path / "straight", max_train_steps=4, **options)
     shutil.copytree(tmp_path / "straight/checkpoint-2", tmp_path / "again/checkpoint-2")
     PIL.Image.new("RGB", (64, 64), "teal").save(tmp_path / "start.png")
-    options |= {"validation_prompt": ["a cat"], "validation_image": tmp_path / "start.png", "validation_steps": 3}
+    options |= {"validation_prompt": ["a cat"], "validation_image": tmp_path / "start.png"}
     options |= {"validation_inference_steps": 1, "group_offload": True, "gradient_checkpointing": True}
     train(models / "i2v", tmp_path / "again", max_train_steps=4, resume_from_checkpoint="latest", **options)
     assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
-    films = sorted(path.name for path in (tmp_path / "again" / "validation").glob("*.mp4"))
-    assert films == ["step-3.mp4", "step-4.mp4"]
+    assert (tmp_path / "again" / "validation" / "step-4.mp4").is_file()
     for rank in (0, 1):
         for name in (f"bank-{rank}.safetensors", f"recycler-{rank}.safetensors"):
             assert_same(tmp_path / "straight/checkpoint-4" / name, tmp_path / "again/checkpoint-4" / name)
@@ -338,19 +343,16 @@ def test_what_does_not_go_with_deepspeed_is_told_first(models, tmp_path, monkeyp
 def test_a_film_under_zero3_of_two_processes(models, tmp_path):
     """Neither has all weights, both make it, one writes it: the film that the LoRA makes on the whole base."""
     PIL.Image.new("RGB", (64, 64), "teal").save(tmp_path / "start.png")
-    options = {"latent_cache_dir": tmp_path / "cache", "max_train_steps": 1, "validation_prompt": ["a cat", "it sits"]}
-    options |= {"validation_image": tmp_path / "start.png", "validation_inference_steps": 2}
+    options = {"latent_cache_dir": tmp_path / "cache", "max_train_steps": 1, "validation_prompt": ["a cat"]}
+    options |= {"validation_image": tmp_path / "start.png", "validation_inference_steps": 1}
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TWO_DEEPSPEED), "3")
     told = train(models / "i2v", tmp_path / "run", launcher, use_cpu=False, learning_rate=0.1, **options)
     assert "DistributedType.DEEPSPEED" in told and "Num processes: 2" in told and "'stage': 3" in told
     options |= {"init_lora": tmp_path / "run" / LORA, "learning_rate": 0.0}
     train(models / "i2v", tmp_path / "shown", **options)
-    ours, expected = (
-        json.loads((tmp_path / name / "validation" / "step-1.json").read_text()) for name in ("run", "shown")
-    )
-    assert ours.keys() == expected.keys()
-    for name, values in expected.items():
-        assert ours[name] == pytest.approx(values, rel=1e-3, abs=1e-3), name
+    # Numbers are added up in another order, which may be one of 256 levels.
+    ours, expected = (last_frames(tmp_path / name / "validation" / "step-1.png") for name in ("run", "shown"))
+    assert expected.std() > 10 and (ours - expected).abs().max() <= 1
 
 
 def test_validation_film_exports_and_checkpoint_limit(models, tmp_path):
@@ -470,8 +472,9 @@ def test_the_average_is_handed_over_and_shown(models, tmp_path):
     options |= {"init_lora": tmp_path / "run" / LORA, "max_train_steps": 1, "learning_rate": 0.0}
     train(models / "i2v", tmp_path / "shown", **options)
     assert "ema_decay" not in (tmp_path / "shown" / "README.md").read_text()
-    films = [tmp_path / name / "validation" / f"step-{n}.json" for name, n in (("run", 3), ("again", 3), ("shown", 1))]
-    assert films[0].read_text() == films[1].read_text() == films[2].read_text()
+    films = [tmp_path / name / "validation" / f"step-{n}.png" for name, n in (("run", 3), ("again", 3), ("shown", 1))]
+    ours, again, expected = map(last_frames, films)
+    assert expected.std() > 10 and torch.equal(ours, expected) and torch.equal(again, expected)
 
 
 def test_a_base_quantized_by_torchao(models, tmp_path):
@@ -523,8 +526,8 @@ def test_a_variant_with_its_encoders_and_blocks_offloaded(models, tmp_path):
     train(models / "wan2.1", tmp_path / "plain", **options)
     train(tmp_path / "fp32", tmp_path / "offloaded", variant="fp32", offload=True, **blocks, **options)
     assert_same(tmp_path / "plain" / LORA, tmp_path / "offloaded" / LORA)
-    figures = [(tmp_path / name / "validation" / "step-1.json").read_text() for name in ("plain", "offloaded")]
-    assert figures[0] == figures[1]
+    plain, offloaded = (last_frames(tmp_path / name / "validation" / "step-1.png") for name in ("plain", "offloaded"))
+    assert torch.equal(plain, offloaded)
     cache = tmp_path / "plain" / "cache"
     entries = len(list(cache.rglob("*.safetensors")))
     options |= {"latent_cache_dir": cache, "validation_prompt": None, "validation_image": None}
