@@ -38,7 +38,7 @@ extras = {
         "optimum-quanto>=0.2.6",
         "playwright>=1.50",
         "prodigyopt>=1.0",
-        "torchao>=0.15",
+        "torchao>=0.16",
     ],
     "quality": ["ruff>=0.11", "mypy>=1.15", "import-linter>=2.10", "types-psutil", "types-tqdm"],
 }

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -28,7 +29,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory
@@ -53,6 +54,8 @@ from diffusers_svi.erft import (
 from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.flow import interpolate, shifted_sigmas
 from diffusers_svi.lora_file import EXPERTS, read_lora, save_lora
+from diffusers_svi.training.average import MovingAverage, all_applied
+from diffusers_svi.training.block_offload import BlockOffload
 from diffusers_svi.training.buckets import (
     BucketBatchSampler,
     bucket_name,
@@ -79,6 +82,7 @@ from diffusers_svi.training.optimizers import (
     make_optimizer,
 )
 from diffusers_svi.training.push import PushError, download_model, open_repo, push
+from diffusers_svi.training.quantized import BITSANDBYTES, QUANTIZATIONS, check_quantization
 from diffusers_svi.training.ranges import check_buckets, check_combinations, check_ranges
 from diffusers_svi.training.run_arguments import (
     check_steps,
@@ -94,6 +98,7 @@ from diffusers_svi.training.sources import open_dataset, open_folder, usable_vid
 from diffusers_svi.training.step_times import StepTimes
 from diffusers_svi.training.turns import Pair, put_by, take_turns
 from diffusers_svi.training.weighting import SCHEMES, timestep_pool, timestep_weights
+from diffusers_svi.training.zero import check_beside_zero, deal_out, zero_stage
 from diffusers_svi.wan import num_latent_frames, transformer_inputs
 
 
@@ -136,7 +141,8 @@ PRESETS = {
 SIZE = {"width": 832, "height": 480, "num_frames": 81}
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
 CARD_SETTINGS = (
-    *("preset", "expert", "init_lora", "rank", "lora_alpha", "export_rank", "p_vid", "p_img", "p_noi", "p_clean"),
+    *("preset", "expert", "init_lora", "quantize_base", "rank", "lora_alpha", "export_rank"),
+    *("p_vid", "p_img", "p_noi", "p_clean"),
     *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
     *(
         "train_batch_size",
@@ -177,8 +183,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--expert", choices=(*EXPERTS, "both"), help=text)
     text = "With both: steps of a turn, in which the other expert is on the CPU."
     add("--expert_switch_steps", type=int, default=100, help=text)
-    text = "Load the frozen base quantized by bitsandbytes (QLoRA). For long films use the LoRA on the full base."
-    add("--quantize_base", choices=("4bit", "8bit"), help=text)
+    text = (
+        "Load the frozen base quantized (QLoRA): 4bit and 8bit by bitsandbytes, int8 and fp8 by torchao. For long "
+        "films use the LoRA on the full base."
+    )
+    add("--quantize_base", choices=QUANTIZATIONS, help=text)
+    text = (
+        "Keep the blocks of the frozen base on the CPU but when they compute, the next one copied meanwhile. Needs "
+        "--gradient_checkpointing."
+    )
+    add("--group_offload", action="store_true", help=text)
     text = "Tiles in the VAE, for less memory. Not as published: over many clips, tiles leave traces."
     add("--enable_tiling", "--tiled", action="store_true", help=text)
     add("--offload", action="store_true", help="Keep encoders and VAE on the CPU but when they are used.")
@@ -313,6 +327,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="Larger gradients are scaled down to it.",
     )
+    text = "Hand over, and show in films, the moving average of the LoRA instead of its last step."
+    add("--use_ema", action="store_true", help=text)
+    add("--ema_decay", type=float, default=0.9999, help="Share of it that a step keeps, after a warm-up.")
     add("--flow_shift", "--sigma_shift", type=float, default=5.0, help="Of the training timesteps.")
     text = (
         "How often noise levels are drawn and what they count. svi: as published; the others as in diffusers' scripts."
@@ -324,6 +341,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="What accelerate is configured for if not given.")
     names = ("--gradient_checkpointing", "--use_gradient_checkpointing")
     add(*names, action="store_true", help="Less memory for more computing.")
+    text = "Compile the blocks of the transformer, all by one: the first step takes longer, the others less."
+    add("--compile", action="store_true", help=text)
     add("--allow_tf32", action="store_true", help="Faster float32 products on NVIDIA GPUs.")
 
     add = parser.add_argument_group("checkpoints, logs, validation").add_argument
@@ -405,8 +424,8 @@ def check_args(args: argparse.Namespace) -> None:
     image = args.validation_image
     if image and not image.startswith("http") and not os.path.isfile(image):
         raise ValueError(f"`--validation_image`={image!r} is not a file.")
-    if args.quantize_base and not torch.cuda.is_available():
-        raise ValueError(f"`--quantize_base={args.quantize_base}` needs a GPU: bitsandbytes quantizes nowhere else.")
+    if args.quantize_base:
+        check_quantization(args.quantize_base)
     if args.expert == "both" and args.init_lora and os.path.isfile(args.init_lora):
         names = " and ".join(map(weight_name, EXPERTS))
         raise ValueError(
@@ -692,8 +711,8 @@ def log_validation(
     scheme: Scheme,
     step: int,
     pair: Pair | None = None,
-) -> tuple[Path, dict[str, list[float]]]:
-    """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts. Main process only."""
+) -> tuple[Path, dict[str, list[float]]] | None:
+    """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts; main process only."""
     pipe.set_progress_bar_config(desc=f"Film at step {step}", leave=False)
     pipe.scheduler = SVIEulerScheduler.from_config(pipe.scheduler.config, shift=args.flow_shift)
     with accelerator.autocast():
@@ -715,6 +734,8 @@ def log_validation(
                 generator=torch.Generator().manual_seed(args.seed),
             )
         ]
+    if not accelerator.is_main_process:
+        return None
     # The two experts may be trained into one folder, or repository.
     of_expert = f"{args.expert}_noise" if args.expert and pair is None else ""
     path = Path(args.output_dir) / "validation" / of_expert / f"step-{step}.mp4"
@@ -743,7 +764,11 @@ def save_model_card(
         if recycled
         else "by plain tuning on clean conditions, the control of error recycling",
         settings={name: getattr(args, name) for name in CARD_SETTINGS}
-        | {"fps": film_fps(args), "buckets": args.buckets and " ".join(args.buckets)},
+        | {
+            "fps": film_fps(args),
+            "buckets": args.buckets and " ".join(args.buckets),
+            "ema_decay": args.ema_decay if args.use_ema else None,
+        },
         expert=args.expert,
         film=film and film.as_posix(),
         figures=figures,
@@ -764,6 +789,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
         ),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        # The others wait while one makes a film, and after ten minutes NCCL would end them.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
 
 
@@ -820,8 +847,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     """Train one transformer. In a `pair` it pauses, at the step it yields, before the first one and after a turn."""
     output_dir, weight_dtype = Path(args.output_dir), WEIGHT_DTYPES[accelerator.mixed_precision]
     # What is wanted, against what was begun
-    plugin = accelerator.state.deepspeed_plugin
-    launched = {"mixed_precision": accelerator.mixed_precision, "zero_stage": plugin and plugin.zero_stage}
+    launched = {"mixed_precision": accelerator.mixed_precision, "zero_stage": zero_stage(accelerator)}
+    check_beside_zero(vars(args), zero_stage(accelerator))
     arguments = describe_arguments({**vars(args), **launched})
     arguments_file = output_dir / ("arguments.json" if args.expert is None else f"arguments_{args.expert}_noise.json")
     checkpoints_dir = output_dir / f"{args.expert}_noise" if pair else output_dir
@@ -925,8 +952,16 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if not args.quantize_base:
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    if args.group_offload:
+        BlockOffload(transformer, accelerator.device)
+    elif zero_stage(accelerator) == 3:
+        deal_out(transformer, accelerator, weight_dtype)
+    elif args.quantize_base not in BITSANDBYTES:
         transformer.to(accelerator.device)
+    if args.compile:
+        transformer.compile_repeated_blocks()
     config = next(iter(transformer.peft_config.values()))
 
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:
@@ -954,8 +989,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     accelerator.register_load_state_pre_hook(load_model_hook)
 
     # Optimizer, data loader, learning rate
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    num_parameters = sum(parameter.numel() for parameter in parameters)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     learning_rate = args.learning_rate * (batch_size if args.scale_lr else 1)
     optimizer = make_optimizer(
@@ -1007,6 +1040,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     )
 
     # Resume
+    averages = pair.averages if pair else []
+    if args.use_ema:
+        averages.append(MovingAverage(parameters, args.ema_decay))
+        accelerator.register_for_checkpointing(averages[-1])
+    average = averages[-1] if averages else None
     checkpoints = Checkpoints(checkpoints_dir, accelerator, recycler, generator, args.checkpoints_total_limit, run)
     global_step = 0
     if resumed:
@@ -1026,8 +1064,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         pair.transformers[subfolder], pair.steps[args.expert] = model, global_step
         pair.samples, pair.trackers = samples, accelerator.trackers
         pair.recyclers.append(recycler)
-        # Not every quantized base can be moved.
-        model_to_move = None if args.quantize_base else model
+        # Not every quantized base can be moved, and blocks that come and go are away already.
+        model_to_move = None if args.quantize_base or args.group_offload else model
         bring_back = put_by(model_to_move, optimizer.optimizer)
         yield global_step
         bring_back()
@@ -1054,13 +1092,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         transformer.eval()
         for other in others.values():
             other.eval()
-        if accelerator.is_main_process:
+        # Under ZeRO-3 no process has all weights: they come together block by block, while all make the same film.
+        if accelerator.is_main_process or zero_stage(accelerator) == 3:
             trained = {subfolder: unwrap(accelerator, transformer), **others}
             pipe = load_pipeline(args, folder, accelerator, **trained)
-            film = log_validation(args, accelerator, pipe, scheme, global_step, pair)
+            with all_applied(averages):
+                film = log_validation(args, accelerator, pipe, scheme, global_step, pair)
             del pipe
-            for other in others.values():
-                if not args.quantize_base:
+            if pair and model_to_move:
+                for other in others.values():
                     other.to("cpu")
             free_memory()
         for other in others.values():
@@ -1109,6 +1149,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
                 continue
 
             must_be_finite("the LoRA", *parameters)
+            if average:
+                average.step()
             global_step += 1
             progress.update()
             all_losses = seen["clean"] + seen["corrupted"]
@@ -1153,7 +1195,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     checkpoints.finish()
 
     # Save, validate, push
-    state_dict = lora_state_dict(accelerator, transformer, args.export_rank)
+    with all_applied(averages):
+        state_dict = lora_state_dict(accelerator, transformer, args.export_rank)
     if args.export_rank:
         config = replace(config, r=args.export_rank, lora_alpha=args.export_rank)
     state_dict = {name: value.to(getattr(torch, args.export_dtype)) for name, value in state_dict.items()}

@@ -71,7 +71,9 @@ def make_vae(seed: int = 0, z_dim: int = 16, **config) -> AutoencoderKLWan:
     ).eval()
 
 
-def make_transformer(seed: int = 0, in_channels: int = 36, out_channels: int = 16, **config) -> WanTransformer3DModel:
+def make_transformer(
+    seed: int = 0, in_channels: int = 36, out_channels: int = 16, num_layers: int = 2, **config
+) -> WanTransformer3DModel:
     torch.manual_seed(seed)
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -82,7 +84,7 @@ def make_transformer(seed: int = 0, in_channels: int = 36, out_channels: int = 1
         text_dim=TEXT_DIM,
         freq_dim=32,
         ffn_dim=32,
-        num_layers=2,
+        num_layers=num_layers,
         rope_max_seq_len=64,
         **config,
     ).eval()

@@ -70,6 +70,7 @@ def test_the_memory_of_a_training_run_is_told(run_command):
     bank = 8 * BankConfig(dtype="int8").num_bytes((16, 21, 60, 104))
     assert status == 0 and f"error banks of 8 processes {bank / 1e9:.1f} GB" in told, errors
     # Encoders; the base and its LoRA; and with 32.8 GB of base, 25.4 GB of activations.
+    assert re.search(r"blocks on the CPU +20\.3 +4\.6 +47\.0 +47\.0 ", told), told
     assert re.search(r"as asked +20\.3 +35\.3 +61\.7 +61\.7 .* no +no +yes\n", told), told
     status, _, errors = run_command("plan", "--train", "--zero", 3, "--quantize_base", "4bit")
     assert status == 1 and "quantized weights cannot be dealt out" in errors

@@ -152,7 +152,8 @@ def test_optimizer_and_bank_by_hand(shapes):
     _, two = step(zero=2, num_processes=8)
     assert (two["LoRA"], two["optimizer"], two["base"]) == (2 * lora, 12 * lora // 8, base)
     assert two["gradients"] == 2 * lora // 8 + 10**9
-    _, three = step(zero=3, num_processes=8)
+    plan, three = step(zero=3, num_processes=8)
+    assert plan.phases[-2].parts == {"base": base // 8, "LoRA": 2 * lora // 8}
     assert three["base"] == base // 8 and three["weights put together"] == 2 * 10**9
     for dtype in ("float32", "bfloat16", "int8"):
         bank = BankConfig(dtype=dtype)
@@ -160,6 +161,11 @@ def test_optimizer_and_bank_by_hand(shapes):
         assert plan.host["error banks of 8 processes"] == 8 * bank.num_bytes((16, 21, 60, 104))
     assert [phase.name for phase in step(is_cached=True)[0].phases] == ["load", "step"]
     assert step(quantize_base="4bit")[1]["base"] < 0.3 * base
+    assert step(quantize_base="int8")[1]["base"] == step(quantize_base="8bit")[1]["base"]
+    plan, few = step(group_offload=True)
+    # 38 of 40 blocks, of ten linear layers each, are on the CPU: four of 5120 twice, and the feed-forward's.
+    assert few["base"] == base - 2 * 38 * (8 * 5120**2 + 2 * 5120 * 13824)
+    assert plan.phases[-2].parts["base"] == few["base"] and plan.host["base"] == base
 
 
 @pytest.mark.parametrize(
@@ -167,6 +173,10 @@ def test_optimizer_and_bank_by_hand(shapes):
     [
         ({"zero": 1}, "`zero` must be 2 or 3"),
         ({"zero": 3, "quantize_base": "4bit"}, "quantized weights cannot be dealt out"),
+        ({"zero": 2, "quantize_base": "fp8"}, "`quantize_base`='fp8' goes without DeepSpeed, got `zero`=2"),
+        ({"zero": 2, "group_offload": True}, "`group_offload` needs gradient checkpointing, and goes neither"),
+        ({"quantize_base": "8bit", "group_offload": True}, "`group_offload` needs gradient checkpointing"),
+        ({"gradient_checkpointing": False, "group_offload": True}, "`group_offload` needs gradient checkpointing"),
         ({"zero": 2, "mixed_precision": "no"}, "DeepSpeed is planned for in bf16 only"),
         ({"rank": 0}, "rank"),
     ],

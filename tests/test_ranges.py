@@ -9,7 +9,7 @@ import torch
 from conftest import load_script
 from diffusers_svi.training import ranges
 from diffusers_svi.training.finite import all_finite
-from diffusers_svi.training.ranges import check_ranges
+from diffusers_svi.training.ranges import check_combinations, check_ranges
 
 
 BASE = ["--pretrained_model_name_or_path=x", "--output_dir=y", "--train_data_dir=z", "--report_to=none"]
@@ -73,6 +73,8 @@ def test_a_number_out_of_its_range_is_refused(name, value, wanted):
             "Give one of `--validation_steps` and `--validation_epochs`",
         ),
         (["--optimizer=prodigy", "--use_8bit_adam"], "`--use_8bit_adam` is for `--optimizer adamw`, got prodigy."),
+        (["--group_offload"], "`--group_offload` needs `--gradient_checkpointing`: without it the backward pass"),
+        (["--ema_decay=0.9"], "`--ema_decay`=0.9 does nothing without `--use_ema`."),
         (["--lora_layers=to_z"], "`--lora_layers`: 'to_z' is none of"),
         (
             ["--buckets", "64x32", "--height=32"],
@@ -89,6 +91,16 @@ def test_what_would_do_nothing_is_refused(parse_args, capsys, options, message):
     with pytest.raises(SystemExit) as exit:
         parse_args([*BASE, *options])
     assert exit.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_blocks_are_moved_by_one_only():
+    values = {"group_offload": True, "gradient_checkpointing": True, "quantize_base": "4bit"}
+    values |= {name: value for name, (_, _, value) in ranges.OPTIONS_OF.items()}
+    values |= {option: None for option, _, _ in ranges.OPTIONS_OF.values()}
+    values |= {"lr_warmup_steps": 0, "validation_steps": None, "ema_decay": ranges.EMA_DECAY, "use_ema": False}
+    with pytest.raises(ValueError, match="moves plain weights, `--quantize_base 4bit` has others: give one"):
+        check_combinations(values)
+    check_combinations({**values, "quantize_base": None})
 
 
 def test_what_goes_together_is_taken(parse_args):

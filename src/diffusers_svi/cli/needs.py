@@ -77,20 +77,24 @@ def of_training(model: "ModelShapes", options: Mapping[str, Any]) -> None:
         num_processes=options["processes"],
         gradient_checkpointing=not options["no_checkpointing"],
         quantize_base=options["quantize_base"] or "none",
+        group_offload=options["group_offload"],
         is_cached=options["cached"],
         bank=BankConfig(dtype=options["bank_dtype"], capacity=options["bank_capacity"]),
     )
     cards = options["card"] or CARDS
     click.echo(f"model    {model.name}, LoRA of rank {training.rank}, {training.num_processes} processes")
     click.echo(f"memory   GB on each GPU, {frames} frames of {height} x {width}, batch of {training.batch_size}")
+    whole = replace(training, quantize_base="none", group_offload=False)
+    quantized = replace(whole, zero=min(training.zero, 2))
     ways = {
         "as asked": training,
-        "no checkpointing": replace(training, gradient_checkpointing=False),
-        "ZeRO-2": replace(training, zero=2) if training.mixed_precision == "bf16" else None,
-        "ZeRO-3": replace(training, zero=3, quantize_base="none") if training.mixed_precision == "bf16" else None,
-        "8-bit base": replace(training, zero=min(training.zero, 2), quantize_base="8bit"),
-        "4-bit base": replace(training, zero=min(training.zero, 2), quantize_base="4bit"),
-        "4-bit, cached": replace(training, zero=min(training.zero, 2), quantize_base="4bit", is_cached=True),
+        "no checkpointing": replace(training, gradient_checkpointing=False, group_offload=False),
+        "ZeRO-2": replace(whole, zero=2) if training.mixed_precision == "bf16" else None,
+        "ZeRO-3": replace(whole, zero=3) if training.mixed_precision == "bf16" else None,
+        "blocks on the CPU": replace(whole, zero=0, gradient_checkpointing=True, group_offload=True),
+        "8-bit base": replace(quantized, quantize_base="8bit"),
+        "4-bit base": replace(quantized, quantize_base="4bit"),
+        "4-bit, cached": replace(quantized, quantize_base="4bit", is_cached=True),
     }
     plans = {name: training_memory(model, way) for name, way in ways.items() if way is not None}
     _table("run", plans, cards)

@@ -25,6 +25,7 @@ FORMATS: dict[str, float | None] = {
     "Q4_0": 18 / 32,
     "Q4_K": 144 / 256,
     "8bit": 1.0,
+    "int8": 1.0,
     "4bit": 1 / 2 + 4 / 64,
 }
 _PUBLISHED_KINDS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")

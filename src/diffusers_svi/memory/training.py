@@ -17,7 +17,7 @@ from .phases import Phase, Plan
 
 # source: DeepSpeed's defaults, in values: `reduce_bucket_size`, and `stage3_max_live_parameters`
 REDUCE_BUCKET, MAX_LIVE = int(5e8), int(1e9)
-QUANTIZED_BASES = ("none", "8bit", "4bit")
+QUANTIZED_BASES = ("none", "8bit", "4bit", "int8", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class Training:
         zero (`int`, defaults to 0): DeepSpeed's stage, 2 or 3; 0 without DeepSpeed.
         num_processes (`int`, defaults to 1): One a GPU, on one machine.
         gradient_checkpointing (`bool`, defaults to `True`): Keep the inputs of blocks only, and compute them again.
-        quantize_base (`str`, defaults to `"none"`): What the frozen base is kept in, "8bit" or "4bit".
+        quantize_base (`str`, defaults to `"none"`): What the frozen base is kept in, one of `QUANTIZED_BASES`.
+        group_offload (`bool`, defaults to `False`): Keep its blocks on the CPU, but two.
         is_cached (`bool`, defaults to `False`): Whether the cache has all samples already: no encoder is loaded.
         bank (`BankConfig`): Of the error bank of each process.
 
@@ -50,6 +51,7 @@ class Training:
     num_processes: int = 1
     gradient_checkpointing: bool = True
     quantize_base: str = "none"
+    group_offload: bool = False
     is_cached: bool = False
     bank: BankConfig = field(default_factory=BankConfig)
 
@@ -66,6 +68,12 @@ class Training:
             raise ValueError(
                 f"`quantize_base`={self.quantize_base!r} with `zero`=3: quantized weights cannot be dealt out. Use 2."
             )
+        if self.zero and self.quantize_base in ("int8", "fp8"):
+            raise ValueError(f"`quantize_base`={self.quantize_base!r} goes without DeepSpeed, got `zero`={self.zero}.")
+        if self.group_offload and (self.zero or self.quantize_base != "none" or not self.gradient_checkpointing):
+            raise ValueError(
+                "`group_offload` needs gradient checkpointing, and goes neither with DeepSpeed nor a quantized base."
+            )
 
 
 def training_memory(model: ModelShapes, training: Training) -> Plan:
@@ -79,8 +87,7 @@ def training_memory(model: ModelShapes, training: Training) -> Plan:
       averages; and a bucket of `REDUCE_BUCKET` values;
     - with ZeRO-3 `16 P / n`, the base dealt out too, and `MAX_LIVE` weights at most put together at a time.
 
-    The bank is in the machine's memory, one a process. Every process loads the base in the machine's memory, and moves
-    it to its GPU whole before ZeRO-3 deals it out.
+    The bank is in the machine's memory, one a process. Every process loads the base in the machine's memory.
     """
     size = (training.num_frames, training.height, training.width)
     dtype = torch.bfloat16 if training.mixed_precision == "bf16" else torch.float32
@@ -96,6 +103,8 @@ def training_memory(model: ModelShapes, training: Training) -> Plan:
     }
     if training.zero == 3:
         parts["base"], parts["weights put together"] = base // n, 2 * min(MAX_LIVE, weights.count)
+    elif training.group_offload:
+        parts["base"] = base - round(weights.in_blocks * dtype.itemsize * (1 - min(2, layers) / layers))
     else:
         parts["base"] = base
     if training.quantize_base != "none":
@@ -104,10 +113,12 @@ def training_memory(model: ModelShapes, training: Training) -> Plan:
         parts["LoRA in bfloat16"] = 2 * lora
     parts["latents and prompts"] = 12 * FLOAT * training.batch_size * math.prod(model.latent_shape(*size))
     phases = [] if training.is_cached else [_encoding(model, training, dtype)]
-    phases += [Phase("load", {"base": base, "LoRA": FLOAT * lora}), Phase("step", parts)]
+    # Only ZeRO-3 changes the LoRA's type before it is on the GPU.
+    loaded = parts["LoRA"] if training.zero == 3 else FLOAT * lora
+    phases += [Phase("load", {"base": parts["base"], "LoRA": loaded}), Phase("step", parts)]
     bank = training.bank.num_bytes(model.latent_shape(*size))
     host = {
-        "base, while it is loaded": n * base,
+        "base" if training.group_offload else "base, while it is loaded": n * base,
         "error bank" if n == 1 else f"error banks of {n} processes": 0 if training.bank.path else n * bank,
     }
     return Plan(tuple(phases), host)

@@ -57,7 +57,7 @@ INSTEAD = {
     "--resolution": "give `--height` and `--width`",
     "--aspect_ratio_buckets": "give `--buckets`, each as width x height: 832x480 480x832",
     "--video_resolution_buckets": "give `--buckets`, each as width x height x frames: 832x480x81",
-    "--bnb_quantization_config_path": "give `--quantize_base 4bit` or `8bit`",
+    "--bnb_quantization_config_path": "give `--quantize_base` and one of its forms",
     "--guidance_scale": "give `--validation_guidance_scale`",
     "--num_validation_videos": "give `--num_validation_clips`: one film is made",
     "--validation_images": "give `--validation_image`, one",

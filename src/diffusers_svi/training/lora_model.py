@@ -6,14 +6,16 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from diffusers import BitsAndBytesConfig, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils.torch_utils import is_compiled_module
 from peft import LoraConfig, convert_to_lora, prepare_model_for_kbit_training, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
+from torch.nn.parallel import DistributedDataParallel
 
 from ..lora_file import check_condition, read_lora
 from .layers import check_layers
+from .quantized import BITSANDBYTES, quantization_config
 
 
 def read_init_lora(
@@ -55,26 +57,25 @@ def load_transformer(
         dtype (`torch.dtype`): What it computes in.
         config (`LoraConfig`): Of the LoRA; `target_modules` is a list of layers.
         init_lora (`dict[str, torch.Tensor]`, *optional*): Weights it begins with, as `read_init_lora` has them.
-        quantize (`str`, *optional*): "4bit" or "8bit", by bitsandbytes.
+        quantize (`str`, *optional*): What the base is kept in, as [`quantization_config`] has it.
         variant (`str`, *optional*): Of the weight files.
 
     Raises:
         ValueError: if the model lacks a layer, or the weights are of another LoRA.
     """
-    quantization = None
-    if quantize == "4bit":
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    elif quantize == "8bit":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    quantization = quantization_config(quantize, dtype) if quantize else None
     transformer = WanTransformer3DModel.from_pretrained(
         folder, subfolder=subfolder, dtype=dtype, quantization_config=quantization, variant=variant
     )
     transformer.requires_grad_(False)
-    if quantization is not None:
+    if quantize in BITSANDBYTES:
         transformer = prepare_model_for_kbit_training(transformer, use_gradient_checkpointing=False)
     check_layers(config.target_modules, (name for name, _ in transformer.named_modules()))
     transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)
+    # Processes need not tell each other what never changes.
+    frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     if init_lora is not None:
         own, given = get_peft_model_state_dict(transformer).keys(), init_lora.keys()
         if own != given:

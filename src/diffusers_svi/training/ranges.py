@@ -16,7 +16,9 @@ NOT_NEGATIVE = (
 )
 POSITIVE = ("lora_alpha", "flow_shift", "adam_epsilon", "max_grad_norm", "bank_max_gb", "lr_power", "logit_std")
 SHARES = ("p_motion", "p_text_start", "proportion_empty_prompts", "max_skipped_share", "clean_buffer_update_prob")
-BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay")
+# diffusers' own, where it is left alone.
+EMA_DECAY = 0.9999
 # What is for one choice of another option only, and its value where it is left alone.
 OPTIONS_OF = {
     "expert_switch_steps": ("expert", "both", 100),
@@ -82,8 +84,21 @@ def check_combinations(values: Mapping[str, object]) -> None:
             f"`--init_lora_weight_name`={values['init_lora_weight_name']} is for one expert: for `--expert both` the "
             "files have the names that a run gives them."
         )
+    if values["ema_decay"] != EMA_DECAY and not values["use_ema"]:
+        raise ValueError(f"`--ema_decay`={values['ema_decay']} does nothing without `--use_ema`.")
     if values["validation_steps"] and values["validation_epochs"]:
         raise ValueError("Give one of `--validation_steps` and `--validation_epochs`, got both.")
+    if values["group_offload"]:
+        if not values["gradient_checkpointing"]:
+            raise ValueError(
+                "`--group_offload` needs `--gradient_checkpointing`: without it the backward pass would want all "
+                "blocks on the device at once."
+            )
+        if values["quantize_base"]:
+            raise ValueError(
+                f"`--group_offload` moves plain weights, `--quantize_base {values['quantize_base']}` has others: give "
+                "one of the two."
+            )
 
 
 def check_buckets(values: Mapping[str, object]) -> None:

@@ -31,6 +31,7 @@ FIXED = (
     # Of `accelerate launch`: checkpoints of DeepSpeed have a form of their own.
     "zero_stage",
     *("optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
+    *("use_ema", "ema_decay"),
 )
 # The learning rate and its schedule: the new values hold from the next step on, which is told.
 APPLIED = (
@@ -38,7 +39,7 @@ APPLIED = (
     *("max_train_steps", "num_train_epochs"),
 )
 # They matter a bit, and are told.
-TOLD = ("max_grad_norm", "gradient_checkpointing", "allow_tf32", "max_skipped_share")
+TOLD = ("max_grad_norm", "gradient_checkpointing", "compile", "allow_tf32", "max_skipped_share")
 # They name models and data, which are compared by `compare_content`.
 COMPARED = (
     *("pretrained_model_name_or_path", "revision", "variant"),
@@ -46,7 +47,8 @@ COMPARED = (
 )
 # What is trained does not depend on them.
 FREE = (
-    *("output_dir", "cache_dir", "latent_cache_dir", "dataloader_num_workers", "offload", "bank_path"),
+    *("output_dir", "cache_dir", "latent_cache_dir", "dataloader_num_workers", "offload", "group_offload"),
+    "bank_path",
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("report_to", "tracker_name", "logging_dir"),
     *("validation_prompt", "validation_image", "num_validation_clips", "validation_steps", "validation_epochs"),

@@ -17,6 +17,7 @@ from accelerate.tracking import GeneralTracker
 from diffusers.training_utils import free_memory
 
 from ..erft import ErrorRecycler
+from .average import MovingAverage
 from .samples import Samples
 
 
@@ -31,6 +32,7 @@ class Pair:
         steps (`dict[str, int]`): How many each has done, by expert.
         finished (`set[str]`): Experts that have done all.
         samples (`Samples`, *optional*): What both are trained on, once the first has found it.
+        averages (`list[MovingAverage]`): Of what each trains, where it has one.
         trackers (`list[GeneralTracker]`): Of the run.
     """
 
@@ -40,6 +42,7 @@ class Pair:
     steps: dict[str, int] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
     samples: Samples | None = None
+    averages: list[MovingAverage] = field(default_factory=list)
     trackers: list[GeneralTracker] = field(default_factory=list)
 
     def others(self, component: str) -> dict[str, torch.nn.Module]:
