@@ -320,6 +320,12 @@ def test_lora_and_encoder_are_loaded_in_one_call(image, tmp_path):
     assert np.array_equal(made, expected)
 
 
+def test_the_command_tells_what_films_of_a_lora_follow(run_command, tmp_path):
+    save_file({**make_lora(make_transformer()), **make_dwpose()}, tmp_path / "svi-dance.safetensors")
+    status, output, _ = run_command("inspect", "svi-dance.safetensors")
+    assert status == 0 and "follows    pose\n" in output and "padding='reference'" in output
+
+
 def test_where_something_is_wrong_nothing_has_been_loaded(tmp_path):
     lora = make_lora(make_transformer())
     save_file(lora, tmp_path / "svi-dance.safetensors")

@@ -31,6 +31,7 @@ from diffusers_svi.conditions.windows import audio_windows, clips_to_cover, firs
 from diffusers_svi.loading import check_recipe
 from diffusers_svi.memory.model import build
 from diffusers_svi.published import PUBLISHED
+from diffusers_svi.training.lora_model import read_init_lora
 from test_audio import speech
 from test_lora import make_lora
 
@@ -898,6 +899,12 @@ def test_other_conditions_are_refused():
     dance = {**make_lora(pipe.transformer), "dwpose_embedding.0.weight": torch.zeros(2, 2)}
     with pytest.raises(ValueError, match="for films that follow pose, .* load it with `SVIDancePipeline`"):
         pipe.load_lora_weights(dance)
+
+
+def test_training_does_not_go_on_from_a_lora_without_its_modules(published):
+    source, options = published
+    with pytest.raises(ValueError, match="for films that follow audio, .* load it with `SVITalkPipeline`"):
+        read_init_lora(source, options["weight_name"], rank=4, alpha=4)
 
 
 def test_a_saved_pipeline_has_its_modules(image, tmp_path):
