@@ -350,7 +350,10 @@ def test_a_lora_on_the_patches_comes_and_goes_and_poses_are_seen():
     assert torch.equal(predict(dance, pictures()), expected)
     wrapped = make_transformer()
     wrapped.add_adapter(LoraConfig(r=2, target_modules=["patch_embedding"]), adapter_name="a")
-    assert torch.equal(predict(with_modules(SVIDanceTransformer3DModel, wrapped, make_dwpose()), pictures()), expected)
+    dance = with_modules(SVIDanceTransformer3DModel, wrapped, make_dwpose())
+    assert torch.equal(predict(dance, pictures()), expected)
+    dance.unload_lora()
+    assert torch.equal(predict(dance, pictures()), expected)
 
 
 def test_a_saved_pipeline_has_its_encoder(image, tmp_path):

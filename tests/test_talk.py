@@ -379,6 +379,10 @@ def test_a_guided_call_combines_audio_and_zeros():
     heard, unheard = predict(talk, windows()), predict(talk, torch.zeros(1, 9, 5, LAYERS, CHANNELS))
     with talk.cache_context("uncond"):
         assert torch.equal(predict(talk, windows(), audio_guidance=guidance), guidance.combined(heard, unheard))
+    # A call of one's own, whatever was before it, is no pass of a pipeline.
+    with talk.cache_context("uncond"):
+        predict(talk, windows())
+    assert torch.equal(predict(talk, windows(), audio_guidance=guidance), heard)
     with talk.cache_context("cond"):
         assert torch.equal(predict(talk, windows(), audio_guidance=guidance), heard)
 
