@@ -320,6 +320,12 @@ def test_lora_and_encoder_are_loaded_in_one_call(image, tmp_path):
     assert np.array_equal(made, expected)
 
 
+def test_the_command_tells_what_films_of_a_lora_follow(run_command, tmp_path):
+    save_file({**make_lora(make_transformer()), **make_dwpose()}, tmp_path / "svi-dance.safetensors")
+    status, output, _ = run_command("inspect", "svi-dance.safetensors")
+    assert status == 0 and "follows    pose\n" in output and "padding='reference'" in output
+
+
 def test_where_something_is_wrong_nothing_has_been_loaded(tmp_path):
     lora = make_lora(make_transformer())
     save_file(lora, tmp_path / "svi-dance.safetensors")
@@ -344,7 +350,10 @@ def test_a_lora_on_the_patches_comes_and_goes_and_poses_are_seen():
     assert torch.equal(predict(dance, pictures()), expected)
     wrapped = make_transformer()
     wrapped.add_adapter(LoraConfig(r=2, target_modules=["patch_embedding"]), adapter_name="a")
-    assert torch.equal(predict(with_modules(SVIDanceTransformer3DModel, wrapped, make_dwpose()), pictures()), expected)
+    dance = with_modules(SVIDanceTransformer3DModel, wrapped, make_dwpose())
+    assert torch.equal(predict(dance, pictures()), expected)
+    dance.unload_lora()
+    assert torch.equal(predict(dance, pictures()), expected)
 
 
 def test_a_saved_pipeline_has_its_encoder(image, tmp_path):

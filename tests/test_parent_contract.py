@@ -166,3 +166,28 @@ def test_keys_with_an_underscore_stay_in_a_models_config(tmp_path):
     transformer.register_to_config(_mine=[{"a": 1}])
     transformer.save_pretrained(tmp_path)
     assert WanTransformer3DModel.from_pretrained(tmp_path).config["_mine"] == [{"a": 1}]
+
+
+def test_a_block_is_given_what_the_rope_gives():
+    """What talking transformers send their tokens of audio by: four arguments, the last one as it was returned."""
+    transformer, given, taken = make_transformer(), [], []
+    transformer.rope.register_forward_hook(lambda *args: given.append(args[2]))
+    for block in transformer.blocks:
+        block.register_forward_pre_hook(lambda _, args: taken.append(args))
+    latents, text = torch.zeros(1, 36, 3, 4, 4), torch.zeros(1, 512, transformer.config.text_dim)
+    transformer(latents, torch.tensor([500]), text)
+    assert len(given) == 1 and len(taken) == 2
+    assert all(len(args) == 4 and args[3] is given[0] for args in taken)
+    assert [*inspect.signature(type(transformer.blocks[0]).forward).parameters][1:] == [
+        *("hidden_states", "encoder_hidden_states", "temb", "rotary_emb")
+    ]
+
+
+def test_the_passes_of_guidance_are_told_by_cache_context(image):
+    """In this order, at every step: what talking transformers tell them by."""
+    pipe, calls = quiet(WanImageToVideoPipeline(**make_components("i2v"))), []
+    context = pipe.transformer.cache_context
+    pipe.transformer.cache_context = lambda name: calls.append(name) or context(name)
+    pipe(image=image, prompt="a cat", guidance_scale=2.0, **CLIP)
+    pipe(image=image, prompt="a cat", guidance_scale=1.0, **CLIP)
+    assert calls == ["cond", "uncond"] * 2 + ["cond"] * 2

@@ -31,6 +31,7 @@ from diffusers_svi.conditions.windows import audio_windows, clips_to_cover, firs
 from diffusers_svi.loading import check_recipe
 from diffusers_svi.memory.model import build
 from diffusers_svi.published import PUBLISHED
+from diffusers_svi.training.lora_model import read_init_lora
 from test_audio import speech
 from test_lora import make_lora
 
@@ -378,6 +379,10 @@ def test_a_guided_call_combines_audio_and_zeros():
     heard, unheard = predict(talk, windows()), predict(talk, torch.zeros(1, 9, 5, LAYERS, CHANNELS))
     with talk.cache_context("uncond"):
         assert torch.equal(predict(talk, windows(), audio_guidance=guidance), guidance.combined(heard, unheard))
+    # A call of one's own, whatever was before it, is no pass of a pipeline.
+    with talk.cache_context("uncond"):
+        predict(talk, windows())
+    assert torch.equal(predict(talk, windows(), audio_guidance=guidance), heard)
     with talk.cache_context("cond"):
         assert torch.equal(predict(talk, windows(), audio_guidance=guidance), heard)
 
@@ -898,6 +903,12 @@ def test_other_conditions_are_refused():
     dance = {**make_lora(pipe.transformer), "dwpose_embedding.0.weight": torch.zeros(2, 2)}
     with pytest.raises(ValueError, match="for films that follow pose, .* load it with `SVIDancePipeline`"):
         pipe.load_lora_weights(dance)
+
+
+def test_training_does_not_go_on_from_a_lora_without_its_modules(published):
+    source, options = published
+    with pytest.raises(ValueError, match="for films that follow audio, .* load it with `SVITalkPipeline`"):
+        read_init_lora(source, options["weight_name"], rank=4, alpha=4)
 
 
 def test_a_saved_pipeline_has_its_modules(image, tmp_path):

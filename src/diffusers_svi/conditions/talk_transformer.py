@@ -273,10 +273,7 @@ class SVITalkTransformer3DModel(WanTransformer3DModel):
     def _hearing(self, audio: torch.Tensor, inputs: tuple, given: dict[str, Any]) -> torch.Tensor:
         hidden_states = inputs[0]
         self._audio = self.audio_embedder(audio.to(device=hidden_states.device, dtype=hidden_states.dtype))
-        try:
-            return super().forward(*inputs, return_dict=False, attention_kwargs=given)[0]
-        finally:
-            self._audio = None
+        return super().forward(*inputs, return_dict=False, attention_kwargs=given)[0]
 
     def _check_audio(self, audio: torch.Tensor, hidden_states: torch.Tensor) -> None:
         frames = 1 + TEMPORAL_FACTOR * (hidden_states.shape[2] // self.config.patch_size[0] - 1)
