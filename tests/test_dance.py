@@ -290,7 +290,7 @@ def test_poses_out_of_a_video(image, seen, tmp_path):
         (counted(0), "`pose` must be a path, frames .* at least one"),
         (open_pose(counted(9), 64, 32), r"`pose` was opened for a film of 64 x 32 .* this one is 32 x 32. Open it by"),
     ],
-    ids=str,
+    ids=["missing", "none", "of another size"],
 )
 def test_poses_that_are_none_are_refused(pose, message, image):
     with pytest.raises(ValueError, match=message):
