@@ -49,7 +49,9 @@ from diffusers_svi.erft import (
     RecyclerConfig,
     ShardedErrorBank,
     erft_loss,
-    recycled_velocity,
+    restoration_weights,
+    restorative_velocity,
+    self_error,
 )
 from diffusers_svi.erft.bank import nearest_grid
 from diffusers_svi.flow import interpolate, shifted_sigmas
@@ -142,7 +144,7 @@ SIZE = {"width": 832, "height": 480, "num_frames": 81}
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
 CARD_SETTINGS = (
     *("preset", "expert", "init_lora", "quantize_base", "rank", "lora_alpha", "export_rank"),
-    *("p_vid", "p_img", "p_noi", "p_clean"),
+    *("objective", "errors", "p_vid", "vid_sigmas", "p_img", "p_noi", "p_clean"),
     *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
     *(
         "train_batch_size",
@@ -256,6 +258,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("error recycling; the preset sets what is not given").add_argument
     add("--p_vid", "--latent_prob", "--svi_p_vid", "--latent_inject_prob", type=float, help="Errors on the latents.")
+    text = "Noise levels whose samples take errors on the latents."
+    add("--vid_sigmas", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help=text)
+    text = "Those on the latents: of the bank, or the model's own of the very sample, for one more forward pass."
+    add("--errors", choices=("bank", "self"), default="bank", help=text)
+    text = "recycled: as published. restorative: EverAnimate's, which also leads flawed samples back."
+    add("--objective", choices=("recycled", "restorative"), default="recycled", help=text)
     add("--p_img", "--y_prob", "--svi_p_img", "--context_inject_prob", type=float, help="Errors on the condition.")
     add("--p_noi", "--noise_prob", "--svi_p_noi", "--noise_inject_prob", type=float, help="Errors on the noise.")
     add("--p_clean", "--clean_prob", "--svi_p_clean", type=float, help="Share of samples without any error.")
@@ -469,6 +477,7 @@ def make_injection(args: argparse.Namespace) -> InjectionConfig:
     anchored = args.conditioning != "pixel" and args.img_slots == "motion"
     return InjectionConfig(
         p_vid=args.p_vid,
+        vid_sigmas=tuple(args.vid_sigmas),
         p_noi=args.p_noi,
         p_img=args.p_img,
         p_clean=args.p_clean,
@@ -630,6 +639,9 @@ class TrainingStep:
     def __post_init__(self):
         self.sigmas = shifted_sigmas(TRAIN_TIMESTEPS, self.args.flow_shift)
         self.weights = timestep_weights(self.args.weighting_scheme, TRAIN_TIMESTEPS, self.args.flow_shift)
+        self.alphas = restoration_weights(TRAIN_TIMESTEPS, self.args.flow_shift)
+        if self.args.objective == "recycled":
+            self.alphas = torch.zeros_like(self.alphas)
         scheme = make_scheme(self.args)
         self.known_frames = torch.tensor([scheme.known_frames(is_first) for is_first in (True, False)])
 
@@ -640,24 +652,23 @@ class TrainingStep:
         prompt_embeds = self.choose_prompt(batch)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         picks = self.timesteps[torch.randint(len(self.timesteps), (len(latents),), generator=generator)]
-        sigmas, weights = (values[picks].to(latents.device).float() for values in (self.sigmas, self.weights))
+        sigmas, weights, alphas = (
+            values[picks].to(latents.device).float() for values in (self.sigmas, self.weights, self.alphas)
+        )
+        given = (sigmas, prompt_embeds, image_embeds, known_frames)
 
         with self.times.part("inject"):
-            injected = self.recycler.inject(latents, noise, condition, sigmas)
+            own = None
+            if self.args.errors == "self":
+                with torch.no_grad():
+                    predicted = self.predict(interpolate(latents, noise, sigmas), condition, *given)
+                own = self_error(predicted, latents, noise, sigmas)
+            injected = self.recycler.inject(latents, noise, condition, sigmas, own)
         noisy = interpolate(injected.latents, injected.noise, sigmas)
-        hidden_states, timesteps = transformer_inputs(
-            noisy, injected.condition, sigmas, self.patch_size, self.expand_timesteps, known_frames
-        )
         with self.times.part("forward"):
-            prediction = self.transformer(
-                hidden_states=hidden_states.to(self.weight_dtype),
-                timestep=timesteps,
-                encoder_hidden_states=prompt_embeds.to(self.weight_dtype),
-                encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(self.weight_dtype),
-                return_dict=False,
-            )[0].float()
+            prediction = self.predict(noisy, injected.condition, *given)
 
-        target = recycled_velocity(latents, injected.noise)
+        target = restorative_velocity(latents, injected.latents, injected.noise, sigmas, alphas)
         residual, mask = prediction - target, None
         if self.expand_timesteps:
             mask = torch.ones_like(target[:1, :1, :, :1, :1])
@@ -666,6 +677,27 @@ class TrainingStep:
         with self.times.part("bank"):
             self.recycler.recycle(residual, sigmas, injected.switches)
         return erft_loss(prediction, target, weights, mask), injected.switches.clean
+
+    def predict(
+        self,
+        noisy: torch.Tensor,
+        condition: torch.Tensor,
+        sigmas: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        image_embeds: torch.Tensor | None,
+        known_frames: torch.Tensor,
+    ) -> torch.Tensor:
+        """The velocity, of the shape of `noisy`."""
+        hidden_states, timesteps = transformer_inputs(
+            noisy, condition, sigmas, self.patch_size, self.expand_timesteps, known_frames
+        )
+        return self.transformer(
+            hidden_states=hidden_states.to(self.weight_dtype),
+            timestep=timesteps,
+            encoder_hidden_states=prompt_embeds.to(self.weight_dtype),
+            encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(self.weight_dtype),
+            return_dict=False,
+        )[0].float()
 
     def choose_condition(
         self, batch: dict[str, torch.Tensor]

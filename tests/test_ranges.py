@@ -26,7 +26,11 @@ def test_every_number_must_be_finite(parse_args, capsys, value):
     floats = [name for name, default in vars(parse_args(BASE)).items() if isinstance(default, float)]
     assert len(floats) > 15
     options = [[f"--{name}={value}"] for name in (*floats, "lora_alpha", "bank_max_gb")]
-    options += [[f"--{name}", *pair] for name in ("img_sigmas", "img_scale") for pair in ((value, "1"), ("0", value))]
+    options += [
+        [f"--{name}", *pair]
+        for name in ("vid_sigmas", "img_sigmas", "img_scale")
+        for pair in ((value, "1"), ("0", value))
+    ]
     for option in options:
         with pytest.raises(SystemExit) as exit:
             parse_args([*BASE, *option])
@@ -67,6 +71,8 @@ def test_a_number_out_of_its_range_is_refused(name, value, wanted):
         (["--logit_mean=1"], "`--logit_mean`=1.0 is for `--weighting_scheme logit_normal`, got svi."),
         (["--logit_std=2", "--weighting_scheme=mode"], "`--logit_std`=2.0 is for `--weighting_scheme logit_normal`"),
         (["--mode_scale=1"], "`--mode_scale`=1.0 is for `--weighting_scheme mode`, got svi."),
+        (["--errors=self", "--p_vid=0"], "`--errors self` is about errors on the latents, but none get any"),
+        (["--objective=restorative", "--preset=none"], "`--objective restorative` is about errors on the latents"),
         (["--lr_warmup_steps=5"], "`--lr_warmup_steps`=5 needs another `--lr_scheduler` than constant"),
         (
             ["--validation_steps=1", "--validation_epochs=1"],
@@ -93,11 +99,8 @@ def test_what_would_do_nothing_is_refused(parse_args, capsys, options, message):
     assert exit.value.code == 1 and message in capsys.readouterr().err
 
 
-def test_blocks_are_moved_by_one_only():
-    values = {"group_offload": True, "gradient_checkpointing": True, "quantize_base": "4bit"}
-    values |= {name: value for name, (_, _, value) in ranges.OPTIONS_OF.items()}
-    values |= {option: None for option, _, _ in ranges.OPTIONS_OF.values()}
-    values |= {"lr_warmup_steps": 0, "validation_steps": None, "ema_decay": ranges.EMA_DECAY, "use_ema": False}
+def test_blocks_are_moved_by_one_only(parse_args):
+    values = vars(parse_args([*BASE, "--group_offload", "--gradient_checkpointing"])) | {"quantize_base": "4bit"}
     with pytest.raises(ValueError, match="moves plain weights, `--quantize_base 4bit` has others: give one"):
         check_combinations(values)
     check_combinations({**values, "quantize_base": None})

@@ -42,7 +42,7 @@ def batch(size: int = 2, seed: int = 0):
 def test_frequencies_of_the_switches():
     """Within five standard deviations of 20000 draws, and independent given that a sample is not clean."""
     config = InjectionConfig(p_vid=0.9, p_noi=0.3, p_img=0.5, p_clean=0.2)
-    switches = draw_switches(config, 20000, seeded())
+    switches = draw_switches(config, torch.full((20000,), 0.5), seeded())
     corrupted = ~switches.clean
     assert switches.clean.double().mean().item() == pytest.approx(0.2, abs=5 * 0.0029)
     for name, p in (("vid", 0.9), ("noi", 0.3), ("img", 0.5)):
@@ -54,8 +54,9 @@ def test_frequencies_of_the_switches():
 
 
 def test_probabilities_of_zero_and_one_are_exact():
-    always = draw_switches(InjectionConfig(p_vid=1, p_noi=1, p_img=1, p_clean=0), 1000, seeded())
-    never = draw_switches(InjectionConfig(p_vid=0, p_noi=0, p_img=0, p_clean=0), 1000, seeded())
+    sigmas = torch.linspace(0, 1, 1000)
+    always = draw_switches(InjectionConfig(p_vid=1, p_noi=1, p_img=1, p_clean=0), sigmas, seeded())
+    never = draw_switches(InjectionConfig(p_vid=0, p_noi=0, p_img=0, p_clean=0), sigmas, seeded())
     assert always.vid.all() and always.noi.all() and always.img.all() and not always.clean.any()
     assert not (never.vid | never.noi | never.img | never.clean).any()
 
@@ -97,6 +98,13 @@ def test_every_error_is_modulated_by_a_factor_of_its_own():
     assert torch.equal(recycler.generator.get_state(), state)
 
 
+def test_latents_take_errors_in_a_range_of_noise_levels():
+    config = InjectionConfig(p_vid=1, p_noi=1, p_img=1, p_clean=0, vid_sigmas=(0.5, 0.75))
+    switches = draw_switches(config, torch.tensor([0.25, 0.5, 0.75, 1.0]), seeded())
+    assert switches.vid.tolist() == [False, True, True, False]
+    assert switches.noi.all() and switches.img.all()
+
+
 def test_a_run_of_the_error_lands_on_the_first_frames_of_the_condition():
     error = torch.arange(1.0, 8.0).view(1, 7, 1, 1)
     starts = set()
@@ -136,6 +144,20 @@ def test_an_empty_bank_injects_nothing():
     injected = recycler.inject(latents, noise, condition, torch.tensor([0.5, 0.9]))
     for before, after in zip((latents, noise, condition), injected, strict=False):
         assert torch.equal(before, after)
+
+
+def test_own_errors_take_the_place_of_those_of_the_bank_on_latents_alone():
+    recycler = make_recycler(p_vid=0.5, p_noi=1, p_img=0, p_clean=0)
+    sigmas = recycler.bank.grid_sigmas[[0, 2, 4, 4]]
+    for grid, sigma in zip((0, 2, 4), sigmas.tolist(), strict=False):
+        recycler.bank.put(grid, torch.full(SHAPE, 9.0), sigma, seeded())
+    latents, noise, condition = batch(4)
+    own = torch.arange(1.0, 5).view(-1, 1, 1, 1, 1).expand_as(latents)
+    injected = recycler.inject(latents, noise, condition, sigmas, own)
+    vid = injected.switches.vid
+    assert 0 < vid.sum() < 4
+    torch.testing.assert_close(injected.latents, latents + own * vid.view(-1, 1, 1, 1, 1))
+    torch.testing.assert_close(injected.noise[2] - noise[2], torch.full(SHAPE, (1 - float(sigmas[2])) * 9))
 
 
 def test_every_sample_takes_the_errors_of_its_own_grid():

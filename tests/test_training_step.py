@@ -129,19 +129,7 @@ def test_a_step_is_its_maths(train_erft, preset, kind, options, held, clean_fram
         conditions.append(y)
 
     x, y, target = torch.stack(noisy), torch.stack(conditions), torch.stack(targets)
-    timesteps = 1000 * torch.tensor(sigmas).double()
-    if held:
-        hidden = torch.cat([y, x[:, :, held:]], dim=2)
-        frames_of_tokens = torch.arange(FRAMES).repeat_interleave(HEIGHT // 2 * (WIDTH // 2))
-        timesteps = timesteps.unsqueeze(1) * (frames_of_tokens >= held)
-    else:
-        mask = torch.zeros(BATCH, 4, FRAMES, HEIGHT, WIDTH).double()
-        mask[:, :, 0] = 1
-        hidden = torch.cat([x, mask, y], dim=1)
-    with torch.no_grad():
-        prediction = step.transformer(
-            hidden, timesteps, batch["prompt_embeds"], batch.get("image_embeds"), return_dict=False
-        )[0]
+    prediction = predict(step, batch, x, y, sigmas, held)
     residuals = prediction - target
     if held:
         residuals[:, :, :held] = 0
@@ -156,6 +144,61 @@ def test_a_step_is_its_maths(train_erft, preset, kind, options, held, clean_fram
         assert banked.sigma == pytest.approx(sigmas[sample])
         counts[grid] += 1
     assert bank.counts.tolist() == counts
+
+
+@pytest.mark.parametrize("objective", ["recycled", "restorative"])
+@pytest.mark.parametrize(("preset", "kind", "held"), [("shot", "wan2.1", None), ("ti2v-5b", "ti2v-5b", 2)])
+def test_a_step_with_its_own_errors_is_its_maths(train_erft, preset, kind, held, objective):
+    """At high noise, the model meets what it makes of the very sample, and is to lead it back."""
+    args = parse(train_erft, preset, p_vid=1, p_noi=0, p_img=0, p_clean=0, p_motion=1, objective=objective)
+    args.errors, args.vid_sigmas, args.p_text_start = "self", (0.75, 1.0), 0
+    step = make_step(train_erft, args, kind)
+    # What it says is to depend on what it is shown.
+    step.transformer.proj_out.weight.data *= 20
+    batch = make_batch(kind, step.transformer.config.out_channels, held)
+    with torch.no_grad():
+        losses, _ = step(batch)
+
+    generator = seeded(7)
+    torch.rand(2, BATCH, generator=generator, dtype=torch.float64)
+    x_0, y = batch["latents"], batch["condition"]
+    noise = torch.randn(x_0.shape, generator=generator).double()
+    steps = torch.randint(1000, (BATCH,), generator=generator).tolist()
+    sigmas = [sigma_at(index, 1000) for index in steps]
+    flawed_ones = [sigma >= 0.75 for sigma in sigmas]
+    assert any(flawed_ones) and not all(flawed_ones)
+
+    sigma = torch.tensor(sigmas, dtype=torch.float64).view(-1, 1, 1, 1, 1)
+    x = (1 - sigma) * x_0 + sigma * noise
+    flawed = x - sigma * predict(step, batch, x, y, sigmas, held)
+    flawed[:, :, : held or 0] = x_0[:, :, : held or 0]
+    flawed = torch.where(sigma >= 0.75, flawed, x_0)
+    flawed_x = (1 - sigma) * flawed + sigma * noise
+    weights = torch.tensor([weight_at(index) for index in steps], dtype=torch.float64)
+    alpha = weights / max(weight_at(index) for index in range(1000)) if objective == "restorative" else 0 * weights
+    target = noise - x_0 + alpha.view(-1, 1, 1, 1, 1) * (flawed_x - x)
+    residuals = (predict(step, batch, flawed_x, y, sigmas, held) - target)[:, :, held or 0 :]
+    expected = weights * residuals.square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-6)
+    unharmed = predict(step, batch, x, y, sigmas, held) - (noise - x_0)
+    plain = weights * unharmed[:, :, held or 0 :].square().flatten(1).mean(dim=1)
+    assert [abs(one / other - 1) > 1e-3 for one, other in zip(losses, plain, strict=True)] == flawed_ones
+
+
+def predict(step, batch, x, y, sigmas: list[float], held: int | None) -> torch.Tensor:
+    """What the model says of noisy latents and conditions."""
+    timesteps = 1000 * torch.tensor(sigmas).double()
+    if held:
+        hidden = torch.cat([y, x[:, :, held:]], dim=2)
+        frames_of_tokens = torch.arange(FRAMES).repeat_interleave(HEIGHT // 2 * (WIDTH // 2))
+        timesteps = timesteps.unsqueeze(1) * (frames_of_tokens >= held)
+    else:
+        mask = torch.zeros(BATCH, 4, FRAMES, HEIGHT, WIDTH).double()
+        mask[:, :, 0] = 1
+        hidden = torch.cat([x, mask, y], dim=1)
+    with torch.no_grad():
+        embeds = batch["prompt_embeds"], batch.get("image_embeds")
+        return step.transformer(hidden, timesteps, *embeds, return_dict=False)[0]
 
 
 def test_clean_samples_meet_no_errors_and_are_told(train_erft):

@@ -14,6 +14,8 @@ class InjectionConfig:
 
     Args:
         p_vid (`float`, defaults to 0.9): Share of the corrupted samples with an error in the clean latents.
+        vid_sigmas (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+            Range of the noise levels at which samples take an error in the clean latents.
         p_noi (`float`, defaults to 0.01): Share with an error in the noise.
         p_img (`float`, defaults to 0.9): Share with an error in the condition.
         p_clean (`float`, defaults to 0.2): Share of all samples that are left clean.
@@ -34,6 +36,7 @@ class InjectionConfig:
     """
 
     p_vid: float = 0.9
+    vid_sigmas: tuple[float, float] = (0.0, 1.0)
     p_noi: float = 0.01
     p_img: float = 0.9
     p_clean: float = 0.2
@@ -49,9 +52,10 @@ class InjectionConfig:
             check_probability(name, getattr(self, name))
         for name, least in (("n_img", 1), ("first_img", 0), ("first_error", 0)):
             check_count(name, getattr(self, name), least)
-        low, high = self.img_sigmas
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"`img_sigmas` must be a range within [0, 1], lower end first, got {self.img_sigmas}.")
+        for name in ("vid_sigmas", "img_sigmas"):
+            low, high = getattr(self, name)
+            if not 0 <= low < high <= 1:
+                raise ValueError(f"`{name}` must be a range within [0, 1], lower end first, got {(low, high)}.")
         low, high = self.img_scale
         if not 0 <= low <= high:
             raise ValueError(f"`img_scale` must be a range of factors, lower end first, got {self.img_scale}.")
@@ -71,11 +75,14 @@ class Switches(NamedTuple):
     img: torch.Tensor
 
 
-def draw_switches(config: InjectionConfig, batch_size: int, generator: torch.Generator) -> Switches:
-    """`clean` with `p_clean`; else three switches, independent of each other."""
-    draws = torch.rand(4, batch_size, generator=generator, dtype=torch.float64)
+def draw_switches(config: InjectionConfig, sigmas: torch.Tensor, generator: torch.Generator) -> Switches:
+    """For samples at `sigmas`, `(batch,)`: `clean` with `p_clean`; else three switches, independent of each other."""
+    draws = torch.rand(4, len(sigmas), generator=generator, dtype=torch.float64)
     clean = draws[0] < config.p_clean
-    return Switches(clean, *((draws[1:] < torch.tensor([[config.p_vid], [config.p_noi], [config.p_img]])) & ~clean))
+    vid, noi, img = (draws[1:] < torch.tensor([[config.p_vid], [config.p_noi], [config.p_img]])) & ~clean
+    low, high = config.vid_sigmas
+    sigmas = sigmas.cpu()
+    return Switches(clean, vid & (low <= sigmas) & (sigmas <= high), noi, img)
 
 
 def draw_img_grids(

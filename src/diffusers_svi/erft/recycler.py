@@ -94,7 +94,12 @@ class ErrorRecycler:
         return sum(int(bank.counts.sum()) for bank in self.banks.values())
 
     def inject(
-        self, latents: torch.Tensor, noise: torch.Tensor, condition: torch.Tensor, sigmas: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        condition: torch.Tensor,
+        sigmas: torch.Tensor,
+        own: torch.Tensor | None = None,
     ) -> Injected:
         """Corrupt a batch.
 
@@ -103,23 +108,31 @@ class ErrorRecycler:
             condition (`torch.Tensor` of shape `(batch, z_dim, n, h, w)`):
                 The condition latents y, or the held latents of TI2V-5B; without the mask.
             sigmas (`torch.Tensor` of shape `(batch,)`): Noise levels.
+            own (`torch.Tensor` of the shape of `latents`, *optional*):
+                Errors of the latents, sample by sample, in place of the bank's: see [`self_error`].
         """
         bank = self.bank_of(latents)
         bank.synchronize()
-        switches = draw_switches(self.injection, len(latents), self.generator)
+        switches = draw_switches(self.injection, sigmas, self.generator)
         grids = bank.nearest_grid(sigmas)
         img_grids = draw_img_grids(self.injection, bank.grid_sigmas, bank.filled(), len(latents), self.generator)
         wanted = [
             torch.where(switch, grid, -1)
-            for switch, grid in ((switches.vid, grids), (switches.noi, grids), (switches.img, img_grids))
+            for switch, grid in (
+                (switches.vid & (own is None), grids),
+                (switches.noi, grids),
+                (switches.img, img_grids),
+            )
         ]
         errors = bank.draw(torch.cat(wanted), self.generator)
         factors = draw_factors(self.injection, len(errors), self.generator)
         latents, noise, condition = latents.clone(), noise.clone(), condition.clone()
         for index, error in enumerate(errors):
+            memory, sample = divmod(index, len(latents))
+            if memory == 0 and own is not None and switches.vid[sample]:
+                latents[sample] += own[sample] * factors[index]
             if error is None:
                 continue
-            memory, sample = divmod(index, len(latents))
             residual = error.residual.unsqueeze(0).to(latents.device) * factors[index]
             sigma = torch.tensor([error.sigma])
             if memory == 0:
