@@ -82,7 +82,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.contestants, args.seeds, args.ablation_seeds = ["control", "published", "white noise"], [0], [0]
-        args.base_steps, args.steps, args.watch_every, args.batch_size = 300, 300, 150, 8
+        args.base_steps, args.steps, args.watch_every, args.batch_size = 100, 300, 150, 8
         args.num_chains, args.num_clips, args.long_chains, args.long_clips = 8, 6, 4, 8
     return args
 

@@ -117,9 +117,12 @@ def test_chain(run, tmp_path):
         assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
         reached = figures["flops"][side]["denoise"] / seconds["denoise"]
         assert figures["share_of_ceiling"][side] == pytest.approx(reached / figures["ceiling"]["flops_a_second"])
-        assert figures["frames_a_second"][side] > 0 and peaks[side] > 0
+        assert figures["frames_a_second"][side] > 0
     assert set(figures["ratio"]) == {"total", "without text", "wall"}
-    assert peaks["ratio"] == peaks["SVIPipeline"] / peaks["by hand"]
+    # What so small a film takes may have been there before.
+    both = [peaks[side] for side in ("SVIPipeline", "by hand")]
+    assert max(map(abs, both)) < 50e6
+    assert peaks.get("ratio") == (both[0] / both[1] if min(both) > 0 else None)
     # A clip more is as many operations as any other one; the prompt is encoded once.
     clips = cost["clips"]["lines"]["flops"]
     assert clips["slope"] == pytest.approx(sum(figures["flops"]["SVIPipeline"].values()) - clips["intercept"])

@@ -633,6 +633,7 @@ def test_compiled_blocks(models, tmp_path, capfd):
     """Every step is the same, bit for bit where nothing is fused, and none but the first waits for a compiler."""
     options = {"max_train_steps": 3, "latent_cache_dir": tmp_path / "cache", "gradient_checkpointing": True}
     train(models / "i2v", tmp_path / "plain", **options)
+    torch.compiler.reset()  # of what was compiled in this process before
     torch.compiler.set_default_backend("aot_eager")
     torch._logging.set_logs(recompiles=True)
     try:

@@ -53,7 +53,7 @@ tenth)
     video_folders=1 videos_a_folder=4
     plain_steps=10 rounds=1 round_steps=10 lora=(--train_batch_size 2 --dataloader_num_workers 0)
     drift=(--num_chains 1 --num_clips 2 --num_inference_steps 2)
-    images=2 correction=(--kind exposure --size medium)
+    images=2 correction=(--kind exposure --size medium --num_inference_steps 2)
     ;;
 *)
     echo "SIZE is card or tenth, got $SIZE." >&2
