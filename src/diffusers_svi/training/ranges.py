@@ -74,8 +74,8 @@ def check_combinations(values: Mapping[str, object]) -> None:
     for name, (option, choice, default) in OPTIONS_OF.items():
         if values[name] != default and values[option] != choice:
             raise ValueError(f"`--{name}`={values[name]} is for `--{option} {choice}`, got {values[option]}.")
-    for name, default in (("errors", "bank"), ("objective", "recycled")):
-        if values[name] != default and (values["p_vid"] == 0 or values["p_clean"] == 1):
+    for name, usual in (("errors", "bank"), ("objective", "recycled")):
+        if values[name] != usual and (values["p_vid"] == 0 or values["p_clean"] == 1):
             raise ValueError(
                 f"`--{name} {values[name]}` is about errors on the latents, but none get any with "
                 f"`--p_vid`={values['p_vid']} and `--p_clean`={values['p_clean']}: give `--p_vid` above 0 and "
