@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from chain import AIMS
+from random_models import MODELS
 from report import provenance, write_json
 
 
@@ -40,22 +41,16 @@ CHAIN = {
     # The peak is that of any number of steps.
     "memory": ["--only", "memory", "--num_inference_steps", "1"],
 }
+# Of the larger model, the smaller has these otherwise.
+SHAPES = ("num_layers", "num_attention_heads", "ffn_dim")
 ERFT = {
-    "14b": ["--preset", "14b", "--capacity", "100"],
-    "1.3b": [
-        "--preset",
-        "14b",
-        "--capacity",
-        "100",
-        "--num_layers",
-        "30",
-        "--num_attention_heads",
-        "12",
-        "--ffn_dim",
-        "8960",
-    ],
-    "tiny": ["--preset", "quick"],
+    model: [
+        *("--preset", "14b", "--capacity", "100"),
+        *(told for name in SHAPES for told in (f"--{name}", str(MODELS[model].transformer[name]))),
+    ]
+    for model in LARGEST_FIRST
 }
+ERFT["tiny"] = ["--preset", "quick"]
 
 
 def parse_args():

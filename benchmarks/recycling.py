@@ -78,7 +78,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="A quarter faster; takes a C++ compiler.")
     parser.add_argument("--only_runs", action="store_true", help="Train what is missing, and report nothing.")
-    parser.add_argument("--quick", action="store_true", help="300 steps, one seed, three contestants.")
+    parser.add_argument(
+        "--quick", action="store_true", help="300 steps, after 100 of the base, one seed, three contestants."
+    )
     args = parser.parse_args()
     if args.quick:
         args.contestants, args.seeds, args.ablation_seeds = ["control", "published", "white noise"], [0], [0]

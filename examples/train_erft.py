@@ -146,15 +146,8 @@ CARD_SETTINGS = (
     *("preset", "expert", "init_lora", "quantize_base", "rank", "lora_alpha", "export_rank"),
     *("objective", "errors", "p_vid", "vid_sigmas", "p_img", "p_noi", "p_clean"),
     *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
-    *(
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "max_train_steps",
-        "num_frames",
-        "height",
-        "width",
-        "buckets",
-    ),
+    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps"),
+    *("num_frames", "height", "width", "buckets"),
     *("fps", "seed"),
 )
 

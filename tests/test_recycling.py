@@ -143,7 +143,7 @@ def run(monkeypatch, *options: str) -> None:
 
 
 def test_quick_makes_the_figures(monkeypatch, tmp_path, capsys):
-    """300 steps a training: what they show is nothing, that they show it is the claim."""
+    """300 steps after 100 of the base: what they show is nothing, that they show it is the claim."""
     run(monkeypatch, "--quick", "--output_dir", str(tmp_path))
     results = json.loads((tmp_path / "recycling.json").read_text())
     assert list(results["table"]) == ["base", "control", "published", "white noise"]

@@ -15,7 +15,6 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - of a save
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..wan import TEMPORAL_FACTOR
 from .windows import latent_windows
@@ -226,7 +225,7 @@ class SVITalkTransformer3DModel(WanTransformer3DModel):
         # What a call hears, until the blocks have it; and what the pipeline calls this call.
         self._audio: torch.Tensor | None = None
         self._call: str | None = None
-        self._handle: RemovableHandle = self.rope.register_forward_hook(self._with_audio)
+        self.rope.register_forward_hook(self._with_audio)
 
     def _with_audio(self, _rope: nn.Module, _inputs: Any, rotary_emb: tuple[torch.Tensor, ...]) -> Any:
         audio, self._audio = self._audio, None
