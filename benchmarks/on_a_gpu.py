@@ -18,6 +18,7 @@ part that takes too long, or more memory than there is, is noted as such, and th
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -70,7 +71,8 @@ def parse_args():
 
 def measure(name: str, script: str, options: list[str], file: Path) -> dict[str, Any]:
     """What `script` wrote to `file`, or why it did not; with the minutes that it took."""
-    command = [sys.executable, str(FOLDER / script), *options]
+    # As one would type it: it stands in the records.
+    command = [sys.executable, os.path.relpath(FOLDER / script), *options]
     print(f"{name}: {script} {' '.join(options)}", file=sys.stderr, flush=True)
     begun = time.monotonic()
     try:
