@@ -119,7 +119,7 @@ class AudioFeatures:
         self._hop = int(np.prod(strides))
         # Samples that one output of the convolutions looks at.
         self._field = 1 + sum((kernel - 1) * int(np.prod(strides[:layer])) for layer, kernel in enumerate(kernels))
-        self._num_rows = voice.num_samples * rate.numerator // (RATE * rate.denominator)
+        self._num_rows = num_rows(voice, fps)
         self._num_convolved = (voice.num_samples - self._field) // self._hop + 1
         if self._num_rows < 1 or self._num_convolved < 1:
             raise ValueError(
@@ -231,6 +231,12 @@ class AudioFeatures:
         bias = 0 if convolution.bias is None else convolution.bias.detach().double().cpu().numpy()
         variance = np.einsum("ck,kl,cl->c", weight, covariance, weight).clip(0)
         return torch.from_numpy(weight @ mean + bias), torch.from_numpy(variance)
+
+
+def num_rows(voice: Voice, fps: float = FPS) -> int:
+    """Rows of a sound: the whole frames of a film, `fps` a second, that it has."""
+    rate = frame_rate(fps)
+    return voice.num_samples * rate.numerator // (RATE * rate.denominator)
 
 
 def open_audio(

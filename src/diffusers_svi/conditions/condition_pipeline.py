@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from ..chain import ChainState
 from ..checks import check_count
 from ..clips import ClipSpec
+from ..conditioning import Scheme
 from ..inputs import Film, check_kinds, check_num_frames, check_size, choose_scheme
 from ..lora_layers import EXPERTS, experts_of
 from ..options import FILM_DEFAULTS, FilmOptions
@@ -86,13 +87,13 @@ class ConditionPipeline(SVIPipeline):
         if not loop:
             given["num_clips"] = self._num_clips(len(rows), prompts, merged)
         film = super()._check_film(image, prompts, given)
-        settings = {**film.settings, **own, name: f"{len(rows)} frames {rows.fingerprint[:16]}"}
+        settings = {**film.settings, **own, name: told_of(len(rows), rows.fingerprint)}
         kwargs = {**(film.clip_options["attention_kwargs"] or {}), **own, name: rows}
         return replace(film, settings=settings, clip_options={**film.clip_options, "attention_kwargs": kwargs})
 
     def _num_clips(self, length: int, prompts: Any, merged: dict[str, Any]) -> int:
         """Clips of the film that ends with its condition, or of the shorter one that is asked for."""
-        name, state = self._follows, merged["state"]
+        name, state = str(self._follows), merged["state"]
         num_frames = check_num_frames(self, merged["num_frames"])
         trained, ignored = self.lora_conditioning, merged["ignore_lora_conditioning"]
         scheme = choose_scheme(merged["conditioning"], merged["condition_frames"], state, trained, ignored)
@@ -101,24 +102,58 @@ class ConditionPipeline(SVIPipeline):
         listed = [prompts] if isinstance(prompts, (ClipSpec, Mapping)) else prompts
         listed = listed if isinstance(listed, (list, tuple)) else []
         specs = [check_clip(item, index) for index, item in enumerate(listed)]
-        # After a cut nothing is told again: the film is longer.
-        told_anew = scheme.overlap * _cuts(specs, state)
-        most = clips_to_cover(max(length - told_anew, 1), scheme, num_frames, state)
         source, asked = "prompts", sum(spec.num_clips for spec in specs)
         if merged["num_clips"] is not None:
             source, asked = "num_clips", check_count("num_clips", merged["num_clips"], 1)
         elif merged["prompt_embeds"] is not None:
             source, asked = "prompt_embeds", len(merged["prompt_embeds"])
-        if asked > most or most < 1:
-            raise ValueError(
-                f"`{name}` has {length} frames, which make {most} clips of `num_frames`={num_frames} with "
-                f"{scheme}, but {asked or 'at least one'} are asked for by `{source}`. {self._longer}"
-            )
+        most = clips_that_follow(name, length, scheme, num_frames, state, specs, asked, source, self._longer)
         return asked if source == "num_clips" else most
 
     @property
     def _bare_transformer(self) -> Any:
         return unwrap_module(self.transformer)
+
+
+def clips_that_follow(
+    name: str,
+    length: int,
+    scheme: Scheme,
+    num_frames: int,
+    state: ChainState | None,
+    specs: list[ClipSpec],
+    asked: int,
+    source: str,
+    remedy: str,
+) -> int:
+    """Clips of the film that ends with its condition.
+
+    Args:
+        name (`str`): The condition, "audio" or "pose".
+        length (`int`): Its frames.
+        scheme (`Scheme`), num_frames (`int`): How clips are chained, and the frames of one.
+        state (`ChainState`, *optional*): What the film goes on from.
+        specs (`list[ClipSpec]`): Its clips, as far as they are known.
+        asked (`int`): Clips that it has at least, as `source` tells, an argument.
+        remedy (`str`): What to do where the condition is shorter.
+
+    Raises:
+        ValueError: if it has not so many.
+    """
+    # After a cut nothing is told again: the film is longer.
+    told_anew = scheme.overlap * _cuts(specs, state)
+    most = clips_to_cover(max(length - told_anew, 1), scheme, num_frames, state)
+    if asked > most or most < 1:
+        raise ValueError(
+            f"`{name}` has {length} frames, which make {most} clips of `num_frames`={num_frames} with {scheme}, but "
+            f"{asked or 'at least one'} are asked for by `{source}`. {remedy}"
+        )
+    return most
+
+
+def told_of(length: int, fingerprint: str) -> str:
+    """What a film remembers of a condition, by which another is known."""
+    return f"{length} frames {fingerprint[:16]}"
 
 
 def _cuts(specs: list[ClipSpec], state: ChainState | None) -> int:
