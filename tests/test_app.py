@@ -20,12 +20,19 @@ import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from conftest import make_components, quiet
-from diffusers_svi import SVIPipeline
-from diffusers_svi.app.project import Project, Settings
+from diffusers_svi import PixelMotion, SVIPipeline, save_video
+from diffusers_svi.app.project import Project
+from diffusers_svi.app.settings import Settings
 from diffusers_svi.app.studio import Progress, Studio, in_plain_words
 from diffusers_svi.app.uploads import read_upload
+from diffusers_svi.conditions.dance_pipeline import SVIDancePipeline
+from diffusers_svi.conditions.talk_pipeline import SVITalkPipeline
 from diffusers_svi.film import read_clips
 from diffusers_svi.recipe import read_recipe
+from test_audio import speech, write
+from test_dance import counted, make_dwpose
+from test_lora import make_lora
+from test_talk import make_encoder, make_multitalk
 
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +44,17 @@ LIMIT = 60  # seconds, after which a test that waits gives up
 
 def load(preset: str) -> SVIPipeline:
     return quiet(SVIPipeline(**make_components("i2v")))
+
+
+def load_following(preset: str) -> SVIPipeline:
+    """As published, with the modules for what films follow."""
+    if preset == "talk":
+        pipe = SVITalkPipeline(**make_components("i2v"), audio_encoder=make_encoder())
+        pipe.load_audio_modules(make_multitalk())
+        return quiet(pipe)
+    pipe = SVIDancePipeline(**make_components("i2v"))
+    pipe.load_lora_weights({**make_lora(pipe.transformer), **make_dwpose()}, conditioning=PixelMotion(5))
+    return quiet(pipe)
 
 
 class Gate:
@@ -326,6 +344,110 @@ def test_a_folder_that_is_damaged_is_left_out(tmp_path, image):
     with pytest.raises(ValueError, match="There is no film"):
         again.film("../elsewhere")
     again.close()
+
+
+def test_a_film_is_as_long_as_its_speech_which_it_has_and_goes_on_with(tmp_path, image):
+    """Its folder has the speech: the bytes are those of a film that was never stopped. Clips may be cut out."""
+    speech_file = write(tmp_path / "My Speech.WAV", speech(3.125), 16000)
+    settings = Settings.of("talk", **{**SMALL, "audio_guidance_scale": 1.0})
+    studio = Studio(tmp_path / "films", load_following)
+    whole, film, shorter = (studio.create(image, ["a cat sits", "it jumps"], settings, "", speech_file) for _ in "123")
+    speech_file.unlink()
+    assert [clip.prompt for clip in film.clips] == ["a cat sits", "it jumps", ""]
+    with pytest.raises(ValueError, match="ends with what it follows, after 3 clips"):
+        film.add(["it sleeps"])
+    studio.make(whole.name)
+    assert at_rest(studio, whole.name) == "done", studio.error(whole.name)
+    assert num_frames(whole.path) == 25 and prompts(whole) == ["a cat sits", "it jumps", "it jumps"]
+    assert read_recipe(whole.path).film["settings"]["audio"].startswith("25 frames ")
+    finished = studio.finished(whole.name)
+    with av.open(str(finished)) as file:
+        assert sum(frame.samples / frame.sample_rate for frame in file.decode(audio=0)) >= 3.125
+
+    shorter.remove(shorter.clips[-1].number)
+    studio.make(shorter.name)
+    assert at_rest(studio, shorter.name) == "done" and num_frames(shorter.path) == 17
+    studio.make(film.name)
+    wait_for(lambda: film.num_done == 1)
+    studio.close()
+    again = Studio(tmp_path / "films", load_following)
+    film = again.film(film.name)
+    assert film.num_done in (1, 2) and film.followed.num_clips == 3
+    again.make(film.name)
+    assert at_rest(again, film.name) == "done", again.error(film.name)
+    assert film.path.read_bytes() == whole.path.read_bytes()
+    again.close()
+
+
+def test_a_clip_that_is_cut_out_while_the_last_one_is_made_is_not_made(tmp_path, image):
+    """The pipeline, which knows how many clips there are to be, would let the last prompt hold."""
+    gate = Gate()
+
+    def held(preset: str) -> SVIPipeline:
+        pipe = load_following(preset)
+        pipe.transformer.register_forward_pre_hook(gate._pass)
+        return pipe
+
+    studio = Studio(tmp_path / "films", held)
+    settings = Settings.of("talk", **{**SMALL, "audio_guidance_scale": 1.0})
+    film = studio.create(image, ["a cat sits"], settings, "", write(tmp_path / "a.wav", speech(3.125), 16000))
+    gate.let(3)
+    studio.make(film.name)
+    wait_for(lambda: film.num_fixed == 2)
+    film.remove(film.clips[-1].number)
+    gate.let(float("inf"))
+    assert at_rest(studio, film.name) == "done" and num_frames(film.path) == 17
+    assert len(film.clips) == film.num_done == 2
+    studio.close()
+
+
+def test_a_film_follows_poses_and_is_counted_by_the_lora_that_makes_it(tmp_path, image):
+    """17 poses are two clips of nine frames as published, and three that go on from five frames each."""
+    save_video(tmp_path / "dance.mp4", 10 * counted(17), fps=8)
+    studio = Studio(tmp_path / "films", load_following)
+    film = studio.create(image, ["a cat sits"], Settings.of("dance", **SMALL), "", tmp_path / "dance.mp4")
+    assert len(film.clips) == 2 and film.sound is None
+    studio.make(film.name)
+    assert at_rest(studio, film.name) == "done", studio.error(film.name)
+    assert len(film.clips) == 3 and num_frames(film.path) == 17
+    assert json.loads((film.folder / "film.json").read_text())["followed"] == {
+        "file": "pose.mp4",
+        "num_frames": 17,
+        "num_clips": 3,
+    }
+    studio.close()
+    (film.folder / "pose.mp4").unlink()
+    studio = Studio(tmp_path / "films", load_following)
+    assert studio.films == []
+    studio.close()
+
+
+@pytest.mark.parametrize(
+    ("preset", "file", "message"),
+    [
+        ("talk", None, "A film of 'talk' follows speech: choose that"),
+        ("none", "speech.wav", "A film of 'none' follows nothing"),
+        ("talk", "notes.txt", "The speech must be a file of one of these kinds: .wav, .mp3"),
+        ("talk", "silent.mp4", "The speech cannot be followed: `audio`='silent.mp4' cannot be read as sound"),
+        ("talk", "click.wav", "The speech cannot be followed: `audio`='click.wav' is shorter than a frame"),
+        ("dance", "speech.wav", "The poses must be a file of one of these kinds: .mp4"),
+        ("dance", "damaged.mp4", "The poses cannot be followed: "),
+        ("talk", "speech.wav", "The story has 3 clips, but what the film follows is over after 2"),
+    ],
+)
+def test_what_cannot_be_followed_is_told_in_plain_words(studio, tmp_path, image, preset, file, message):
+    write(tmp_path / "speech.wav", speech(2.0), 16000)
+    write(tmp_path / "click.wav", speech(0.03), 16000)
+    save_video(tmp_path / "silent.mp4", counted(9), fps=8)
+    (tmp_path / "damaged.mp4").write_bytes((tmp_path / "silent.mp4").read_bytes()[:300])
+    (tmp_path / "notes.txt").write_text("a cat")
+    followed = None if file is None else tmp_path / file
+    with pytest.raises(ValueError, match=message):
+        studio.create(image, ["a cat"] * 3, Settings.of(preset, **SMALL), "", followed)
+    with pytest.raises(ValueError, match="it cannot go on until you stop it"):
+        endless = Settings.of("talk", **SMALL, endless=True)
+        studio.create(image, ["a cat"], endless, "", tmp_path / "speech.wav")
+    assert studio.films == [] and [path.name for path in studio.folder.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

@@ -84,12 +84,18 @@ def recipe(film: Project) -> str:
         "Guidance": f"{settings.guidance_scale:g}",
         "Colours": {"none": "as they come"}.get(settings.color_match, settings.color_match),
         "Frames a second": f"{settings.fps:g}",
+        **({} if film.followed is None else {"Follows": _follows(film)}),
         "Seed": settings.seed,
         "Not to be seen": settings.negative_prompt or "nothing is ruled out",
         "Folder": film.folder,
     }
     rows = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in values.items())
     return f'<details class="svi-recipe"><summary>How it is made</summary><dl>{rows}</dl></details>'
+
+
+def _follows(film: Project) -> str:
+    assert film.followed is not None
+    return f"{film.followed.file}, {film.followed.num_frames / film.settings.fps:.1f} s"
 
 
 def gallery(studio: Studio, shown: str) -> str:

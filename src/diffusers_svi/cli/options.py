@@ -118,13 +118,13 @@ WRITING = [
 FOLLOWED = [
     option("What is made", "--pose", type=PATH, help="What a film of `dance` follows: video, folder, or keypoints."),
     option("What is made", "--loop_pose", is_flag=True, help="Begin with the poses again where they end."),
-    option("Settings", "--audio_guidance_scale", type=float, help="Weight of the audio, with `talk`; 5 if not given."),
 ]
 SOUND = [
     option("File", "--audio", type=PATH, help="Its sound: a sound file, or a video; what a film of `talk` follows."),
 ]
 HEARING = [
     option("Model", "--audio_encoder", help="For `talk`, another wav2vec2: Hub name or folder."),
+    option("Settings", "--audio_guidance_scale", type=float, help="Weight of the audio, with `talk`; 5 if not given."),
 ]
 MACHINE = [
     option("Machine", "--device", help="Where it runs; the accelerator if there is one."),

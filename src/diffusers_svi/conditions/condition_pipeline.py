@@ -93,7 +93,7 @@ class ConditionPipeline(SVIPipeline):
 
     def _num_clips(self, length: int, prompts: Any, merged: dict[str, Any]) -> int:
         """Clips of the film that ends with its condition, or of the shorter one that is asked for."""
-        name, state = str(self._follows), merged["state"]
+        state = merged["state"]
         num_frames = check_num_frames(self, merged["num_frames"])
         trained, ignored = self.lora_conditioning, merged["ignore_lora_conditioning"]
         scheme = choose_scheme(merged["conditioning"], merged["condition_frames"], state, trained, ignored)
@@ -107,48 +107,50 @@ class ConditionPipeline(SVIPipeline):
             source, asked = "num_clips", check_count("num_clips", merged["num_clips"], 1)
         elif merged["prompt_embeds"] is not None:
             source, asked = "prompt_embeds", len(merged["prompt_embeds"])
-        most = clips_that_follow(name, length, scheme, num_frames, state, specs, asked, source, self._longer)
+        most = self.clips_that_follow(length, scheme, num_frames, state, specs, asked, source)
         return asked if source == "num_clips" else most
+
+    @classmethod
+    def clips_that_follow(
+        cls,
+        length: int,
+        scheme: Scheme,
+        num_frames: int,
+        state: ChainState | None,
+        specs: list[ClipSpec],
+        asked: int,
+        source: str,
+    ) -> int:
+        """Clips of the film that ends with its condition, as [`most_clips`] tells.
+
+        Raises:
+            ValueError: if more are asked for, by `source`, an argument.
+        """
+        most = most_clips(length, scheme, num_frames, state, specs)
+        if asked > most or most < 1:
+            raise ValueError(
+                f"`{cls._follows}` has {length} frames, which make {most} clips of `num_frames`={num_frames} with "
+                f"{scheme}, but {asked or 'at least one'} are asked for by `{source}`. {cls._longer}"
+            )
+        return most
 
     @property
     def _bare_transformer(self) -> Any:
         return unwrap_module(self.transformer)
 
 
-def clips_that_follow(
-    name: str,
-    length: int,
-    scheme: Scheme,
-    num_frames: int,
-    state: ChainState | None,
-    specs: list[ClipSpec],
-    asked: int,
-    source: str,
-    remedy: str,
-) -> int:
+def most_clips(length: int, scheme: Scheme, num_frames: int, state: ChainState | None, specs: list[ClipSpec]) -> int:
     """Clips of the film that ends with its condition.
 
     Args:
-        name (`str`): The condition, "audio" or "pose".
-        length (`int`): Its frames.
+        length (`int`): Frames of the condition.
         scheme (`Scheme`), num_frames (`int`): How clips are chained, and the frames of one.
         state (`ChainState`, *optional*): What the film goes on from.
         specs (`list[ClipSpec]`): Its clips, as far as they are known.
-        asked (`int`): Clips that it has at least, as `source` tells, an argument.
-        remedy (`str`): What to do where the condition is shorter.
-
-    Raises:
-        ValueError: if it has not so many.
     """
     # After a cut nothing is told again: the film is longer.
     told_anew = scheme.overlap * _cuts(specs, state)
-    most = clips_to_cover(max(length - told_anew, 1), scheme, num_frames, state)
-    if asked > most or most < 1:
-        raise ValueError(
-            f"`{name}` has {length} frames, which make {most} clips of `num_frames`={num_frames} with {scheme}, but "
-            f"{asked or 'at least one'} are asked for by `{source}`. {remedy}"
-        )
-    return most
+    return clips_to_cover(max(length - told_anew, 1), scheme, num_frames, state)
 
 
 def told_of(length: int, fingerprint: str) -> str:

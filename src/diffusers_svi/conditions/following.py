@@ -11,7 +11,7 @@ from ..clips import ClipSpec
 from ..conditioning import Scheme
 from ..pipeline import SVIPipeline
 from .audio import num_rows, open_audio
-from .condition_pipeline import ConditionPipeline, clips_that_follow, told_of
+from .condition_pipeline import ConditionPipeline, told_of
 from .dance_pipeline import SVIDancePipeline
 from .pose import Poses, open_pose
 from .rows import Rows
@@ -74,8 +74,8 @@ class Following:
             ValueError: if there are to be more.
         """
         source, least = ("prompts", sum(spec.num_clips for spec in specs)) if asked is None else ("num_clips", asked)
-        remedy = PIPELINES[self.name]._longer
-        most = clips_that_follow(self.name, self.num_frames, scheme, num_frames, state, specs, least, source, remedy)
+        count = PIPELINES[self.name].clips_that_follow
+        most = count(self.num_frames, scheme, num_frames, state, specs, least, source)
         return most if asked is None else asked
 
     def told(self, height: int, width: int) -> str:
