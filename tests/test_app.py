@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
+from safetensors.torch import load_file, save_file
 
 from conftest import make_components, quiet
 from diffusers_svi import PixelMotion, SVIPipeline, save_video
@@ -525,22 +526,35 @@ STORY = [
 ]
 
 
+def put_published(folder: Path) -> None:
+    """What the Hub has, under its names, but tiny: svi-tiny as the model, and modules for speech that are random."""
+    wan = folder / "Wan-AI" / "Wan2.1-I2V-14B-480P-Diffusers"
+    shot = folder / "vita-video-gen" / "svi-model" / "version-1.0" / "svi-shot.safetensors"
+    for path, target in ((wan, TINY / "model"), (shot, TINY / "loras" / "shot.safetensors")):
+        path.parent.mkdir(parents=True)
+        path.symlink_to(target)
+    modules = {name: value / 8 for name, value in make_multitalk(dim=256, num_blocks=6).items()}
+    save_file({**load_file(shot), **modules}, shot.with_name("svi-talk.safetensors"))
+    make_encoder().save_pretrained(folder / "TencentGameMate" / "chinese-wav2vec2-base")
+
+
 class Server:
-    """`diffusers-svi app` on svi-tiny, in a process of its own."""
+    """`diffusers-svi app` with all presets, in a process of its own, and where the published names mean svi-tiny."""
 
     def __init__(self, folder: Path):
         self.folder, self.port = folder, 0
+        put_published(folder.parent)
         self.film = next((path.name for path in sorted(folder.glob("2*"))), "")  # one that is there before
         self.start()
 
     def start(self) -> None:
         options = {
-            **{"folder": self.folder, "port": self.port, "preset": "shot", "model": TINY / "model"},
-            **{"lora": TINY / "loras" / "shot.safetensors", "height": 64, "width": 64, "num_frames": 17, "fps": 8},
-            **{"num_inference_steps": 8, "guidance_scale": 1, "max_sequence_length": 64},
+            **{"folder": self.folder, "port": self.port, "preset": "shot", "height": 64, "width": 64, "fps": 8},
+            **{"num_frames": 17, "num_inference_steps": 8, "guidance_scale": 1, "max_sequence_length": 64},
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "diffusers_svi", "app", *(f"--{name}={value}" for name, value in options.items())],
+            cwd=self.folder.parent,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdout=subprocess.PIPE,
             text=True,
@@ -613,7 +627,40 @@ def begin(page: Page, server: Server, story: list[str], title: str = "") -> str:
     return page.url.partition("?film=")[2]
 
 
-def test_a_film_is_made_changed_stopped_killed_continued_and_downloaded(page, server):
+def begin_talk(page: Page, server: Server, folder: Path) -> None:
+    """A film of 65 frames that follow speech, by people who first send what is none."""
+    write(folder / "speech.wav", speech(65 / 16), 16000)
+    (folder / "notes.wav").write_text("a cat")
+    page.goto(server.url)
+    page.locator("input[type=file]").first.set_input_files(START)
+    page.get_by_label("Preset").click()
+    page.get_by_role("option", name="talk", exact=True).click()
+    page.get_by_text("Speech, which the film follows and has").wait_for()
+    page.get_by_role("button", name="Advanced settings").click()
+    for name, value in (("Frames a clip", 17), ("Steps a clip", 2), ("Guidance", 1), ("Frames a second", 16)):
+        page.get_by_label(name).fill(str(value))
+    assert page.evaluate(NAMELESS) == []
+    sound = page.locator("input[type=file]").nth(1)
+    sound.set_input_files(folder / "notes.wav")
+    page.get_by_text("The speech cannot be followed: `audio`='notes.wav' cannot be read as sound").wait_for()
+    sound.set_input_files(folder / "speech.wav")
+    page.get_by_text("speech.wav").last.wait_for()
+    page.get_by_label("Story").fill("a large red circle stays still")
+    page.get_by_label("Remove Image").wait_for()
+    page.get_by_role("button", name="Make the film").click()
+    page.wait_for_url("**/?film=*")
+
+
+def download(page: Page, path: Path) -> str:
+    """The film that is shown, to `path`; the name that the page gives it."""
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download the film").click()
+    shutil.copy(download.value.path(), path)
+    return download.value.suggested_filename
+
+
+def test_films_are_made_changed_stopped_killed_continued_and_downloaded(page, browser, server, tmp_path):
+    """One is stopped by hand, and one that follows speech by the end of the server, which was killed."""
     name = begin(page, server, STORY, "My <b>film</b>")
     page.get_by_role("heading", name="My <b>film</b>").wait_for()
     page.get_by_label("Clip 5", exact=True).fill("a large red circle stays still, it turns blue")
@@ -624,20 +671,24 @@ def test_a_film_is_made_changed_stopped_killed_continued_and_downloaded(page, se
     go_on.wait_for()
     page.reload()
     expect(page.get_by_label("Clip 5", exact=True)).to_have_value("a large red circle stays still, it turns blue")
-    stopped = int(re.search(r"Stopped after clip (\d) of 6", state_of(page).inner_text()).group(1))
+    assert re.search(r"Stopped after clip \d of 6", state_of(page).inner_text())
+
+    talk = browser.new_page()
+    talk.set_default_timeout(LIMIT * 1000)
+    begin_talk(talk, server, tmp_path)
+    talk.get_by_label("Clip 1 · done").wait_for()
+    expect(talk.get_by_label("Clip 4", exact=True)).to_have_value("")
     go_on.click()
-    page.get_by_label(f"Clip {stopped + 1} · done").wait_for()
+    expect(state_of(page)).to_have_text(re.compile("Waiting: 1 other film|Getting the model|Making clip"))
     server.stop()
     server.start()
+
     page.goto(f"{server.url}?film={name}")
-    if "Done" not in state_of(page).inner_text():
-        assert "The server was stopped after clip" in state_of(page).inner_text()
-        go_on.click()
+    assert "The server was stopped after clip" in state_of(page).inner_text()
+    go_on.click()
     expect(state_of(page)).to_have_text("Done: 6 clips, 12.1 seconds.", timeout=LIMIT * 1000)
-    with page.expect_download() as download:
-        page.get_by_role("link", name="Download the film").click()
-    assert download.value.suggested_filename == f"{name}.mp4"
-    file = shutil.copy(download.value.path(), server.folder.parent / "downloaded.mp4")
+    file = server.folder.parent / "downloaded.mp4"
+    assert download(page, file) == f"{name}.mp4"
     assert num_frames(file) == 6 * 16 + 1
     assert [clip["prompt"] for clip in read_recipe(file).clips][4] == "a large red circle stays still, it turns blue"
     told = [clip["prompt"] for clip in read_clips(server.folder / name / "film.mp4")]
@@ -645,6 +696,19 @@ def test_a_film_is_made_changed_stopped_killed_continued_and_downloaded(page, se
     # The browser can play it.
     page.wait_for_function("document.querySelector('video').readyState >= 2")
     assert page.evaluate("document.querySelector('video').duration") == pytest.approx(97 / 8, abs=0.05)
+
+    talk.reload()
+    if "Done" not in state_of(talk).inner_text():
+        talk.get_by_role("button", name="Continue").click()
+    expect(state_of(talk)).to_have_text("Done: 4 clips, 4.1 seconds.", timeout=LIMIT * 1000)
+    download(talk, file)
+    assert num_frames(file) == 65 and read_recipe(file).film["settings"]["audio"].startswith("65 frames ")
+    with av.open(str(file)) as film:
+        heard = np.concatenate([frame.to_ndarray()[0] for frame in film.decode(audio=0)])
+    # How loud it is in every frame.
+    loudness = [samples[:64000].reshape(64, 1000).std(1) for samples in (heard, speech(4.0))]
+    assert len(heard) >= 65 * 1000 and np.corrcoef(loudness)[0, 1] > 0.9
+    talk.close()
 
 
 def test_two_tabs_have_a_film_each(page, browser, server):
