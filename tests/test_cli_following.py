@@ -10,6 +10,7 @@ import av
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from conftest import make_components, make_transformer, quiet
@@ -18,6 +19,8 @@ from diffusers_svi.conditions.dance_pipeline import SVIDancePipeline
 from diffusers_svi.conditions.pose import open_pose
 from diffusers_svi.conditions.talk_pipeline import SVITalkPipeline
 from diffusers_svi.film import read_clips
+from diffusers_svi.loading import load_pipeline
+from diffusers_svi.presets import PRESETS
 from diffusers_svi.prompts import NEGATIVE_PROMPT
 from diffusers_svi.recipe import read_recipe
 from diffusers_svi.video import to_8_bits
@@ -129,7 +132,8 @@ def test_a_film_follows_speech_has_its_sound_and_goes_on_after_a_kill(run_comman
     ):
         status, _, errors = run_command(*generate(published, **changed))
         assert status == 1 and message in errors, errors
-    for command in (("extend", "film.mkv", "--num_clips", 1), ("generate", "--recipe", "film.mkv", "--out", "x.mkv")):
+    again = ("generate", "--recipe", "film.mkv", "--out", "x.mkv", "--audio", published / "speech.wav")
+    for command in (("extend", "film.mkv", "--num_clips", 1), (*again, "--audio_guidance_scale", 3)):
         status, _, errors = run_command(*command)
         assert status == 1 and "as it was made: by `diffusers-svi generate` with `--audio`" in errors
     assert (tmp_path / "film.mkv").read_bytes() == (tmp_path / "whole.mkv").read_bytes()
@@ -181,6 +185,17 @@ def test_a_model_that_was_saved_with_modules_and_what_hears_needs_nothing_else(r
     assert status == 0 and len(frames_of(tmp_path / "film.mkv")) == 17, errors
     status, _, errors = run_command(*generate(published, **own, num_clips=None))
     assert status == 0 and len(read_clips(tmp_path / "film.mkv")) == 2
+
+
+def test_a_film_that_begins_with_a_video_hears_from_its_end_on(run_command, published, tmp_path):
+    """The speech is that of the whole film: behind the 9 frames of the video there is one clip."""
+    save_video(tmp_path / "before.mp4", 20 * counted(9), fps=25)
+    begun = generate(published, image=None, continue_from="before.mp4", num_inference_steps=1)
+    status, _, errors = run_command(*begun)
+    assert status == 0 and len(read_clips(tmp_path / "film.mkv")) == 2, errors
+    assert len(frames_of(tmp_path / "film.mkv")) == 17
+    status, told, _ = run_command(*begun)
+    assert status == 0 and "film.mkv has 1 clips already" in told
 
 
 def test_jobs_follow_each_its_own(run_command, published, tmp_path):
@@ -245,6 +260,19 @@ def test_a_package_that_is_missing_is_named_before_a_model_is_loaded(run_command
     monkeypatch.setitem(sys.modules, "pyloudnorm", None)  # Python's way of saying that there is none
     status, _, errors = run_command(*generate(published, dry_run=True))
     assert status == 1 and "`diffusers_svi[talk]`" in errors
+
+
+def test_what_hears_is_whole_on_the_device_where_the_rest_is_offloaded_layer_by_layer(published):
+    """And in float32. Its layers are taken one by one, around the hooks of offloading."""
+    options = {"model": published / "model", "lora": published / "svi-talk.safetensors", "dtype": "bfloat16"}
+    pipe = load_pipeline(PRESETS["talk"], **options, audio_encoder=published / "encoder", offload="group")
+    hooked = {
+        name: any(hasattr(layer, "_diffusers_hook") for layer in getattr(pipe, name).modules())
+        for name in ("transformer", "audio_encoder")
+    }
+    assert hooked == {"transformer": True, "audio_encoder": False}
+    assert (pipe.transformer.dtype, pipe.audio_encoder.dtype) == (torch.bfloat16, torch.float32)
+    assert not pipe.audio_encoder.training
 
 
 def test_a_plan_counts_modules_and_the_clips_of_a_sound(run_command, published):

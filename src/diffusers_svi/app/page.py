@@ -209,7 +209,7 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
         # It is looked at before it is opened: what comes is a path in Gradio's own folder. (Not in a class of its own,
         # for which Gradio would write a file beside this one.)
         image.preprocess = lambda payload: None if payload is None else payload.path
-        followed = gr.File(height=110, **_followed(defaults.preset))
+        followed = gr.File(height=160, **_followed(defaults.preset))
         followed.preprocess = lambda payload: None if payload is None else payload.path
         preset = gr.Dropdown(
             presets,
@@ -289,7 +289,7 @@ def _followed(preset: str) -> dict[str, Any]:
     name = PRESETS[preset].follows
     if name is None:
         return {"visible": False}
-    told = {"audio": "Speech, which the film follows and has", "pose": "Poses, a video which the film follows"}
+    told = {"audio": "Speech: what the film follows, and its sound", "pose": "Poses: a video that the film follows"}
     return {"visible": True, "label": told[name], "file_types": [*FOLLOWED[name]]}
 
 

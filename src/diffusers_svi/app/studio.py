@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from ..clips import ClipSpec
 from ..conditioning import PixelMotion
+from ..conditions.following import CALLED
 from ..film import FilmWriter
 from ..inputs import check_size
 from ..pipeline import SVIPipeline
@@ -27,7 +28,7 @@ from ..plan import scheme_of
 from ..presets import PRESETS, SEED_STEP
 from .project import Project, Story
 from .settings import Settings
-from .uploads import CALLED, read_followed
+from .uploads import read_followed
 
 
 logger = logging.get_logger(__name__)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from ..conditions.following import Following
+from ..conditions.following import CALLED, Following
 from ..start_image import MAX_ASPECT, MIN_SIDE, read_image
 
 
@@ -17,8 +17,6 @@ KINDS = ("PNG", "JPEG", "WEBP")
 MAX_FOLLOWED_MEGABYTES = 500
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm")
 FOLLOWED = {"audio": (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", *VIDEOS), "pose": VIDEOS}
-# What people call it.
-CALLED = {"audio": "speech", "pose": "poses"}
 
 
 def read_upload(path: str | os.PathLike) -> PIL.Image.Image:

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from ..conditions.following import CALLED
 from ..presets import PRESETS
 from .project import Project
 from .studio import Progress, Studio
@@ -94,8 +95,8 @@ def recipe(film: Project) -> str:
 
 
 def _follows(film: Project) -> str:
-    assert film.followed is not None
-    return f"{film.followed.file}, {film.followed.num_frames / film.settings.fps:.1f} s"
+    assert film.followed is not None and film.follows is not None
+    return f"{CALLED[film.follows.name]} of {film.followed.num_frames / film.settings.fps:.1f} s"
 
 
 def gallery(studio: Studio, shown: str) -> str:

@@ -60,8 +60,10 @@ def generate(context: click.Context, dry_run: bool, recipe: Path | None, jobs: P
     if recipe is None or told is not None:
         make(order(options, told), dry_run=dry_run)
     else:
+        # First what makes it impossible, then what is not needed.
+        film = remade(recipe, options)
         _refuse_told(context)
-        make(remade(recipe, options), dry_run=dry_run)
+        make(film, dry_run=dry_run)
 
 
 def _refuse_told(context: click.Context) -> None:

@@ -16,7 +16,7 @@ from ..checks import check_choice, check_count, check_number
 from ..clips import ClipSpec
 from ..color import check_color_match
 from ..conditioning import Scheme
-from ..conditions.following import Following
+from ..conditions.following import CALLED, Following
 from ..conditions.talk_pipeline import AUDIO_GUIDANCE
 from ..film import FilmWriter
 from ..inputs import MAX_TOKENS
@@ -159,9 +159,9 @@ def followed(family: Preset, options: Mapping[str, Any], fps: float) -> Followin
         return None
     path = options[family.follows]
     if path is None:
-        what = {"audio": "speech", "pose": "poses"}[family.follows]
         raise click.UsageError(
-            f"A film of `--preset {options['preset']}` follows {what}: give `--{family.follows}`, its file."
+            f"A film of `--preset {options['preset']}` follows {CALLED[family.follows]}: give `--{family.follows}`, "
+            "its file."
         )
     own = {"loop_pose": options["loop_pose"]}
     if family.follows == "audio":
@@ -177,18 +177,20 @@ def check_followed(family: Preset, options: Mapping[str, Any]) -> None:
     for name, own in FOLLOWING.items():
         given = [option for option in own if options[option] is not None and options[option] is not False]
         if given and family.follows != name:
-            preset = {"audio": "talk", "pose": "dance"}[name]
             more = " A film follows one of the two, audio or poses." if family.follows is not None else ""
             raise click.UsageError(
                 f"`--{given[0]}` is for films that follow {name}, and `--preset {options['preset']}` makes none: "
-                f"leave it out, or give `--preset {preset}`.{more}"
+                f"leave it out, or give `--preset {_preset_for(name)}`.{more}"
             )
     of_lora = published_condition(options["lora_weight_name"] or options["lora"] or "")
     if of_lora not in (None, family.follows):
         raise click.UsageError(
-            f"`--lora {options['lora']}` is for films that follow {of_lora}: give `--preset "
-            f"{'talk' if of_lora == 'audio' else 'dance'}`."
+            f"`--lora {options['lora']}` is for films that follow {of_lora}: give `--preset {_preset_for(of_lora)}`."
         )
+
+
+def _preset_for(follows: str) -> str:
+    return next(name for name, preset in PRESETS.items() if preset.follows == follows)
 
 
 def _check_video(path: Path, settings: Mapping[str, Any], fps: float) -> None:

@@ -20,6 +20,7 @@ from .voice import Voice
 
 
 # By what films follow beside text.
+CALLED = {"audio": "speech", "pose": "poses"}
 PIPELINES: dict[str, type[ConditionPipeline]] = {"audio": SVITalkPipeline, "pose": SVIDancePipeline}
 
 
