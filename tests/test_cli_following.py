@@ -132,11 +132,41 @@ def test_a_film_follows_speech_has_its_sound_and_goes_on_after_a_kill(run_comman
     ):
         status, _, errors = run_command(*generate(published, **changed))
         assert status == 1 and message in errors, errors
-    again = ("generate", "--recipe", "film.mkv", "--out", "x.mkv", "--audio", published / "speech.wav")
-    for command in (("extend", "film.mkv", "--num_clips", 1), (*again, "--audio_guidance_scale", 3)):
-        status, _, errors = run_command(*command)
-        assert status == 1 and "as it was made: by `diffusers-svi generate` with `--audio`" in errors
     assert (tmp_path / "film.mkv").read_bytes() == (tmp_path / "whole.mkv").read_bytes()
+
+
+def test_a_film_that_follows_speech_is_made_longer_and_once_more_by_its_recipe(run_command, published, tmp_path):
+    """What it follows is given again, and the very same."""
+    scale = {"audio_guidance_scale": 3}
+    assert run_command(*generate(published, out="whole.mkv", **scale))[0] == 0
+    assert run_command(*generate(published, **scale, num_clips=1))[0] == 0
+    encoder = ("--audio_encoder", published / "encoder")
+    speech_of_it = ("--audio", published / "speech.wav")
+    extend = ("extend", "film.mkv", "--num_clips", 1, *encoder)
+    make_sound(tmp_path / "other.wav", 0.68)
+    for wrong, message in (
+        ((), "film.mkv follows speech, of which it tells no more than a fingerprint: give the file by `--audio`"),
+        (("--audio", "other.wav"), "film.mkv follows other speech (17 frames "),
+        ((*speech_of_it, "--num_clips", 5), "`audio` has 17 frames, which make 2 clips"),
+    ):
+        status, _, errors = run_command(*extend, *wrong)
+        assert status == 1 and message in errors, errors
+    status, _, errors = run_command(*extend, *speech_of_it)
+    assert status == 0, errors
+    again = ("generate", "--recipe", "whole.mkv", "--out", "again.mkv", *encoder)
+    status, _, errors = run_command(*again)
+    assert status == 1 and "has sound, which is not in its recipe: give its file by `--audio`" in errors
+    status, _, errors = run_command(*again, *speech_of_it)
+    assert status == 0, errors
+    for film in ("film.mkv", "again.mkv"):
+        assert (tmp_path / film).read_bytes() == (tmp_path / "whole.mkv").read_bytes()
+
+
+def test_a_film_that_follows_nothing_takes_nothing_to_follow_by_its_recipe(run_command, published, tmp_path):
+    plain = {"lora": "none", "num_inference_steps": 1, "num_clips": 1}
+    assert run_command(*generate(published, "none", **plain))[0] == 0
+    status, _, errors = run_command("extend", "film.mkv", "--num_clips", 1, "--pose", published / "dance.mp4")
+    assert status == 1 and "film.mkv follows nothing beside text: leave out `--pose`" in errors
 
 
 def test_a_film_follows_poses_to_music_and_is_made_longer(run_command, published, tmp_path):
@@ -144,8 +174,11 @@ def test_a_film_follows_poses_to_music_and_is_made_longer(run_command, published
     music = {"audio": "music.wav"}
     assert run_command(*generate(published, "dance", **music, num_clips=1))[0] == 0
     assert len(frames_of(tmp_path / "film.mkv")) == 9
-    status, _, errors = run_command(*generate(published, "dance", **music))
+    again = ("--pose", published / "dance.mp4", "--audio", "music.wav")
+    status, _, errors = run_command("extend", "film.mkv", "--num_clips", 1, *again)
     assert status == 0, errors
+    status, told, _ = run_command(*generate(published, "dance", **music))
+    assert status == 0 and "film.mkv has 2 clips already" in told
     expected = by_hand(
         SVIDancePipeline(**make_components("i2v")),
         published,

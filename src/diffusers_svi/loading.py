@@ -94,6 +94,7 @@ def load_recipe(
     vae_tiling: bool = False,
     attention_backend: str | None = None,
     quantize: str | None = None,
+    audio_encoder: str | Path | None = None,
 ) -> SVIPipeline:
     """Load what a film was made with, as its recipe tells: model, LoRAs with their weights, scheduler.
 
@@ -101,7 +102,11 @@ def load_recipe(
         film (`dict`): The recipe, `read_recipe(path).film`.
         model (`str`, *optional*): Where the same base model is to be found now.
         dtype (`str` or `torch.dtype`, *optional*): Defaults to that of the recipe.
-        device, offload, vae_tiling, attention_backend, quantize: As in [`load_pipeline`]; a recipe does not tell them.
+        device, offload, vae_tiling, attention_backend, quantize, audio_encoder:
+            As in [`load_pipeline`]; a recipe does not tell them.
+
+    Returns:
+        [`SVIPipeline`], or for a film that follows something beside text, the pipeline for that.
 
     Raises:
         ValueError: if something of it cannot be loaded again, or a LoRA is not the file that it was.
@@ -111,22 +116,28 @@ def load_recipe(
     check_recipe(film, model)
     told = film["model"]
     source, revision = (told["name"], told["revision"]) if model is None else (model, None)
-    pipe = _base(source, revision, device, told["dtype"] if dtype is None else dtype, quantize)
+    follows = next((name for name in PIPELINES if name in film["settings"]), None)
+    kind, components = SVIPipeline if follows is None else PIPELINES[follows], {}
+    if follows == "audio":
+        components = _hearing(kind.load_config(source, revision=revision), source, audio_encoder)
+    pipe = _base(source, revision, device, told["dtype"] if dtype is None else dtype, quantize, kind, components)
     scheduler = dict(film["scheduler"])
     pipe.scheduler = _scheduler(scheduler.pop("class")).from_config(scheduler)
     for lora in film["loras"]:
-        experts = {name: getattr(pipe, name) for name in lora["weights"]}
         options = {name: lora[name] for name in ("revision", "subfolder") if lora.get(name) is not None}
         pipe.load_lora_weights(
             lora["name"],
             adapter_name=lora["adapter"],
             weight_name=lora["weight_name"],
             weight_name_2=lora["weight_name_2"],
-            load_into_transformer_2=list(experts) == ["transformer_2"],
+            load_into_transformer_2=list(lora["weights"]) == ["transformer_2"],
             **options,
         )
-        for name, expert in experts.items():
-            now, before = expert.peft_config[lora["adapter"]].svi_source.get("sha256"), lora["sha256"].get(name)
+        for name in lora["weights"]:
+            now, before = (
+                getattr(pipe, name).peft_config[lora["adapter"]].svi_source.get("sha256"),
+                lora["sha256"].get(name),
+            )
             if now != before:
                 raise ValueError(
                     f"The LoRA {lora['name']!r} is not the one that the film was made with: its file has the SHA-256 "
@@ -142,17 +153,11 @@ def load_recipe(
 def check_recipe(film: Mapping[str, Any], model: str | Path | None = None) -> None:
     """Raise a `ValueError` for what of a recipe cannot be loaded again."""
     try:
-        told, loras, scheduler = film["model"], film["loras"], film["scheduler"]["class"]
+        told, loras, scheduler, _ = film["model"], film["loras"], film["scheduler"]["class"], film["settings"]
         weights = [weight for lora in loras for weight in lora["weights"].values()]
         sources = [lora["name"] for lora in loras]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The recipe does not tell what the film was made with ({error!r} is missing).") from error
-    for condition in ("audio", "pose"):
-        if condition in film.get("settings", {}):
-            raise ValueError(
-                f"The film follows `{condition}`, of which a recipe tells no more than a fingerprint. Make it, and "
-                f"make it longer, as it was made: by `diffusers-svi generate` with `--{condition}`."
-            )
     if told.get("fused"):
         raise ValueError("The film was made with LoRAs that were fused into the model, of which no file is known.")
     if told["name"] is None and model is None:

@@ -60,10 +60,8 @@ def generate(context: click.Context, dry_run: bool, recipe: Path | None, jobs: P
     if recipe is None or told is not None:
         make(order(options, told), dry_run=dry_run)
     else:
-        # First what makes it impossible, then what is not needed.
-        film = remade(recipe, options)
         _refuse_told(context)
-        make(film, dry_run=dry_run)
+        make(remade(recipe, options), dry_run=dry_run)
 
 
 def _refuse_told(context: click.Context) -> None:
@@ -71,5 +69,5 @@ def _refuse_told(context: click.Context) -> None:
     for parameter in context.command.params:
         given = context.get_parameter_source(str(parameter.name)) != ParameterSource.DEFAULT
         told = getattr(parameter, "group", "") not in ("File", "Machine", "Other")
-        if given and told and parameter.name not in ("out", "model", "recipe"):
+        if given and told and parameter.name not in ("out", "model", "recipe", "pose", "audio_encoder"):
             raise click.UsageError(f"`{parameter.opts[0]}` cannot be given with `--recipe`, which tells it.")

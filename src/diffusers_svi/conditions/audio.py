@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from ..checks import check_number
+from ..fingerprints import fingerprint_weights
 from ..video import frame_rate
 from .rows import bounds
 from .voice import BLOCK, RATE, SoundLike, Voice
@@ -143,6 +144,11 @@ class AudioFeatures:
     def fingerprint(self) -> str:
         """SHA-256 of the sound, as it was given."""
         return self._voice.fingerprint
+
+    @property
+    def heard_by(self) -> str:
+        """Sixteen hexadecimal digits of the encoder's weights."""
+        return fingerprint_weights(self._model)
 
     def __len__(self) -> int:
         return self._num_rows
