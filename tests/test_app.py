@@ -18,25 +18,44 @@ import numpy as np
 import PIL.Image
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
+from safetensors.torch import load_file, save_file
 
 from conftest import make_components, quiet
-from diffusers_svi import SVIPipeline
-from diffusers_svi.app.project import Project, Settings
+from diffusers_svi import PixelMotion, SVIPipeline, save_video
+from diffusers_svi.app.project import Project
+from diffusers_svi.app.settings import Settings
 from diffusers_svi.app.studio import Progress, Studio, in_plain_words
 from diffusers_svi.app.uploads import read_upload
+from diffusers_svi.conditions.dance_pipeline import SVIDancePipeline
+from diffusers_svi.conditions.talk_pipeline import SVITalkPipeline
 from diffusers_svi.film import read_clips
 from diffusers_svi.recipe import read_recipe
+from test_audio import speech, write
+from test_dance import counted, make_dwpose
+from test_lora import make_lora
+from test_talk import make_encoder, make_multitalk
 
 
 ROOT = Path(__file__).parents[1]
 START = ROOT / "docs" / "images" / "start.png"
 SMALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 1.0, "fps": 8}
 SETTINGS = Settings.of("none", **SMALL)
-LIMIT = 60  # seconds, after which a test that waits gives up
+LIMIT = 180  # seconds, after which a test that waits gives up
 
 
 def load(preset: str) -> SVIPipeline:
     return quiet(SVIPipeline(**make_components("i2v")))
+
+
+def load_following(preset: str) -> SVIPipeline:
+    """As published, with the modules for what films follow."""
+    if preset == "talk":
+        pipe = SVITalkPipeline(**make_components("i2v"), audio_encoder=make_encoder())
+        pipe.load_audio_modules(make_multitalk())
+        return quiet(pipe)
+    pipe = SVIDancePipeline(**make_components("i2v"))
+    pipe.load_lora_weights({**make_lora(pipe.transformer), **make_dwpose()}, conditioning=PixelMotion(5))
+    return quiet(pipe)
 
 
 class Gate:
@@ -328,6 +347,118 @@ def test_a_folder_that_is_damaged_is_left_out(tmp_path, image):
     again.close()
 
 
+def test_a_film_is_as_long_as_its_speech_which_it_has_and_goes_on_with(tmp_path, image):
+    """Its folder has the speech: the bytes are those of a film that was never stopped. Clips may be cut out."""
+    speech_file = write(tmp_path / "My Speech.WAV", speech(3.125), 16000)
+    settings = Settings.of("talk", **{**SMALL, "audio_guidance_scale": 1.0})
+    studio = Studio(tmp_path / "films", load_following)
+    whole, film, shorter = (studio.create(image, ["a cat sits", "it jumps"], settings, "", speech_file) for _ in "123")
+    speech_file.unlink()
+    assert [clip.prompt for clip in film.clips] == ["a cat sits", "it jumps", ""]
+    with pytest.raises(ValueError, match="ends with what it follows, after 3 clips"):
+        film.add(["it sleeps"])
+    studio.make(whole.name)
+    assert at_rest(studio, whole.name) == "done", studio.error(whole.name)
+    assert num_frames(whole.path) == 25 and prompts(whole) == ["a cat sits", "it jumps", "it jumps"]
+    assert read_recipe(whole.path).film["settings"]["audio"].startswith("25 frames ")
+    finished = studio.finished(whole.name)
+    with av.open(str(finished)) as file:
+        assert sum(frame.samples / frame.sample_rate for frame in file.decode(audio=0)) >= 3.125
+
+    # Poses out of a video with sound: that is the film's.
+    dance = studio.create(image, ["a cat sits"], Settings.of("dance", **SMALL), "", finished)
+    assert dance.sound == dance.folder / "pose.mp4"
+
+    shorter.remove(shorter.clips[-1].number)
+    studio.make(shorter.name)
+    assert at_rest(studio, shorter.name) == "done" and num_frames(shorter.path) == 17
+    studio.make(film.name)
+    wait_for(lambda: film.num_done == 1)
+    studio.close()
+    again = Studio(tmp_path / "films", load_following)
+    film = again.film(film.name)
+    assert film.num_done in (1, 2) and film.followed.num_clips == 3
+    again.make(film.name)
+    assert at_rest(again, film.name) == "done", again.error(film.name)
+    assert film.path.read_bytes() == whole.path.read_bytes()
+    again.close()
+
+
+def test_a_clip_that_is_cut_out_while_the_last_one_is_made_is_not_made(tmp_path, image):
+    """The pipeline, which knows how many clips there are to be, would let the last prompt hold."""
+    gate = Gate()
+
+    def held(preset: str) -> SVIPipeline:
+        pipe = load_following(preset)
+        pipe.transformer.register_forward_pre_hook(gate._pass)
+        return pipe
+
+    studio = Studio(tmp_path / "films", held)
+    settings = Settings.of("talk", **{**SMALL, "audio_guidance_scale": 1.0})
+    film = studio.create(image, ["a cat sits"], settings, "", write(tmp_path / "a.wav", speech(3.125), 16000))
+    gate.let(3)
+    studio.make(film.name)
+    wait_for(lambda: film.num_fixed == 2)
+    film.remove(film.clips[-1].number)
+    gate.let(float("inf"))
+    assert at_rest(studio, film.name) == "done" and num_frames(film.path) == 17
+    assert len(film.clips) == film.num_done == 2
+    studio.close()
+
+
+def test_a_film_follows_poses_and_is_counted_by_the_lora_that_makes_it(tmp_path, image):
+    """17 poses are two clips of nine frames as published, and three that go on from five frames each."""
+    save_video(tmp_path / "dance.mp4", 10 * counted(17), fps=8)
+    studio = Studio(tmp_path / "films", load_following)
+    film = studio.create(image, ["a cat sits"], Settings.of("dance", **SMALL), "", tmp_path / "dance.mp4")
+    assert len(film.clips) == 2 and film.sound is None
+    studio.make(film.name)
+    assert at_rest(studio, film.name) == "done", studio.error(film.name)
+    assert len(film.clips) == 3 and num_frames(film.path) == 17
+    assert json.loads((film.folder / "film.json").read_text())["followed"] == {
+        "file": "pose.mp4",
+        "num_frames": 17,
+        "num_clips": 3,
+    }
+    studio.close()
+    told = (film.folder / "film.json").read_text()
+    (film.folder / "film.json").write_text(told.replace('"dance"', '"shot"'))
+    with pytest.raises(ValueError, match="a film of 'shot' follows nothing"):
+        Project(film.folder)
+    (film.folder / "film.json").write_text(told)
+    (film.folder / "pose.mp4").unlink()
+    with pytest.raises(ValueError, match=r"'pose\.mp4', which it follows, is not there"):
+        Project(film.folder)
+
+
+@pytest.mark.parametrize(
+    ("preset", "file", "message"),
+    [
+        ("talk", None, "A film of 'talk' follows speech: choose that"),
+        ("none", "speech.wav", "A film of 'none' follows nothing"),
+        ("talk", "notes.txt", "The speech must be a file of one of these kinds: .wav, .mp3"),
+        ("talk", "silent.mp4", "The speech cannot be followed: `audio`='silent.mp4' cannot be read as sound"),
+        ("talk", "click.wav", "The speech cannot be followed: `audio`='click.wav' is shorter than a frame"),
+        ("dance", "speech.wav", "The poses must be a file of one of these kinds: .mp4"),
+        ("dance", "damaged.mp4", "The poses cannot be followed: "),
+        ("talk", "speech.wav", "The story has 3 clips, but what the film follows is over after 2"),
+    ],
+)
+def test_what_cannot_be_followed_is_told_in_plain_words(studio, tmp_path, image, preset, file, message):
+    write(tmp_path / "speech.wav", speech(2.0), 16000)
+    write(tmp_path / "click.wav", speech(0.03), 16000)
+    save_video(tmp_path / "silent.mp4", counted(9), fps=8)
+    (tmp_path / "damaged.mp4").write_bytes((tmp_path / "silent.mp4").read_bytes()[:300])
+    (tmp_path / "notes.txt").write_text("a cat")
+    followed = None if file is None else tmp_path / file
+    with pytest.raises(ValueError, match=message):
+        studio.create(image, ["a cat"] * 3, Settings.of(preset, **SMALL), "", followed)
+    with pytest.raises(ValueError, match="it cannot go on until you stop it"):
+        endless = Settings.of("talk", **SMALL, endless=True)
+        studio.create(image, ["a cat"], endless, "", tmp_path / "speech.wav")
+    assert studio.films == [] and [path.name for path in studio.folder.iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -403,22 +534,35 @@ STORY = [
 ]
 
 
+def put_published(folder: Path) -> None:
+    """What the Hub has, under its names, but tiny: svi-tiny as the model, and modules for speech that are random."""
+    wan = folder / "Wan-AI" / "Wan2.1-I2V-14B-480P-Diffusers"
+    shot = folder / "vita-video-gen" / "svi-model" / "version-1.0" / "svi-shot.safetensors"
+    for path, target in ((wan, TINY / "model"), (shot, TINY / "loras" / "shot.safetensors")):
+        path.parent.mkdir(parents=True)
+        path.symlink_to(target)
+    modules = {name: value / 8 for name, value in make_multitalk(dim=256, num_blocks=6).items()}
+    save_file({**load_file(shot), **modules}, shot.with_name("svi-talk.safetensors"))
+    make_encoder().save_pretrained(folder / "TencentGameMate" / "chinese-wav2vec2-base")
+
+
 class Server:
-    """`diffusers-svi app` on svi-tiny, in a process of its own."""
+    """`diffusers-svi app` with all presets, in a process of its own, and where the published names mean svi-tiny."""
 
     def __init__(self, folder: Path):
         self.folder, self.port = folder, 0
+        put_published(folder.parent)
         self.film = next((path.name for path in sorted(folder.glob("2*"))), "")  # one that is there before
         self.start()
 
     def start(self) -> None:
         options = {
-            **{"folder": self.folder, "port": self.port, "preset": "shot", "model": TINY / "model"},
-            **{"lora": TINY / "loras" / "shot.safetensors", "height": 64, "width": 64, "num_frames": 17, "fps": 8},
-            **{"num_inference_steps": 8, "guidance_scale": 1, "max_sequence_length": 64},
+            **{"folder": self.folder, "port": self.port, "preset": "shot", "height": 64, "width": 64, "fps": 8},
+            **{"num_frames": 17, "num_inference_steps": 8, "guidance_scale": 1, "max_sequence_length": 64},
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "diffusers_svi", "app", *(f"--{name}={value}" for name, value in options.items())],
+            cwd=self.folder.parent,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdout=subprocess.PIPE,
             text=True,
@@ -491,7 +635,40 @@ def begin(page: Page, server: Server, story: list[str], title: str = "") -> str:
     return page.url.partition("?film=")[2]
 
 
-def test_a_film_is_made_changed_stopped_killed_continued_and_downloaded(page, server):
+def begin_talk(page: Page, server: Server, folder: Path) -> None:
+    """A film of 49 frames that follow speech, by people who first send what is none."""
+    write(folder / "speech.wav", speech(49 / 16), 16000)
+    (folder / "notes.wav").write_text("a cat")
+    page.goto(server.url)
+    page.locator("input[type=file]").first.set_input_files(START)
+    page.get_by_label("Preset").click()
+    page.get_by_role("option", name="talk", exact=True).click()
+    page.get_by_text("Speech: what the film follows, and its sound").wait_for()
+    page.get_by_role("button", name="Advanced settings").click()
+    for name, value in (("Frames a clip", 17), ("Steps a clip", 2), ("Guidance", 1), ("Frames a second", 16)):
+        page.get_by_label(name).fill(str(value))
+    assert page.evaluate(NAMELESS) == []
+    sound = page.locator("input[type=file]").nth(1)
+    sound.set_input_files(folder / "notes.wav")
+    page.get_by_text("The speech cannot be followed: `audio`='notes.wav' cannot be read as sound").wait_for()
+    sound.set_input_files(folder / "speech.wav")
+    page.get_by_text("speech.wav").last.wait_for()
+    page.get_by_label("Story").fill("a large red circle stays still")
+    page.get_by_label("Remove Image").wait_for()
+    page.get_by_role("button", name="Make the film").click()
+    page.wait_for_url("**/?film=*")
+
+
+def download(page: Page, path: Path) -> str:
+    """The film that is shown, to `path`; the name that the page gives it."""
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download the film").click()
+    shutil.copy(download.value.path(), path)
+    return download.value.suggested_filename
+
+
+def test_films_are_made_changed_stopped_killed_continued_and_downloaded(page, browser, server, tmp_path):
+    """One is stopped by hand, and one that follows speech by the end of the server, which was killed."""
     name = begin(page, server, STORY, "My <b>film</b>")
     page.get_by_role("heading", name="My <b>film</b>").wait_for()
     page.get_by_label("Clip 5", exact=True).fill("a large red circle stays still, it turns blue")
@@ -502,20 +679,24 @@ def test_a_film_is_made_changed_stopped_killed_continued_and_downloaded(page, se
     go_on.wait_for()
     page.reload()
     expect(page.get_by_label("Clip 5", exact=True)).to_have_value("a large red circle stays still, it turns blue")
-    stopped = int(re.search(r"Stopped after clip (\d) of 6", state_of(page).inner_text()).group(1))
+    assert re.search(r"Stopped after clip \d of 6", state_of(page).inner_text())
+
+    talk = browser.new_page()
+    talk.set_default_timeout(LIMIT * 1000)
+    begin_talk(talk, server, tmp_path)
+    talk.get_by_label("Clip 1 · done").wait_for()
+    expect(talk.get_by_label("Clip 3", exact=True)).to_have_value("")
     go_on.click()
-    page.get_by_label(f"Clip {stopped + 1} · done").wait_for()
+    expect(state_of(page)).to_have_text(re.compile("Waiting: 1 other film|Getting the model|Making clip"))
     server.stop()
     server.start()
+
     page.goto(f"{server.url}?film={name}")
-    if "Done" not in state_of(page).inner_text():
-        assert "The server was stopped after clip" in state_of(page).inner_text()
-        go_on.click()
+    assert "The server was stopped after clip" in state_of(page).inner_text()
+    go_on.click()
     expect(state_of(page)).to_have_text("Done: 6 clips, 12.1 seconds.", timeout=LIMIT * 1000)
-    with page.expect_download() as download:
-        page.get_by_role("link", name="Download the film").click()
-    assert download.value.suggested_filename == f"{name}.mp4"
-    file = shutil.copy(download.value.path(), server.folder.parent / "downloaded.mp4")
+    file = server.folder.parent / "downloaded.mp4"
+    assert download(page, file) == f"{name}.mp4"
     assert num_frames(file) == 6 * 16 + 1
     assert [clip["prompt"] for clip in read_recipe(file).clips][4] == "a large red circle stays still, it turns blue"
     told = [clip["prompt"] for clip in read_clips(server.folder / name / "film.mp4")]
@@ -523,6 +704,19 @@ def test_a_film_is_made_changed_stopped_killed_continued_and_downloaded(page, se
     # The browser can play it.
     page.wait_for_function("document.querySelector('video').readyState >= 2")
     assert page.evaluate("document.querySelector('video').duration") == pytest.approx(97 / 8, abs=0.05)
+
+    talk.reload()
+    if "Done" not in state_of(talk).inner_text():
+        talk.get_by_role("button", name="Continue").click()
+    expect(state_of(talk)).to_have_text("Done: 3 clips, 3.1 seconds.", timeout=LIMIT * 1000)
+    download(talk, file)
+    assert num_frames(file) == 49 and read_recipe(file).film["settings"]["audio"].startswith("49 frames ")
+    with av.open(str(file)) as film:
+        heard = np.concatenate([frame.to_ndarray()[0] for frame in film.decode(audio=0)])
+    # How loud it is in every frame.
+    loudness = [samples[:48000].reshape(48, 1000).std(1) for samples in (heard, speech(3.0))]
+    assert len(heard) >= 49 * 1000 and np.corrcoef(loudness)[0, 1] > 0.9
+    talk.close()
 
 
 def test_two_tabs_have_a_film_each(page, browser, server):

@@ -13,6 +13,9 @@ from diffusers.models import attention_dispatch
 from diffusers.utils.torch_utils import get_device
 
 from .checks import check_choice
+from .conditions.encoder import load_audio_encoder, read_audio_encoder
+from .conditions.following import PIPELINES
+from .lora_file import read_lora
 from .lora_layers import EXPERTS
 from .pipeline import SVIPipeline
 from .presets import DTYPES, OFFLOADS, QUANTIZATIONS, Preset
@@ -33,6 +36,7 @@ def load_pipeline(
     vae_tiling: bool = False,
     attention_backend: str | None = None,
     quantize: str | None = None,
+    audio_encoder: str | Path | None = None,
 ) -> SVIPipeline:
     """Load model and LoRA of a member of the family, ready to make films.
 
@@ -51,16 +55,30 @@ def load_pipeline(
         quantize (`str`, *optional*):
             `"quanto"`: transformers and text encoder in 8-bit whole numbers, by optimum-quanto. `"fp8"`: the layers of
             the transformers kept in float8 and computed in `dtype`, which needs no other package. `"none"`: neither.
+        audio_encoder (`str`, *optional*):
+            What hears, for a member whose films follow audio: Hub name or folder of a `Wav2Vec2Model`. Defaults to
+            that of a saved model, or else the published one.
+
+    Returns:
+        [`SVIPipeline`], or for a member whose films follow something beside text, the pipeline for that.
 
     Raises:
-        ValueError: for a value that there is not, files without `lora`, and a package that is missing.
+        ValueError: for a value that there is not, files without `lora`, a package that is missing, and a member whose
+            films follow something for which neither model nor LoRA have modules.
         OSError: if model or LoRA cannot be read.
     """
     check_loading(lora, weight_name, weight_name_2, dtype, offload, attention_backend, quantize)
-    pipe = _base(preset.model if model is None else model, None, device, dtype, quantize)
-    pipe.scheduler = SVIEulerScheduler.from_config(pipe.scheduler.config, shift=preset.shift)
+    source = preset.model if model is None else model
     if lora is None and preset.lora is not None:
         lora, weight_name, weight_name_2 = preset.lora, preset.weight_name, preset.weight_name_2
+    kind = SVIPipeline if preset.follows is None else PIPELINES[preset.follows]
+    components = {}
+    if preset.follows is not None:
+        index = kind.load_config(source)
+        _check_modules(preset.follows, index, source, lora, weight_name)
+        components = _hearing(index, source, audio_encoder) if preset.follows == "audio" else {}
+    pipe = _base(source, None, device, dtype, quantize, kind, components)
+    pipe.scheduler = SVIEulerScheduler.from_config(pipe.scheduler.config, shift=preset.shift)
     if lora not in (None, "none"):
         pipe.load_lora_weights(str(lora), weight_name=weight_name, weight_name_2=weight_name_2)
     return _set_up(pipe, device, offload, vae_tiling, attention_backend, quantize)
@@ -76,6 +94,7 @@ def load_recipe(
     vae_tiling: bool = False,
     attention_backend: str | None = None,
     quantize: str | None = None,
+    audio_encoder: str | Path | None = None,
 ) -> SVIPipeline:
     """Load what a film was made with, as its recipe tells: model, LoRAs with their weights, scheduler.
 
@@ -83,7 +102,11 @@ def load_recipe(
         film (`dict`): The recipe, `read_recipe(path).film`.
         model (`str`, *optional*): Where the same base model is to be found now.
         dtype (`str` or `torch.dtype`, *optional*): Defaults to that of the recipe.
-        device, offload, vae_tiling, attention_backend, quantize: As in [`load_pipeline`]; a recipe does not tell them.
+        device, offload, vae_tiling, attention_backend, quantize, audio_encoder:
+            As in [`load_pipeline`]; a recipe does not tell them.
+
+    Returns:
+        [`SVIPipeline`], or for a film that follows something beside text, the pipeline for that.
 
     Raises:
         ValueError: if something of it cannot be loaded again, or a LoRA is not the file that it was.
@@ -93,22 +116,28 @@ def load_recipe(
     check_recipe(film, model)
     told = film["model"]
     source, revision = (told["name"], told["revision"]) if model is None else (model, None)
-    pipe = _base(source, revision, device, told["dtype"] if dtype is None else dtype, quantize)
+    follows = next((name for name in PIPELINES if name in film["settings"]), None)
+    kind, components = SVIPipeline if follows is None else PIPELINES[follows], {}
+    if follows == "audio":
+        components = _hearing(kind.load_config(source, revision=revision), source, audio_encoder)
+    pipe = _base(source, revision, device, told["dtype"] if dtype is None else dtype, quantize, kind, components)
     scheduler = dict(film["scheduler"])
     pipe.scheduler = _scheduler(scheduler.pop("class")).from_config(scheduler)
     for lora in film["loras"]:
-        experts = {name: getattr(pipe, name) for name in lora["weights"]}
         options = {name: lora[name] for name in ("revision", "subfolder") if lora.get(name) is not None}
         pipe.load_lora_weights(
             lora["name"],
             adapter_name=lora["adapter"],
             weight_name=lora["weight_name"],
             weight_name_2=lora["weight_name_2"],
-            load_into_transformer_2=list(experts) == ["transformer_2"],
+            load_into_transformer_2=list(lora["weights"]) == ["transformer_2"],
             **options,
         )
-        for name, expert in experts.items():
-            now, before = expert.peft_config[lora["adapter"]].svi_source.get("sha256"), lora["sha256"].get(name)
+        for name in lora["weights"]:
+            now, before = (
+                getattr(pipe, name).peft_config[lora["adapter"]].svi_source.get("sha256"),
+                lora["sha256"].get(name),
+            )
             if now != before:
                 raise ValueError(
                     f"The LoRA {lora['name']!r} is not the one that the film was made with: its file has the SHA-256 "
@@ -124,14 +153,11 @@ def load_recipe(
 def check_recipe(film: Mapping[str, Any], model: str | Path | None = None) -> None:
     """Raise a `ValueError` for what of a recipe cannot be loaded again."""
     try:
-        told, loras, scheduler = film["model"], film["loras"], film["scheduler"]["class"]
+        told, loras, scheduler, _ = film["model"], film["loras"], film["scheduler"]["class"], film["settings"]
         weights = [weight for lora in loras for weight in lora["weights"].values()]
         sources = [lora["name"] for lora in loras]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The recipe does not tell what the film was made with ({error!r} is missing).") from error
-    for condition in ("audio", "pose"):
-        if condition in film.get("settings", {}):
-            raise ValueError(f"The film follows `{condition}`, of which a recipe tells no more than a fingerprint.")
     if told.get("fused"):
         raise ValueError("The film was made with LoRAs that were fused into the model, of which no file is known.")
     if told["name"] is None and model is None:
@@ -161,6 +187,8 @@ def _base(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     quantize: str | None,
+    kind: type[SVIPipeline] = SVIPipeline,
+    components: Mapping[str, Any] | None = None,
 ) -> SVIPipeline:
     if dtype is None:
         dtype = "float32" if torch.device(device or get_device()).type == "cpu" else "bfloat16"
@@ -168,7 +196,30 @@ def _base(
     # In half precision its rounding errors add up from clip to clip.
     vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", dtype=torch.float32, revision=revision)
     options = {"quantization_config": _quanto()} if quantize == "quanto" else {}
-    return SVIPipeline.from_pretrained(source, vae=vae, dtype=dtype, revision=revision, **options)
+    given = {"vae": vae, **(components or {}), **options}
+    return kind.from_pretrained(source, dtype=dtype, revision=revision, **given)
+
+
+def _check_modules(
+    follows: str, index: Mapping[str, Any], source: str | Path, lora: str | Path | None, weight_name: str | None
+) -> None:
+    """Raise a `ValueError` unless the model with this index, or the LoRA, has what films follow `follows` with."""
+    _, kept = index.get("transformer") or (None, None)
+    if kept == PIPELINES[follows]._kind.__name__:
+        return
+    if lora in (None, "none") or read_lora(str(lora), weight_name).condition != follows:
+        raise ValueError(
+            f"`model`={str(source)!r} has no modules for {follows}, and `lora`={str(lora or 'none')!r} brings none: "
+            "leave `lora` out for the published ones, or give a model that was saved with them."
+        )
+
+
+def _hearing(index: Mapping[str, Any], source: str | Path, audio_encoder: str | Path | None) -> dict[str, Any]:
+    """The components that hear: those asked for, or the model's own, or else the published ones."""
+    _, kept = index.get("audio_encoder") or (None, None)
+    if audio_encoder is None and kept is not None:
+        return {"audio_encoder": read_audio_encoder(str(source), subfolder="audio_encoder")}
+    return load_audio_encoder(audio_encoder)
 
 
 def _set_up(
@@ -193,7 +244,10 @@ def _set_up(
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
-        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
+        # Of what hears, layers are taken one by one, around the hooks of offloading; it is small.
+        outside = [name for name in pipe.components if name == "audio_encoder"]
+        streams = device.type == "cuda"
+        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=streams, exclude_modules=outside)
     else:
         pipe.to(device)
     return pipe

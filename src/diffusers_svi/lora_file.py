@@ -255,6 +255,11 @@ def published_scheme(name: str) -> Scheme | None:
     return _published(name)[0]
 
 
+def published_condition(name: str) -> str | None:
+    """What films of a LoRA that was published follow beside text, known by the name of its file."""
+    return _condition(name, {})
+
+
 def _published(name: str) -> tuple[Scheme | None, str | None]:
     name = name.lower()
     stem = os.path.basename(name)

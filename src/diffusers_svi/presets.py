@@ -31,6 +31,7 @@ class Preset:
         shift (`float`, defaults to 5.0): Flow shift of the Euler schedule.
         num_inference_steps (`int`, defaults to 50): Steps a clip.
         num_frames (`int`, defaults to 81): Frames a clip.
+        follows (`str`, *optional*): What its films follow beside text, "audio" or "pose".
     """
 
     model: str
@@ -42,6 +43,7 @@ class Preset:
     shift: float = 5.0
     num_inference_steps: int = 50
     num_frames: int = 81
+    follows: str | None = None
 
 
 def _a14b(kind: str, guidance_scale: float = 5.0) -> Preset:
@@ -57,6 +59,12 @@ PRESETS = {
     "film-2.0": Preset(model=WAN_21, weight_name="version-2.0/SVI_Wan2.1-I2V-14B_lora_v2.0.safetensors"),
     "shot-2.0": _a14b(""),
     "pro": _a14b("_pro", guidance_scale=4.0),
+    "talk": Preset(
+        model=WAN_21, weight_name="version-1.0/svi-talk.safetensors", guidance_scale=2.0, fps=25, follows="audio"
+    ),
+    "dance": Preset(
+        model=WAN_21, weight_name="version-1.0/svi-dance.safetensors", guidance_scale=2.0, fps=25, follows="pose"
+    ),
     "ti2v-5b": Preset(model=WAN_22_5B, lora="Impulse2000/svi-model-pro-5b", fps=24),
     "none": Preset(model=WAN_21, lora=None),
 }

@@ -45,6 +45,15 @@ def open_track(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"`audio`={os.fspath(path)!r} cannot be read as sound: {error}") from error
 
 
+def has_sound(path: str | os.PathLike) -> bool:
+    """Whether a file has a track of sound."""
+    try:
+        with open_track(path):
+            return True
+    except ValueError:
+        return False
+
+
 class Sound:
     """The first track of sound in a file, decoded, on disk: 16 bits a sample, mono or stereo.
 

@@ -9,13 +9,15 @@ from typing import Any
 import gradio as gr
 
 from ..color import METHODS
+from ..presets import PRESETS
 from ..prompts import parse_prompts
 from ..start_image import RESIZE_MODES
 from . import views
-from .project import MAX_FPS, MAX_FRAMES, MAX_PROMPT, MAX_SIDE, MAX_STEPS, MAX_TITLE, Project, Settings
+from .project import Project
 from .rows import NUM_ROWS, build_rows, first_row, shown_rows, updates
+from .settings import MAX_FPS, MAX_FRAMES, MAX_PROMPT, MAX_SIDE, MAX_STEPS, MAX_TITLE, Settings
 from .studio import Studio
-from .uploads import read_upload
+from .uploads import FOLLOWED, read_followed, read_upload
 
 
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
@@ -139,12 +141,14 @@ def build_page(studio: Studio, defaults: Settings, presets: list[str]) -> gr.Blo
             return wanted, wanted
 
         @_plainly
-        def make_film(image: str | None, title: str, story: str, *values: Any) -> tuple[str, str]:
+        def make_film(
+            image: str | None, followed: str | None, title: str, story: str, *values: Any
+        ) -> tuple[str, str]:
             if image is None:
                 raise ValueError("Choose the picture that the film begins with.")
             given = dict(zip(SETTING_NAMES, values, strict=True))
             settings = replace(defaults, **{**given, "resize_mode": SHAPES[given["resize_mode"]]})
-            film = studio.create(read_upload(image), _story(story, settings), settings, title or "")
+            film = studio.create(read_upload(image), _story(story, settings), settings, title or "", followed)
             studio.make(film.name)
             return film.name, film.name
 
@@ -205,6 +209,8 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
         # It is looked at before it is opened: what comes is a path in Gradio's own folder. (Not in a class of its own,
         # for which Gradio would write a file beside this one.)
         image.preprocess = lambda payload: None if payload is None else payload.path
+        followed = gr.File(height=160, **_followed(defaults.preset))
+        followed.preprocess = lambda payload: None if payload is None else payload.path
         preset = gr.Dropdown(
             presets,
             value=defaults.preset,
@@ -256,17 +262,35 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
     def published(name: str) -> list[Any]:
         of = Settings.of(name)
         told = gr.Dropdown(info=views.about(name))
-        return [told, of.num_frames, of.num_inference_steps, of.guidance_scale, of.fps]
+        asked = gr.File(value=None, **_followed(name))
+        return [told, asked, of.num_frames, of.num_inference_steps, of.guidance_scale, of.fps]
 
     @_plainly
     def check(path: str | None) -> Any:
         if path is not None:
             read_upload(path)
 
-    preset.input(published, preset, [preset, frames, steps, guidance, fps], **AT_ONCE)
+    @_plainly
+    def check_followed(path: str | None, preset: str, fps: float) -> Any:
+        name = PRESETS[preset].follows
+        if path is not None and name is not None:
+            read_followed(name, path, fps)
+
+    preset.input(published, preset, [preset, followed, frames, steps, guidance, fps], **AT_ONCE)
+    checked = followed.upload(check_followed, [followed, preset, fps], None, **QUEUED)
+    checked.failure(lambda: None, None, followed, **AT_ONCE)
     image.upload(check, image, None, **QUEUED).failure(lambda: None, None, image, **AT_ONCE)
     values = [preset, width, height, frames, steps, guidance, fps, seed, shape, colors, negative, endless]
-    return [image, title, story, *values], make
+    return [image, followed, title, story, *values], make
+
+
+def _followed(preset: str) -> dict[str, Any]:
+    """How the upload of what films of a preset follow is shown."""
+    name = PRESETS[preset].follows
+    if name is None:
+        return {"visible": False}
+    told = {"audio": "Speech: what the film follows, and its sound", "pose": "Poses: a video that the film follows"}
+    return {"visible": True, "label": told[name], "file_types": [*FOLLOWED[name]]}
 
 
 def _look(studio: Studio, film: Project | None, turned: int) -> list[Any]:

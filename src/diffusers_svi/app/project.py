@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,24 +13,18 @@ import PIL.Image
 from safetensors import SafetensorError
 
 from ..chain import read_notes
-from ..checks import check_choice, check_count, check_number
+from ..checks import check_count
 from ..clips import ClipSpec
-from ..color import check_color_match
+from ..conditions.following import Following
 from ..files import written_whole
 from ..growing import RECORD_KEY
-from ..inputs import MAX_TOKENS
-from ..noise import MAX_SEED
-from ..presets import PRESETS, SEED_STEP
-from ..prompts import NEGATIVE_PROMPT
+from ..presets import PRESETS
+from ..sound import has_sound
 from ..specs import one_by_one
-from ..start_image import RESIZE_MODES
-from ..video import frame_rate
+from .settings import MAX_CLIPS, MAX_PROMPT, MAX_TITLE, Settings
 
 
 FORMAT = "diffusers_svi.project"
-# What a page takes: larger than any model makes today, and small enough for a server to survive it.
-MAX_SIDE, MAX_FRAMES, MAX_STEPS, MAX_FPS, MAX_CLIPS = 2048, 1001, 200, 120, 10_000
-MAX_PROMPT, MAX_TITLE = 4000, 120
 # Of the picture in the gallery.
 POSTER_SIDE = 480
 
@@ -37,74 +32,13 @@ POSTER_SIDE = 480
 Story = Sequence[str | ClipSpec]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a film is made, the same for all its clips.
+@dataclass(frozen=True)
+class Followed:
+    """What a film follows: its `file` in the film's folder, the `num_frames` it has, and the `num_clips` they make."""
 
-    Args:
-        preset (`str`): Of the published family.
-        height, width (`int`, *optional*): In pixels, multiples of 16; from the image's aspect if not given.
-        resize_mode (`str`, defaults to `"crop"`): What happens to an image of another aspect.
-        num_frames (`int`): Frames a clip, 1 + 4n.
-        num_inference_steps (`int`): Steps a clip.
-        guidance_scale (`float`): Weight of the prompt.
-        guidance_scale_2 (`float`, *optional*): That of the low-noise expert, for models with two.
-        negative_prompt (`str`): What the film should not show.
-        color_match (`str`, defaults to `"none"`): How the colours of the start image are kept.
-        seed (`int`, defaults to 0): Of the first clip.
-        fps (`float`): Frames a second.
-        max_sequence_length (`int`, *optional*): Tokens of a prompt; as many as the pipeline takes if not given.
-        endless (`bool`, defaults to `False`): Whether the film goes on with its last prompt until it is stopped.
-
-    Raises:
-        ValueError: if a value is out of range.
-    """
-
-    preset: str
-    height: int | None = None
-    width: int | None = None
-    resize_mode: str = "crop"
+    file: str
     num_frames: int
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float | None = None
-    negative_prompt: str
-    color_match: str = "none"
-    seed: int = 0
-    fps: float
-    max_sequence_length: int | None = None
-    endless: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("preset", self.preset, tuple(PRESETS))
-        check_choice("resize_mode", self.resize_mode, RESIZE_MODES)
-        for name in ("height", "width"):
-            side = getattr(self, name)
-            if side is not None and check_count(name, side, 16, MAX_SIDE) % 16:
-                raise ValueError(f"`{name}` must be a multiple of 16, got {side}.")
-        if check_count("num_frames", self.num_frames, 5, MAX_FRAMES) % 4 != 1:
-            raise ValueError(f"`num_frames` must be 1 + 4n, 81 say, got {self.num_frames}.")
-        check_count("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        check_number("guidance_scale", self.guidance_scale)
-        if self.guidance_scale_2 is not None:
-            check_number("guidance_scale_2", self.guidance_scale_2)
-        check_color_match(self.color_match)
-        check_count("seed", self.seed, 0, MAX_SEED - SEED_STEP * MAX_CLIPS)
-        if frame_rate(self.fps) > MAX_FPS:
-            raise ValueError(f"`fps` must be {MAX_FPS} at most, got {self.fps}.")
-        if self.max_sequence_length is not None:
-            check_count("max_sequence_length", self.max_sequence_length, 1, MAX_TOKENS)
-        if not isinstance(self.negative_prompt, str) or len(self.negative_prompt) > MAX_PROMPT:
-            raise ValueError(f"`negative_prompt` must be a text of {MAX_PROMPT} characters at most.")
-
-    @classmethod
-    def of(cls, preset: str, **given: Any) -> "Settings":
-        """Those of a preset, except what is `given` and not `None`."""
-        check_choice("preset", preset, tuple(PRESETS))
-        family = PRESETS[preset]
-        names = ("num_frames", "num_inference_steps", "guidance_scale", "fps")
-        published = {name: getattr(family, name) for name in names} | {"negative_prompt": NEGATIVE_PROMPT}
-        return cls(preset=preset, **published | {name: value for name, value in given.items() if value is not None})
+    num_clips: int
 
 
 @dataclass(frozen=True)
@@ -148,6 +82,7 @@ class Project:
             self.settings = Settings(**{name: values["settings"][name] for name in known & set(values["settings"])})
             self._clips = [self._entry(spec) for spec in values["clips"]]
             self.was_being_made = bool(values["being_made"])
+            self.followed = self._followed(values.get("followed"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not the timeline of a film ({error}).") from error
         self._being_made = self.was_being_made
@@ -155,24 +90,42 @@ class Project:
 
     @classmethod
     def create(
-        cls, folder: Path, image: PIL.Image.Image, story: Story, settings: Settings, title: str = ""
+        cls,
+        folder: Path,
+        image: PIL.Image.Image,
+        story: Story,
+        settings: Settings,
+        title: str = "",
+        follows: Following | None = None,
+        num_clips: int | None = None,
     ) -> "Project":
         """A film that is not begun, in `folder`, which is there and empty.
 
+        What it follows is copied; where that makes `num_clips`, the story is as long, in which the last prompt holds.
+
         Raises:
-            ValueError: for no prompt, or an empty first one.
+            ValueError: for no prompt, or an empty first one, and for more of them than clips.
         """
         specs = _specs(story)
         if not specs or not specs[0]["prompt"]:
             raise ValueError("A film needs a prompt for its first clip.")
-        check_count("number of clips", len(specs), 1, MAX_CLIPS)
+        check_count("number of clips", max(len(specs), num_clips or 0), 1, MAX_CLIPS)
+        followed = None
+        if follows is not None:
+            if settings.endless:
+                raise ValueError("A film that follows something ends with it: it cannot go on until you stop it.")
+            assert num_clips is not None
+            followed = Followed(f"{follows.name}{follows.path.suffix.lower()}", follows.num_frames, num_clips)
+            specs = _as_long(specs, followed)
+            with written_whole(folder / followed.file) as unfinished:
+                shutil.copyfile(follows.path, unfinished)
         with written_whole(folder / "start.png") as unfinished:
             image.save(unfinished, format="PNG")
         poster = image.copy()
         poster.thumbnail((POSTER_SIDE, POSTER_SIDE))
         with written_whole(folder / "poster.jpg") as unfinished:
             poster.save(unfinished, format="JPEG", quality=85)
-        _write(folder, title.strip()[:MAX_TITLE], settings, specs, False)
+        _write(folder, title.strip()[:MAX_TITLE], settings, specs, False, followed)
         return cls(folder)
 
     @property
@@ -189,6 +142,21 @@ class Project:
     def image(self) -> PIL.Image.Image:
         """The first frame of the film."""
         return PIL.Image.open(self.folder / "start.png")
+
+    @property
+    def follows(self) -> Following | None:
+        """What it follows, which is read when it is needed."""
+        if self.followed is None:
+            return None
+        name = str(PRESETS[self.settings.preset].follows)
+        options = {"audio_guidance_scale": self.settings.audio_guidance_scale} if name == "audio" else {}
+        return Following(name=name, path=self.folder / self.followed.file, fps=self.settings.fps, options=options)
+
+    @property
+    def sound(self) -> Path | None:
+        """What has the sound of the film: what it follows, poses out of a video with sound too."""
+        follows = self.follows
+        return None if follows is None or not has_sound(follows.path) else follows.path
 
     @property
     def clips(self) -> list[Entry]:
@@ -236,8 +204,25 @@ class Project:
         """Add clips at the end. Raises a `ValueError` if there are too many."""
         with self._lock:
             specs = _specs(story)
+            if self.followed is not None and len(self._clips) + len(specs) > self.followed.num_clips:
+                raise ValueError(f"The film ends with what it follows, after {self.followed.num_clips} clips.")
             check_count("number of clips", len(self._clips) + len(specs), 1, MAX_CLIPS)
             self._save([*self._clips, *(self._entry(spec) for spec in specs)])
+
+    def fit(self, num_clips: int) -> None:
+        """Let the film be as long as what it follows, now that the clips of that are known for sure.
+
+        Raises:
+            ValueError: if its story is longer.
+        """
+        assert self.followed is not None
+        with self._lock:
+            if num_clips == self.followed.num_clips:
+                return
+            followed = replace(self.followed, num_clips=num_clips)
+            specs = _as_long([entry.spec for entry in self._clips], followed)
+            self.followed = followed
+            self._save([*self._clips, *(self._entry(spec) for spec in specs[len(self._clips) :])])
 
     def due(self) -> Iterator[dict[str, Any]]:
         """The clips of the film, those made before it goes on first, each taken when it is asked for.
@@ -279,6 +264,16 @@ class Project:
                 self.was_being_made = False
             self._save(self._clips)
 
+    def _followed(self, values: Any) -> Followed | None:
+        if values is None:
+            return None
+        followed = Followed(**values)
+        if Path(followed.file).name != followed.file or not (self.folder / followed.file).is_file():
+            raise ValueError(f"{followed.file!r}, which it follows, is not there")
+        if PRESETS[self.settings.preset].follows is None:
+            raise ValueError(f"a film of {self.settings.preset!r} follows nothing")
+        return followed
+
     def _place(self, number: int) -> int:
         """Where the clip stands that may still be changed."""
         for place, entry in enumerate(self._clips):
@@ -296,7 +291,8 @@ class Project:
 
     def _save(self, clips: list[Entry]) -> None:
         """Make `clips` the timeline, once it is on disk."""
-        _write(self.folder, self.title, self.settings, [entry.spec for entry in clips], self._being_made)
+        specs = [entry.spec for entry in clips]
+        _write(self.folder, self.title, self.settings, specs, self._being_made, self.followed)
         self._clips = clips
 
     def _on_disk(self) -> tuple[int, int]:
@@ -317,6 +313,15 @@ def _specs(story: Story) -> list[dict[str, Any]]:
     return [{**clip, **_spec(clip["prompt"])} for clip in clips]
 
 
+def _as_long(specs: list[dict[str, Any]], followed: Followed) -> list[dict[str, Any]]:
+    """A story as long as what the film follows."""
+    if len(specs) > followed.num_clips:
+        raise ValueError(
+            f"The story has {len(specs)} clips, but what the film follows is over after {followed.num_clips}."
+        )
+    return [*specs, *({"prompt": ""} for _ in range(followed.num_clips - len(specs)))]
+
+
 def _spec(prompt: str) -> dict[str, str]:
     prompt = " ".join(prompt.split())
     if len(prompt) > MAX_PROMPT:
@@ -324,12 +329,20 @@ def _spec(prompt: str) -> dict[str, str]:
     return {"prompt": prompt}
 
 
-def _write(folder: Path, title: str, settings: Settings, specs: list[dict[str, Any]], being_made: bool) -> None:
+def _write(
+    folder: Path,
+    title: str,
+    settings: Settings,
+    specs: list[dict[str, Any]],
+    being_made: bool,
+    followed: Followed | None,
+) -> None:
     values = {
         "format": FORMAT,
         "title": title,
         "being_made": being_made,
         "settings": asdict(settings),
+        "followed": None if followed is None else asdict(followed),
         "clips": specs,
     }
     with written_whole(folder / "film.json") as unfinished:

@@ -5,7 +5,8 @@ from typing import Any
 
 import gradio as gr
 
-from .project import MAX_PROMPT, Project
+from .project import Project
+from .settings import MAX_PROMPT
 
 
 # At once: a browser has its limits. A longer timeline is turned over.

@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse
 
-from .project import Settings
+from .settings import Settings
 from .studio import Studio
-from .uploads import MAX_MEGABYTES
+from .uploads import MAX_FOLLOWED_MEGABYTES, MAX_MEGABYTES
 
 
 # What a browser may have of a film's folder.
@@ -57,7 +57,7 @@ def make_server(studio: Studio, defaults: Settings, presets: list[str]) -> FastA
         mcp_server=False,
         pwa=False,
         enable_monitoring=False,
-        max_file_size=f"{MAX_MEGABYTES}mb",
+        max_file_size=f"{max(MAX_MEGABYTES, MAX_FOLLOWED_MEGABYTES)}mb",
         theme=theme(),
         css=CSS,
         head=HEAD,

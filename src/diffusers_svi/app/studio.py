@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,16 @@ from diffusers.utils import logging
 from filelock import FileLock, Timeout
 
 from ..clips import ClipSpec
+from ..conditioning import PixelMotion
+from ..conditions.following import CALLED
 from ..film import FilmWriter
+from ..inputs import check_size
 from ..pipeline import SVIPipeline
-from ..presets import SEED_STEP
-from .project import Project, Settings, Story
+from ..plan import scheme_of
+from ..presets import PRESETS, SEED_STEP
+from .project import Project, Story
+from .settings import Settings
+from .uploads import read_followed
 
 
 logger = logging.get_logger(__name__)
@@ -108,7 +114,14 @@ class Studio:
             raise ValueError(f"There is no film {name!r} here.")
         return self._films[name]
 
-    def create(self, image: PIL.Image.Image, story: Story, settings: Settings, title: str = "") -> Project:
+    def create(
+        self,
+        image: PIL.Image.Image,
+        story: Story,
+        settings: Settings,
+        title: str = "",
+        followed: str | os.PathLike | None = None,
+    ) -> Project:
         """A new film, which `make` makes.
 
         Args:
@@ -116,11 +129,23 @@ class Studio:
             story (`list[str]` or of `ClipSpec`): Its clips; an empty text for what happens in the clip before.
             settings (`Settings`): How it is made.
             title (`str`, *optional*): What people call it.
+            followed (*optional*): The file of what it follows, for a preset whose films follow something. The film is
+                as long as that.
 
         Raises:
-            ValueError: if the first prompt is missing.
+            ValueError: if the first prompt is missing, or what it follows is, cannot be read or is too short.
             OSError: if it cannot be written.
         """
+        family = PRESETS[settings.preset]
+        if (family.follows is None) != (followed is None):
+            what = "nothing" if family.follows is None else CALLED[family.follows]
+            raise ValueError(f"A film of {settings.preset!r} follows {what}: choose that, or another preset.")
+        follows, num_clips = None, None
+        if family.follows is not None and followed is not None:
+            follows = read_followed(family.follows, followed, settings.fps)
+            # As published; it is counted again where a film of another LoRA begins.
+            scheme = scheme_of(family, None) or PixelMotion()
+            num_clips = follows.num_clips(None, [], scheme, settings.num_frames, None)
         for number in itertools.count(1):
             folder = self.folder / f"{time.strftime('%Y-%m-%d')}-{number:03}"
             try:
@@ -129,7 +154,7 @@ class Studio:
             except FileExistsError:
                 continue
         try:
-            film = Project.create(folder, image, story, settings, title)
+            film = Project.create(folder, image, story, settings, title, follows, num_clips)
         except BaseException:
             for path in folder.iterdir():
                 path.unlink()
@@ -204,7 +229,7 @@ class Studio:
             raise ValueError("The film is being written. Stop it, or wait until it is made.")
         try:
             if not target.exists() or target.stat().st_mtime_ns < film.path.stat().st_mtime_ns:
-                with FilmWriter(film.path, film.settings.fps) as writer:
+                with FilmWriter(film.path, film.settings.fps, audio=film.sound) as writer:
                     writer.finalize(target)
         finally:
             film.writing.release()
@@ -246,7 +271,10 @@ class Studio:
         """The clips that are missing, until there are none or somebody stops it."""
         settings = film.settings
         pipe = self._loaded(settings.preset)
-        with film.writing, FilmWriter(film.path, settings.fps) as writer:
+        with film.writing, FilmWriter(film.path, settings.fps, audio=film.sound) as writer:
+            if film.follows is not None:
+                scheme = pipe.lora_conditioning or PixelMotion() if writer.state is None else writer.state.conditioning
+                film.fit(film.follows.num_clips(None, [], scheme, settings.num_frames, writer.state))
             # Clips may be added while the last one is made.
             while not (film.is_complete or self._stopping):
                 self._make_clips(film, pipe, writer)
@@ -267,9 +295,21 @@ class Studio:
         if settings.max_sequence_length is not None:
             size["max_sequence_length"] = settings.max_sequence_length
         self._progress = Progress(film.num_done, 0, settings.num_inference_steps, None, began)
+        follows: dict[str, Any] = {}
+        if film.follows is not None:
+            image = None if writer.state is not None else film.image
+            of_film = check_size(pipe, settings.height, settings.width, image, writer.state)
+            follows = {**film.follows.arguments(pipe, *of_film), "num_clips": len(film.clips)}
+
+        def prompts() -> Iterator[ClipSpec]:
+            yield from (ClipSpec.from_dict(spec) for spec in film.due())
+            # Where the number of clips is told, and clips were cut out since, the last prompt would hold.
+            if follows:
+                pipe.interrupt = True
+
         clips = pipe.stream(
             image=film.image if writer.state is None else None,
-            prompts=(ClipSpec.from_dict(spec) for spec in film.due()),
+            prompts=prompts(),
             seeds=itertools.count(settings.seed, SEED_STEP),
             state=writer.state,
             resize_mode=settings.resize_mode,
@@ -281,6 +321,7 @@ class Studio:
             color_match=settings.color_match,
             callback_on_step_end=step_made,
             **size,
+            **follows,
         )
         for clip in clips:
             writer.append(clip)

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from ..conditions.following import CALLED
 from ..presets import PRESETS
 from .project import Project
 from .studio import Progress, Studio
@@ -84,12 +85,18 @@ def recipe(film: Project) -> str:
         "Guidance": f"{settings.guidance_scale:g}",
         "Colours": {"none": "as they come"}.get(settings.color_match, settings.color_match),
         "Frames a second": f"{settings.fps:g}",
+        **({} if film.followed is None else {"Follows": _follows(film)}),
         "Seed": settings.seed,
         "Not to be seen": settings.negative_prompt or "nothing is ruled out",
         "Folder": film.folder,
     }
     rows = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in values.items())
     return f'<details class="svi-recipe"><summary>How it is made</summary><dl>{rows}</dl></details>'
+
+
+def _follows(film: Project) -> str:
+    assert film.followed is not None and film.follows is not None
+    return f"{CALLED[film.follows.name]} of {film.followed.num_frames / film.settings.fps:.1f} s"
 
 
 def gallery(studio: Studio, shown: str) -> str:

@@ -11,6 +11,7 @@ import click
 
 from ..clips import ClipSpec
 from ..conditioning import scheme_from_dict
+from ..conditions.following import CALLED, Following
 from ..data_uri import from_data_uri
 from ..journal import Journal
 from ..loading import check_loading, check_recipe, load_recipe
@@ -48,6 +49,7 @@ def remade(path: Path, options: Mapping[str, Any]) -> Order:
             f"{recipe.film['settings'].get('noise')!r}."
         )
     return _order(
+        path,
         options,
         recipe,
         out=options["out"],
@@ -86,6 +88,7 @@ def extended(path: Path, options: Mapping[str, Any]) -> Order:
     more = least if more is None and not typed else more
     last = specs[-1].seed
     return _order(
+        path,
         options,
         recipe,
         out=path,
@@ -130,8 +133,37 @@ def _but_weights(film: Mapping[str, Any]) -> dict[str, Any]:
     return {**film, "loras": loras}
 
 
-def _order(options: Mapping[str, Any], recipe: Recipe, **fields: Any) -> Order:
-    """An order by a recipe, but for what the options say."""
+def _followed(path: Path, recipe: Recipe, options: Mapping[str, Any], fps: float) -> Following | None:
+    """What the film in `path` follows, given once more.
+
+    Raises:
+        ValueError: if it is missing, or is not what it was; and where it follows nothing, for what it would follow.
+    """
+    settings = recipe.film.get("settings", {})
+    name = next((name for name in CALLED if name in settings), None)
+    if name is None:
+        for option in ("pose", "audio_encoder"):
+            if options[option] is not None:
+                raise ValueError(f"{path} follows nothing beside text: leave out `--{option}`.")
+        return None
+    if options[name] is None:
+        raise ValueError(
+            f"{path} follows {CALLED[name]}, of which it tells no more than a fingerprint: give the file by "
+            f"`--{name}`."
+        )
+    own = {option: settings[option] for option in ("audio_guidance_scale", "loop_pose") if option in settings}
+    follows = Following(name=name, path=options[name], fps=float(fps), options=own).read()
+    told = follows.told(settings["height"], settings["width"])
+    if told != settings[name]:
+        raise ValueError(
+            f"{path} follows other {CALLED[name]} ({settings[name]}) than `--{name}` {str(options[name])!r} ({told}): "
+            "give that."
+        )
+    return follows
+
+
+def _order(path: Path, options: Mapping[str, Any], recipe: Recipe, **fields: Any) -> Order:
+    """An order by the recipe in `path`, but for what the options say."""
     told = recipe.film.get("settings", {})
     settings = {name: told[name] for name in TOLD if told.get(name) is not None}
     new = {name: options[name] for name in TOLD if options.get(name) is not None}
@@ -143,9 +175,14 @@ def _order(options: Mapping[str, Any], recipe: Recipe, **fields: Any) -> Order:
     check_finalize(options["finalize"], fields["out"])
     form = {name: options[name] for name in ("fps", *FILE) if options.get(name) is not None}
     file = {**fields.pop("file"), **form}
+    fps = file.pop("fps")
+    follows = _followed(path, recipe, options, fps)
+    if follows is not None and follows.name == "audio":
+        loading["audio_encoder"] = options["audio_encoder"]
     return Order(
-        fps=file.pop("fps"),
+        fps=fps,
         load=partial(load_recipe, recipe.film, **loading),
+        follows=follows,
         settings=settings,
         file=file,
         finalize=options["finalize"],

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..presets import PRESETS
-from .options import MACHINE, MODEL, PATH, SEED, SETTINGS, GroupedCommand, option, with_options
+from .options import HEARING, MACHINE, MODEL, PATH, SEED, SETTINGS, GroupedCommand, option, with_options
 
 
 EXAMPLES = """
@@ -33,20 +33,26 @@ LOADING = ("model", "lora", "device", "dtype", "offload", "vae_tiling", "attenti
 
 
 @click.command(cls=GroupedCommand, epilog=EXAMPLES)
-@with_options(PAGE, MODEL, SIZE, SETTINGS, SEED, MACHINE)
+@with_options(PAGE, MODEL, HEARING, SIZE, SETTINGS, SEED, MACHINE)
 def app(folder: Path, host: str, port: int, open_browser: bool, preset: str, **options: Any) -> None:
     """Make films on a page in the browser."""
     # Not imported yet: `make_server` says first what it may do.
     if importlib.util.find_spec("gradio") is None:
         raise click.ClickException('The page needs Gradio: pip install "diffusers_svi[app]"')
-    from ..app.project import Settings
     from ..app.serve import serve
+    from ..app.settings import Settings
     from ..loading import check_loading, load_pipeline
+    from ..pipeline import SVIPipeline
 
     loading = {name: options.pop(name) for name in LOADING}
     loading |= {name: options.pop(f"lora_{name}") for name in ("weight_name", "weight_name_2")}
     check_loading(**{name: value for name, value in loading.items() if name not in ("model", "device", "vae_tiling")})
+    audio_encoder = options.pop("audio_encoder")
     own = loading["model"] is not None or loading["lora"] is not None
+
+    def load(name: str) -> SVIPipeline:
+        hearing = {"audio_encoder": audio_encoder} if PRESETS[name].follows == "audio" else {}
+        return load_pipeline(PRESETS[name], **loading, **hearing)
 
     def ready(address: str) -> None:
         click.echo(f"The page is at {address} and its films in {folder}. Ctrl-C ends it.")
@@ -55,7 +61,7 @@ def app(folder: Path, host: str, port: int, open_browser: bool, preset: str, **o
 
     serve(
         folder,
-        lambda name: load_pipeline(PRESETS[name], **loading),
+        load,
         Settings.of(preset, **options),
         # A model of one's own is what it is, whatever the preset.
         [preset] if own else [*PRESETS],

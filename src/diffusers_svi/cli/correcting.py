@@ -34,6 +34,11 @@ def run(options: Mapping[str, Any]) -> None:
         FloatingPointError: if a clip comes out with values that are not finite.
     """
     family, folder = PRESETS[options["preset"]], options["out_dir"]
+    if family.follows is not None:
+        raise click.UsageError(
+            f"Films of `--preset {options['preset']}` follow {family.follows}, which `correct` does not give them: "
+            "choose another preset."
+        )
     settings = film_settings(family, options)
     samples = _samples(options, family.fps if options["fps"] is None else options["fps"])
     for sample in samples:

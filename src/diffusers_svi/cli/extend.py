@@ -5,7 +5,19 @@ from typing import Any
 
 import click
 
-from .options import BASE, DRY_RUN, MACHINE, NEW_CLIPS, SETTINGS, WRITING, GroupedCommand, with_options
+from .options import (
+    BASE,
+    DRY_RUN,
+    ENCODER,
+    MACHINE,
+    NEW_CLIPS,
+    POSE,
+    SETTINGS,
+    SOUND,
+    WRITING,
+    GroupedCommand,
+    with_options,
+)
 
 
 EXAMPLES = """
@@ -17,9 +29,12 @@ diffusers-svi extend film.mp4 --prompts -              (type while it is made)
 
 @click.command(cls=GroupedCommand, epilog=EXAMPLES)
 @click.argument("film", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@with_options(NEW_CLIPS, BASE, SETTINGS, WRITING, MACHINE, DRY_RUN)
+@with_options(NEW_CLIPS, POSE, BASE, ENCODER, SETTINGS, SOUND, WRITING, MACHINE, DRY_RUN)
 def extend(film: Path, dry_run: bool, **options: Any) -> None:
-    """Go on with FILM, stopped or done, as it was made: model, LoRAs and settings are those its file tells."""
+    """Go on with FILM, stopped or done, as it was made: model, LoRAs and settings are those its file tells.
+
+    What it follows, and its sound, are given again: --audio, --pose.
+    """
     from .again import extended
     from .making import make
 

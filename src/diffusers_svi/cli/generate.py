@@ -10,11 +10,14 @@ from .options import (
     CLIPS,
     DRY_RUN,
     FILE,
+    FOLLOWED,
+    HEARING,
     MACHINE,
     MODEL,
     SEED,
     SETTINGS,
     SIZE,
+    SOUND,
     START,
     WRITING,
     GroupedCommand,
@@ -27,6 +30,8 @@ diffusers-svi generate --image kitten.png --prompts story.txt --out film.mp4
 diffusers-svi generate --image kitten.png --prompts - --out film.mp4  (type while it is made)
 diffusers-svi generate --preset pro --offload model --image cat.png --prompt "it wakes" --num_clips 9 --out cat.mp4
 
+diffusers-svi generate --preset talk --image cat.png --prompt "a person is talking" --audio speech.wav --out talk.mp4
+
 accelerate launch -m diffusers_svi generate --jobs films.jsonl
 
 The same command again goes on with a film that was stopped, or that is to be longer.
@@ -34,7 +39,7 @@ The same command again goes on with a film that was stopped, or that is to be lo
 
 
 @click.command(cls=GroupedCommand, epilog=EXAMPLES)
-@with_options(START, CLIPS, MODEL, SIZE, SETTINGS, SEED, FILE, WRITING, MACHINE, DRY_RUN)
+@with_options(START, CLIPS, FOLLOWED, MODEL, HEARING, SIZE, SETTINGS, SEED, FILE, SOUND, WRITING, MACHINE, DRY_RUN)
 @click.pass_context
 def generate(context: click.Context, dry_run: bool, recipe: Path | None, jobs: Path | None, **options: Any) -> None:
     """Make a film, clip by clip, in one file."""
@@ -64,5 +69,5 @@ def _refuse_told(context: click.Context) -> None:
     for parameter in context.command.params:
         given = context.get_parameter_source(str(parameter.name)) != ParameterSource.DEFAULT
         told = getattr(parameter, "group", "") not in ("File", "Machine", "Other")
-        if given and told and parameter.name not in ("out", "model", "recipe"):
+        if given and told and parameter.name not in ("out", "model", "recipe", "pose", "audio_encoder"):
             raise click.UsageError(f"`{parameter.opts[0]}` cannot be given with `--recipe`, which tells it.")

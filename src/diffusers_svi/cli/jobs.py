@@ -36,7 +36,7 @@ def make_all(path: Path, command: click.Command, options: Mapping[str, Any], *, 
     for number, film in mine:
         try:
             with film.writer() as writer:
-                check(film, writer)
+                check(film.of_state(writer.state), writer)
         except (click.ClickException, ValueError, OSError) as error:
             problems.append(_told(path, number, error))
     problems = sorted(set(gather_object(problems)))

@@ -7,13 +7,16 @@ from typing import Any
 
 import click
 
+from ..chain import ChainState
 from ..clips import Clip, ClipSpec
 from ..conditioning import PixelMotion
 from ..film import FilmWriter
+from ..inputs import check_size
 from ..journal import Journal
 from ..pipeline import SVIPipeline
 from ..recipe import film_recipe, read_recipe
 from ..specs import check_guidance
+from ..start_image import read_image
 from .order import Order
 from .typed import Typed
 
@@ -36,6 +39,7 @@ def make(order: Order, load: Callable[[], SVIPipeline] | None = None, *, dry_run
         FloatingPointError: if a clip comes out with values that are not finite.
     """
     with order.writer() as film:
+        order = order.of_state(film.state)
         done = check(order, film)
         if done == order.num_clips:
             click.echo(f"{order.out} has {done} clips already. For a longer film, raise `--num_clips`.")
@@ -65,7 +69,7 @@ def check(order: Order, film: FilmWriter) -> int:
             "another `--out`."
         )
     if done and film.state is not None and not order.settings.get("ignore_state_settings"):
-        _check_settings(order, film.state.made_with)
+        _check_settings(order, film.state)
     if order.journaled:
         _journal(order, done)
     elif journal_of(order.out).exists():
@@ -76,12 +80,14 @@ def check(order: Order, film: FilmWriter) -> int:
     return done
 
 
-def _check_settings(order: Order, made_with: Mapping[str, str]) -> None:
+def _check_settings(order: Order, state: ChainState) -> None:
     """Raise a `ValueError` where a film was made with other settings."""
+    made_with, size = state.made_with, state.image.shape[-2:]
     scales = check_guidance(order.settings["guidance_scale"], order.settings.get("guidance_scale_2"))
     asked = {
         **{name: value for name, value in order.settings.items() if name in COMPARED},
         **dict(zip(("guidance_scale", "guidance_scale_2"), scales, strict=True)),
+        **({} if order.follows is None else {order.follows.name: order.follows.told(*size), **order.follows.options}),
     }
     for name, value in asked.items():
         if name in made_with and made_with[name] != str(value):
@@ -148,6 +154,7 @@ def _run(order: Order, film: FilmWriter, pipe: SVIPipeline) -> None:
             seeds=order.seeds,
             state=film.state,
             **order.settings,
+            **followed(order, pipe, film.state),
         )
         for clip in clips:
             film.append(clip)
@@ -155,6 +162,15 @@ def _run(order: Order, film: FilmWriter, pipe: SVIPipeline) -> None:
                 tell(f"Clip {clip.index + 1} is done: {clip.prompt}")
     if not film.num_frames:
         raise click.UsageError("There was no prompt: nothing was made.")
+
+
+def followed(order: Order, pipe: SVIPipeline, state: ChainState | None) -> dict[str, Any]:
+    """What `pipe` is given of what the film follows."""
+    if order.follows is None:
+        return {}
+    image = None if order.image is None else read_image(order.image)
+    size = check_size(pipe, order.settings.get("height"), order.settings.get("width"), image, state)
+    return order.follows.arguments(pipe, *size)
 
 
 def journal_of(out: Path) -> Path:

@@ -112,9 +112,25 @@ FILE = [
     option("File", "--pixel_format", help="yuv420p (if not given), which all play, or yuv444p."),
 ]
 WRITING = [
-    option("File", "--audio", type=PATH, help="Its sound: a sound file, or a video with sound."),
     option("File", "--background", is_flag=True, help="Encode a clip while the next one is made."),
     option("File", "--finalize", type=PATH, help="When it is done, write it here as an ordinary MP4."),
+]
+POSE = [
+    option("What is made", "--pose", type=PATH, help="What a film of `dance` follows: video, folder, or keypoints."),
+]
+FOLLOWED = [
+    *POSE,
+    option("What is made", "--loop_pose", is_flag=True, help="Begin with the poses again where they end."),
+]
+SOUND = [
+    option("File", "--audio", type=PATH, help="Its sound: a sound file, or a video; what a film of `talk` follows."),
+]
+ENCODER = [
+    option("Model", "--audio_encoder", help="For `talk`, another wav2vec2: Hub name or folder."),
+]
+HEARING = [
+    *ENCODER,
+    option("Settings", "--audio_guidance_scale", type=float, help="Weight of the audio, with `talk`; 5 if not given."),
 ]
 MACHINE = [
     option("Machine", "--device", help="Where it runs; the accelerator if there is one."),

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,20 @@ import click
 import PIL.Image
 from diffusers.utils import load_image
 
-from ..checks import check_choice, check_count
+from ..chain import ChainState
+from ..checks import check_choice, check_count, check_number
 from ..clips import ClipSpec
 from ..color import check_color_match
+from ..conditioning import Scheme
+from ..conditions.following import CALLED, Following
+from ..conditions.talk_pipeline import AUDIO_GUIDANCE
 from ..film import FilmWriter
 from ..inputs import MAX_TOKENS
 from ..loading import check_loading, load_pipeline
+from ..lora_file import published_condition
 from ..noise import MAX_SEED
 from ..pipeline import SVIPipeline
+from ..plan import scheme_of
 from ..presets import PRESETS, SEED_STEP, Preset
 from ..prompts import NEGATIVE_PROMPT, load_prompts
 from ..source_video import open_source_video
@@ -33,6 +39,8 @@ ADAPTER = "default_0"
 LOADING = ("model", "lora", "device", "dtype", "offload", "vae_tiling", "attention_backend", "quantize")
 FILE = ("codec", "crf", "pixel_format", "audio", "background")
 # Those whose defaults are the pipeline's.
+# Those that are of use to some films alone, by what these follow.
+FOLLOWING = {"audio": ("audio_guidance_scale", "audio_encoder"), "pose": ("pose", "loop_pose")}
 SETTINGS = ("height", "width", "resize_mode", "guidance_scale_2", "max_sequence_length", "color_match")
 
 
@@ -47,12 +55,14 @@ class Order:
         settings (`dict`): Arguments of `SVIPipeline.stream` that hold for all of it.
         prompts (`list`, *optional*): Of all its clips, or if `journaled` of the new ones; `None` if they are typed.
         journaled (`bool`): Whether prompts are kept in a journal when their clips begin.
-        num_clips (`int`, *optional*): Its clips, if that is known.
+        num_clips (`int`, *optional*): Its clips, if that is known; see `of_state`.
         seeds (`Iterable[int]`): Of its clips, those included that are made already.
         image (`PIL.Image.Image`, *optional*): Its start image.
         video (`Path`, *optional*): What it begins with instead.
         file (`dict`): The other arguments of `FilmWriter`.
         finalize (`Path`, *optional*): Where it is written as an ordinary MP4 once it is done.
+        follows (`Following`, *optional*): What it follows beside text.
+        scheme (`Scheme`, *optional*): How its clips are chained, if that is known.
         goes_on (`str`): What to do after it was stopped.
     """
 
@@ -68,11 +78,29 @@ class Order:
     video: Path | None = None
     file: Mapping[str, Any] = field(default_factory=dict)
     finalize: Path | None = None
+    follows: Following | None = None
+    scheme: Scheme | None = None
     goes_on: str = "The same command goes on with it."
 
     def writer(self) -> FilmWriter:
         """Its file, taken up where it is there already."""
         return FilmWriter(self.out, self.fps, **self.file)
+
+    def of_state(self, state: ChainState | None) -> "Order":
+        """The same, of a film with this state: where it ends with what it follows, its clips are counted.
+
+        That a film begins with a video is known with its state, and how clips are chained, with the model at last.
+
+        Raises:
+            ValueError: if more clips are asked for than there are.
+        """
+        scheme = self.scheme if state is None else state.conditioning
+        if self.follows is None or self.follows.loops or scheme is None or (state is None and self.video is not None):
+            return self
+        num_frames = self.settings["num_frames"]
+        return replace(
+            self, num_clips=self.follows.num_clips(self.num_clips, self.prompts or [], scheme, num_frames, state)
+        )
 
 
 def order(options: Mapping[str, Any], told: list[ClipSpec] | None = None) -> Order:
@@ -90,6 +118,7 @@ def order(options: Mapping[str, Any], told: list[ClipSpec] | None = None) -> Ord
     if options["image"] is not None and options["continue_from"] is not None:
         raise click.UsageError("Give either `--image` or `--continue_from`: a film begins with one of them.")
     fps = family.fps if options["fps"] is None else options["fps"]
+    follows = followed(family, options, fps)
     settings = film_settings(family, options)
     if options["continue_from"] is not None:
         _check_video(options["continue_from"], settings, fps)
@@ -98,6 +127,9 @@ def order(options: Mapping[str, Any], told: list[ClipSpec] | None = None) -> Ord
     loading = {name: options[name] for name in LOADING}
     loading |= {name: options[f"lora_{name}"] for name in ("weight_name", "weight_name_2")}
     check_loading(**{name: value for name, value in loading.items() if name not in ("model", "device", "vae_tiling")})
+    if family.follows == "audio":
+        loading["audio_encoder"] = options["audio_encoder"]
+    ends = follows is not None and not follows.loops
     return Order(
         out=options["out"],
         fps=fps,
@@ -105,13 +137,60 @@ def order(options: Mapping[str, Any], told: list[ClipSpec] | None = None) -> Ord
         settings=settings,
         prompts=prompts,
         journaled=prompts is None,
-        num_clips=_num_clips(options["num_clips"], prompts),
+        num_clips=_num_clips(options["num_clips"], prompts, ends),
         seeds=itertools.count(check_count("--seed", options["seed"], 0, MAX_SEED), SEED_STEP),
         image=None if options["image"] is None else open_image(options["image"]),
         video=options["continue_from"],
         file={name: options[name] for name in FILE if options.get(name) is not None},
         finalize=options["finalize"],
+        follows=follows,
+        scheme=None if follows is None else scheme_of(family, options["lora"]),
     )
+
+
+def followed(family: Preset, options: Mapping[str, Any], fps: float) -> Following | None:
+    """What the film is to follow beside text.
+
+    Raises:
+        click.UsageError, ValueError: if it is missing, cannot be read, or is for films of another preset.
+    """
+    check_followed(family, options)
+    if family.follows is None:
+        return None
+    path = options[family.follows]
+    if path is None:
+        raise click.UsageError(
+            f"A film of `--preset {options['preset']}` follows {CALLED[family.follows]}: give `--{family.follows}`, "
+            "its file."
+        )
+    own = {"loop_pose": options["loop_pose"]}
+    if family.follows == "audio":
+        scale = options["audio_guidance_scale"]
+        own = {
+            "audio_guidance_scale": check_number("--audio_guidance_scale", AUDIO_GUIDANCE if scale is None else scale)
+        }
+    return Following(name=family.follows, path=path, fps=fps, options=own).read()
+
+
+def check_followed(family: Preset, options: Mapping[str, Any]) -> None:
+    """Raise a `click.UsageError` for what films of another preset follow."""
+    for name, own in FOLLOWING.items():
+        given = [option for option in own if options[option] is not None and options[option] is not False]
+        if given and family.follows != name:
+            more = " A film follows one of the two, audio or poses." if family.follows is not None else ""
+            raise click.UsageError(
+                f"`--{given[0]}` is for films that follow {name}, and `--preset {options['preset']}` makes none: "
+                f"leave it out, or give `--preset {_preset_for(name)}`.{more}"
+            )
+    of_lora = published_condition(options["lora_weight_name"] or options["lora"] or "")
+    if of_lora not in (None, family.follows):
+        raise click.UsageError(
+            f"`--lora {options['lora']}` is for films that follow {of_lora}: give `--preset {_preset_for(of_lora)}`."
+        )
+
+
+def _preset_for(follows: str) -> str:
+    return next(name for name, preset in PRESETS.items() if preset.follows == follows)
 
 
 def _check_video(path: Path, settings: Mapping[str, Any], fps: float) -> None:
@@ -140,7 +219,7 @@ def read_prompts(
     return [check_clip(prompt, index) for index, prompt in enumerate(told, start=first)]
 
 
-def _num_clips(num_clips: int | None, prompts: list[ClipSpec] | None) -> int | None:
+def _num_clips(num_clips: int | None, prompts: list[ClipSpec] | None, follows: bool) -> int | None:
     if num_clips is not None:
         check_count("--num_clips", num_clips, 1)
     if prompts is None:
@@ -148,7 +227,7 @@ def _num_clips(num_clips: int | None, prompts: list[ClipSpec] | None) -> int | N
     told = sum(spec.num_clips for spec in prompts)
     if num_clips is not None and num_clips < told:
         raise click.UsageError(f"`--num_clips {num_clips}` leaves out some of the {told} clips that have a prompt.")
-    return told if num_clips is None else num_clips
+    return told if num_clips is None and not follows else num_clips
 
 
 def film_settings(family: Preset, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,14 @@ from .options import (
     CARD,
     CLIPS,
     FILE,
+    FOLLOWED,
+    HEARING,
     MACHINE,
     MODEL,
     SEED,
     SETTINGS,
     SIZE,
+    SOUND,
     TRAINING,
     GroupedCommand,
     option,
@@ -39,7 +42,7 @@ MEASURE = [
 
 
 @click.command(cls=GroupedCommand, epilog=EXAMPLES)
-@with_options(CLIPS, MODEL, SIZE, SETTINGS, SEED, FILE, MACHINE, CARD, TRAINING, MEASURE)
+@with_options(CLIPS, FOLLOWED, MODEL, HEARING, SIZE, SETTINGS, SEED, FILE, SOUND, MACHINE, CARD, TRAINING, MEASURE)
 def plan(measure: bool, **options: Any) -> None:
     """Tell frames, seconds and memory of a film, and with --measure the time that it takes; with --train the memory
     of a training run.
@@ -49,11 +52,13 @@ def plan(measure: bool, **options: Any) -> None:
     """
     from ..memory import model_shapes
     from .needs import of_clips, of_training
+    from .order import check_followed
 
     family = PRESETS[options["preset"]]
+    check_followed(family, options)
     model = options["model"] or family.model
     try:
-        shapes = model_shapes(model)
+        shapes = model_shapes(model, family.follows)
     except (OSError, ValueError) as error:
         if options["train"]:
             raise
@@ -62,7 +67,8 @@ def plan(measure: bool, **options: Any) -> None:
     if options["train"]:
         assert shapes is not None
         return of_training(shapes, options)
-    if measure or options["num_clips"] is not None or options["prompt_list"] or options["prompt_file"]:
+    follows = family.follows is not None and options[family.follows] is not None
+    if measure or follows or options["num_clips"] is not None or options["prompt_list"] or options["prompt_file"]:
         _film(family, measure, options)
     if shapes is None:
         click.echo(f"memory   {unknown}")
@@ -79,10 +85,12 @@ def _film(family: Preset, measure: bool, options: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         given = {**options, "out": Path(folder, "clip.mp4"), "continue_from": None, "finalize": None}
         if not options["prompt_list"] and not options["prompt_file"]:
-            if options["num_clips"] is None or measure:
+            ends = family.follows is not None and not options["loop_pose"]
+            if (options["num_clips"] is None and not ends) or measure:
                 raise click.UsageError("Give prompts, or `--num_clips` without `--measure`.")
             given["prompt_list"] = ("any",)
         film = order(given)
+        film = film.of_state(None)
         if film.num_clips is None:
             raise click.UsageError("Give `--num_clips`: nobody knows how many prompts will be typed.")
         if measure and film.image is None:
@@ -106,11 +114,13 @@ def _measure(film: Any, num_clips: int) -> None:
     """Make the first clip, and tell what it took and what the film will."""
     import torch
 
+    from .making import followed
+
     pipe = film.load()
     began = time.monotonic()
     settings = {**film.settings, "image": film.image, "prompts": film.prompts[:1], "num_clips": 1}
     with film.writer() as writer:
-        for clip in pipe.stream(**settings, seeds=film.seeds):
+        for clip in pipe.stream(**settings, seeds=film.seeds, **followed(film, pipe, None)):
             writer.append(clip)
     each, size = time.monotonic() - began, film.out.stat().st_size
     click.echo(

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from ..checks import check_number
+from ..fingerprints import fingerprint_weights
 from ..video import frame_rate
 from .rows import bounds
 from .voice import BLOCK, RATE, SoundLike, Voice
@@ -119,7 +120,7 @@ class AudioFeatures:
         self._hop = int(np.prod(strides))
         # Samples that one output of the convolutions looks at.
         self._field = 1 + sum((kernel - 1) * int(np.prod(strides[:layer])) for layer, kernel in enumerate(kernels))
-        self._num_rows = voice.num_samples * rate.numerator // (RATE * rate.denominator)
+        self._num_rows = num_rows(voice, fps)
         self._num_convolved = (voice.num_samples - self._field) // self._hop + 1
         if self._num_rows < 1 or self._num_convolved < 1:
             raise ValueError(
@@ -143,6 +144,11 @@ class AudioFeatures:
     def fingerprint(self) -> str:
         """SHA-256 of the sound, as it was given."""
         return self._voice.fingerprint
+
+    @property
+    def heard_by(self) -> str:
+        """Sixteen hexadecimal digits of the encoder's weights."""
+        return fingerprint_weights(self._model)
 
     def __len__(self) -> int:
         return self._num_rows
@@ -231,6 +237,12 @@ class AudioFeatures:
         bias = 0 if convolution.bias is None else convolution.bias.detach().double().cpu().numpy()
         variance = np.einsum("ck,kl,cl->c", weight, covariance, weight).clip(0)
         return torch.from_numpy(weight @ mean + bias), torch.from_numpy(variance)
+
+
+def num_rows(voice: Voice, fps: float = FPS) -> int:
+    """Rows of a sound: the whole frames of a film, `fps` a second, that it has."""
+    rate = frame_rate(fps)
+    return voice.num_samples * rate.numerator // (RATE * rate.denominator)
 
 
 def open_audio(

@@ -61,8 +61,8 @@ class Poses:
 
 def open_pose(
     pose: PoseLike | Poses,
-    height: int,
-    width: int,
+    height: int | None = None,
+    width: int | None = None,
     fps: int | None = None,
     resize_mode: str = "pad",
     keypoint_size: tuple[int, int] | None = None,
@@ -78,7 +78,7 @@ def open_pose(
             - frames: `(n, height, width, 3)`, `(n, 3, height, width)` as a tensor, in [0, 1] or uint8, or images.
 
             What was opened before is handed back.
-        height, width (`int`): Of the film.
+        height, width (`int`, *optional*): Of the film; the poses' own, if neither is given.
         fps (`int`, *optional*): Of the film, for a video file of another rate; its own frames if not given. Pictures
             and keypoints are always one a film frame.
         resize_mode (`str`, defaults to `"pad"`):
@@ -95,7 +95,7 @@ def open_pose(
     """
     if isinstance(pose, Poses):
         return pose
-    size = check_count("height", height, 1), check_count("width", width, 1)
+    size = None if height is width is None else (check_count("height", height, 1), check_count("width", width, 1))
     check_choice("resize_mode", resize_mode, RESIZE_MODES)
     check_choice("colors", colors, COLORS)
     fps = None if fps is None else check_count("fps", fps, 1)
@@ -206,9 +206,10 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _resized(
-    num_frames: int, read: Read, own: tuple[int, ...], fingerprint: str, size: tuple[int, int], resize_mode: str
+    num_frames: int, read: Read, own: tuple[int, ...], fingerprint: str, size: tuple[int, int] | None, resize_mode: str
 ) -> Poses:
     """Pictures of the size `own`, brought to the film's."""
+    size = size or (own[0], own[1])
     _tell_of_aspect((own[0], own[1]), size, resize_mode)
     resizes: dict[str, Callable[..., PIL.Image.Image]] = {
         "pad": PIL.ImageOps.pad,
@@ -227,8 +228,9 @@ def _resized(
     return Poses(num_frames, fitted, size, _digest(fingerprint, size, resize_mode))
 
 
-def _drawn(points: Keypoints, size: tuple[int, int], resize_mode: str, colors: str) -> Poses:
+def _drawn(points: Keypoints, size: tuple[int, int] | None, resize_mode: str, colors: str) -> Poses:
     """Skeletons, drawn at the film's size."""
+    size = size or points.size
     if points.size == (1, 1):
         resize_mode = "stretch"
     _tell_of_aspect(points.size, size, resize_mode)

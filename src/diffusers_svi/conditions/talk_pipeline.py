@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -27,7 +28,7 @@ from ..lora_layers import experts_of
 from ..options import FilmOptions
 from ..pipeline import with_film_options
 from ..weights_file import fetch_weights
-from .audio import AudioLike, open_audio
+from .audio import AudioFeatures, AudioLike, open_audio
 from .condition_pipeline import ConditionPipeline
 from .guidance import AudioGuidance
 from .rows import Rows
@@ -220,6 +221,9 @@ class SVITalkPipeline(ConditionPipeline):
         audio = given.pop("audio")
         own = {"audio_guidance_scale": check_number("audio_guidance_scale", given.pop("audio_guidance_scale"))}
         film = self._following(image, prompts, given, audio, False, own)
+        heard = film.clip_options["attention_kwargs"]["audio"]
+        if isinstance(heard, AudioFeatures):
+            film = replace(film, settings={**film.settings, "audio_encoder": heard.heard_by})
         if own["audio_guidance_scale"] != 1:
             # Two passes at least, whatever the prompt's guidance is.
             check_caches(experts_of(self).values(), guidance_scale=2.0)

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from ..checks import check_choice
+from ..conditions.following import PIPELINES
 from ..lora_file import TARGET_MODULES
 from ..published import PublishedModel, published_model
 
@@ -116,11 +117,12 @@ class ModelShapes:
         return torch.float32 if name == "vae" else dtype
 
 
-def model_shapes(model: str | os.PathLike) -> ModelShapes:
+def model_shapes(model: str | os.PathLike, follows: str | None = None) -> ModelShapes:
     """The shapes of a model: by a short name of [`PUBLISHED`] or its Hub name without looking anywhere.
 
     Args:
         model: Short name; Hub name, of which the configuration is fetched; or folder.
+        follows (`str`, *optional*): "audio" or "pose", for the published modules on it, where it has none.
 
     Raises:
         OSError, ValueError: if its configuration cannot be read.
@@ -133,7 +135,18 @@ def model_shapes(model: str | os.PathLike) -> ModelShapes:
         index = DiffusionPipeline.load_config(model)
         parts, name = _loaded_parts(index, model), os.fspath(model)
         expand_timesteps, size = bool(index.get("expand_timesteps")), (81, 480, 832)
+    if follows is not None and "transformer" in parts:
+        parts["transformer"] = _with_modules(parts["transformer"], PIPELINES[follows]._kind)
     return shapes_of(name, parts, expand_timesteps, size)
+
+
+def _with_modules(transformer: Any, kind: type[Any]) -> torch.nn.Module:
+    """The same with modules of the published sizes, on the meta device."""
+    if isinstance(transformer, kind):
+        return transformer
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    with torch.device("meta"):
+        return kind(**config)
 
 
 def shapes_of(
