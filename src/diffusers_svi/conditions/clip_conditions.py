@@ -21,7 +21,7 @@ from ..pixels import to_uint8
 from ..training.cache import TensorCache, fingerprint
 from ..training.samples import Cut, SampleLayout, Samples, cut_pictures
 from .audio import num_rows, open_audio
-from .audio_encoder import AudioEncoder
+from .audio_encoder import AudioEncoder, hear
 from .pose import open_pose
 from .rows import ROW_FILES, Rows
 from .voice import Voice
@@ -101,9 +101,8 @@ class ClipAudio:
         return Measured(voice.fingerprint, num_rows(voice, self.fps), True, self.encoder.row_values)
 
     def open(self, video: Video) -> Rows:
-        if self.encoder is None or _has_rows(video):
-            return open_audio(str(video.beside))
-        return open_audio(str(video.beside), self.encoder.model, self.fps, self.encoder.feature_extractor)
+        assert video.beside is not None
+        return hear(video.beside, self.encoder, self.fps)
 
     def clip(self, rows: Rows, cut: Cut, layout: SampleLayout) -> torch.Tensor:
         return heard_rows(rows, cut.start, layout.num_frames, self.window)
@@ -224,8 +223,8 @@ def measure_all(videos: Sequence[Video], conditions: ClipConditions, row_values:
         allowed = 1 if video.fps is None else max(1, round(MISSING * video.fps))
         if found.length < video.num_frames - allowed:
             raise ValueError(
-                f"{where} has {found.length} rows, a row a frame, but the video has {video.describe_length()}: it ends "
-                "too early. Lengthen it, or cut the video where it ends."
+                f"{where} has {found.length} rows, a row a frame, but the video has {video.describe_length()}: it "
+                "ends too early. Lengthen it, or cut the video where it ends."
             )
         if found.length > video.num_frames + allowed and not found.may_be_longer:
             raise ValueError(
