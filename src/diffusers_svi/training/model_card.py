@@ -19,7 +19,7 @@ from ..lora_file import EXPERTS
 _FOLLOWING = {
     "audio": (
         "SVITalkPipeline",
-        'audio=open_audio("speech.wav", pipe.audio_encoder, fps={fps})',
+        'audio=open_audio("speech.wav", encoder, fps={fps})',
         ', audio="speech.wav"',
     ),
     "pose": ("SVIDancePipeline", 'pose="dance.mp4"', ""),
