@@ -1,8 +1,10 @@
 """What clips that are trained on hear and see: found beside their videos, cut where the clips are, cached."""
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -181,6 +183,27 @@ def test_a_sound_without_encoder_and_rows_of_another_are_told(tmp_path, encoder)
         encode_conditions(sound, ClipAudio(8, 5), TensorCache(tmp_path / "cache"))
     with pytest.raises(ValueError, match="rows of 48 values, layers times channels, but the modules, .* have 6:"):
         encode_conditions(sound, ClipAudio(8, 5, encoder), TensorCache(tmp_path / "cache"), row_values=6)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.5])
+def test_the_sound_in_a_video_begins_with_its_picture(tmp_path, encoder, delay):
+    """One that begins later would be heard too early."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        pictures, sound = container.add_stream("ffv1", rate=8), container.add_stream("pcm_s16le", rate=16000)
+        pictures.width, pictures.height, pictures.pix_fmt, sound.layout = 64, 48, "yuv420p", "mono"
+        samples = (speech(5)[None] * 32767).astype(np.int16)
+        heard = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        heard.sample_rate, heard.pts, heard.time_base = 16000, round(16000 * delay), Fraction(1, 16000)
+        container.mux(sound.encode(heard))
+        for _ in range(40):
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        container.mux([*pictures.encode(), *sound.encode()])
+    samples, cache = Samples([video_beside(tmp_path / "a.mkv")], LAYOUT, seed=0), TensorCache(tmp_path / "cache")
+    if not delay:
+        assert len(encode_conditions(samples, ClipAudio(8, 5, encoder), cache)) == 1
+        return
+    with pytest.raises(ValueError, match="the sound in it begins 0.50 seconds after the picture"):
+        encode_conditions(samples, ClipAudio(8, 5, encoder), cache)
 
 
 def test_an_encoder_that_is_none_is_told(tmp_path):

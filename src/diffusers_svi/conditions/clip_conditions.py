@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..frames import Video
 from ..pixels import to_uint8
+from ..sound import sound_delay
 from ..training.cache import TensorCache, fingerprint
 from ..training.samples import Cut, SampleLayout, Samples, cut_pictures
 from .audio import num_rows, open_audio
@@ -32,6 +33,8 @@ from .windows import film_rows, heard_rows
 VERSION = 1
 # So many seconds less than the video a condition may last: the last row holds, as at the end of a film.
 MISSING = 0.25
+# Seconds that the sound in a video may begin before or after its picture: two frames or so.
+LATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ class ClipAudio:
             raise ValueError(
                 "a sound needs an encoder: give `--audio_encoder`, a Wav2Vec2 model such as "
                 "TencentGameMate/chinese-wav2vec2-base, or features that were computed before (.npy, .safetensors)"
+            )
+        delay = sound_delay(str(video.beside))
+        if abs(delay) > LATE:
+            raise ValueError(
+                f"the sound in it begins {delay:.2f} seconds after the picture, and row n belongs to frame n: write "
+                "it anew with both from the beginning (`ffmpeg -i in.mp4 -af aresample=async=1:first_pts=0 out.mp4`)"
             )
         voice = Voice(str(video.beside))
         return Measured(voice.fingerprint, num_rows(voice, self.fps), True, self.encoder.row_values)
