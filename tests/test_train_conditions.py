@@ -227,3 +227,23 @@ def test_mistakes_are_told_before_anything_is_encoded(models, tmp_path, train_er
         with pytest.raises(ValueError, match=re.escape(message)):
             train_erft.main(train_erft.parse_args(command(models / kind, tmp_path / "run", **given)[2:]))
     assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_modules_under_deepspeed(models, tmp_path):
+    """ZeRO-2 in one process trains modules too, and goes on from a checkpoint."""
+    config = SCRIPT.parent / "accelerate_configs" / "deepspeed_zero2.yaml"
+    settings = (f"--config_file={config}", "--num_processes=1", "--mixed_precision=no", "--main_process_port=0")
+    launcher = {"launcher": ("-m", "accelerate.commands.launch", *settings), "use_cpu": False}
+    options = options_of(models, "talk", checkpointing_steps=1, max_train_steps=2)
+    train(models / "i2v", tmp_path / "straight", **options, **launcher)
+    shutil.copytree(tmp_path / "straight/checkpoint-1", tmp_path / "again/checkpoint-1")
+    train(models / "i2v", tmp_path / "again", resume_from_checkpoint="latest", **options, **launcher)
+    assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
+    assert read_lora(tmp_path / "again", LORA).modules["blocks.1.audio_cross_attn.proj.weight"].any()
+
+
+def test_two_processes_train_the_same_modules(models, tmp_path):
+    settings = ("--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--main_process_port=0")
+    options = options_of(models, "dance", tmp_path / "cache", max_train_steps=1, learning_rate=1e-2)
+    train(models / "i2v", tmp_path / "run", launcher=("-m", "accelerate.commands.launch", *settings), **options)
+    assert read_lora(tmp_path / "run", LORA).modules["dwpose_embedding.12.weight"].any()
