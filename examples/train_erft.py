@@ -41,16 +41,12 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from diffusers_svi import NEGATIVE_PROMPT, HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
 from diffusers_svi.conditioning import Scheme
-from diffusers_svi.conditions.audio import open_audio
-from diffusers_svi.conditions.audio_encoder import AudioEncoder, hear
-from diffusers_svi.conditions.clip_conditions import ClipAudio, ClipConditions, ClipPoses, encode_conditions
 from diffusers_svi.conditions.dance_pipeline import SVIDancePipeline
 from diffusers_svi.conditions.following import PUBLISHED_SHARES, Following, blank
-from diffusers_svi.conditions.pose import open_pose
 from diffusers_svi.conditions.rows import ROW_FILES, Rows
 from diffusers_svi.conditions.talk_pipeline import SVITalkPipeline
-from diffusers_svi.conditions.trained_modules import TrainedModules, load_modules, modules_of, modules_to_save
-from diffusers_svi.conditions.windows import clips_to_cover
+from diffusers_svi.conditions.trained_condition import TrainedCondition
+from diffusers_svi.conditions.trained_modules import load_modules, modules_to_save
 from diffusers_svi.erft import (
     BankConfig,
     ErrorBank,
@@ -532,17 +528,6 @@ def make_injection(args: argparse.Namespace) -> InjectionConfig:
     )
 
 
-def make_following(args: argparse.Namespace, modules: TrainedModules | None) -> Following | None:
-    if modules is None:
-        return None
-    return Following(
-        kind=args.condition,
-        window=modules.window,
-        p_no_condition=args.p_no_condition,
-        p_no_image=args.p_no_image,
-    )
-
-
 def hands_modules_over(args: argparse.Namespace) -> bool:
     """Whether the modules lie in the file of the LoRA: those for poses, which are small, in any case."""
     return args.train_condition_modules or args.condition == "pose"
@@ -593,54 +578,30 @@ def find_samples(args: argparse.Namespace, layouts: list[SampleLayout]) -> Sampl
     return Samples(videos, chosen, args.seed, args.samples_per_video)
 
 
-def find_modules(
-    args: argparse.Namespace, base: dict, in_lora: dict[str, torch.Tensor] | None
-) -> TrainedModules | None:
-    """The modules for what films follow beside text, if they follow anything, for a transformer of this config."""
+def find_condition(
+    args: argparse.Namespace, folder: Path, base: dict, in_lora: dict[str, torch.Tensor] | None, device: torch.device
+) -> TrainedCondition | None:
+    """What films follow beside text, if anything, for a transformer with the config `base`."""
     if args.condition is None:
         return None
-    sizes = None if args.module_sizes is None else dict(args.module_sizes)
-    modules = TrainedModules(args.condition, base, args.condition_modules, sizes, in_lora, args.cache_dir)
-    if modules.are_fresh and not args.train_condition_modules:
-        raise ValueError("`--condition_modules init`: fresh modules do nothing. Give `--train_condition_modules` too.")
-    return modules
-
-
-def find_conditions(args: argparse.Namespace, modules: TrainedModules, encoder: AudioEncoder | None) -> ClipConditions:
-    """How what clips follow is read."""
-    if args.condition == "pose":
-        return ClipPoses(None if args.fps == "none" else args.fps)
-    return ClipAudio(args.fps, modules.window, encoder)
-
-
-def find_audio_encoder(args: argparse.Namespace, folder: Path, device: torch.device) -> AudioEncoder | None:
-    """What hears sounds: as it is given, or that of the model, if it has one."""
-    if args.condition != "audio":
-        return None
-    if args.audio_encoder is None:
-        return AudioEncoder(folder / "audio_encoder", device) if (folder / "audio_encoder").is_dir() else None
-    own = Path(args.audio_encoder)
-    return AudioEncoder(own if own.is_dir() else download_model(args.audio_encoder, None, args.cache_dir), device)
-
-
-def open_followed(args: argparse.Namespace, scheme: Scheme, encoder: AudioEncoder | None) -> dict[str, Rows]:
-    """What the film of `validation_prompt` follows beside it, by the name that the pipeline has for it."""
-    if args.condition is None or args.validation_prompt is None:
-        return {}
-    if args.condition == "pose":
-        fps = None if args.fps == "none" else args.fps
-        rows = open_pose(args.validation_condition, args.height, args.width, fps)
-    else:
-        # Computed now: the encoder leaves the memory.
-        rows = open_audio(hear(args.validation_condition, encoder, args.fps)[:])
-    asked = args.num_validation_clips or len(args.validation_prompt)
-    most = clips_to_cover(len(rows), scheme, args.num_frames)
-    if asked > most:
-        raise ValueError(
-            f"`--validation_condition` has {len(rows)} frames, which make {most} clips, but {asked} are asked for: "
-            "lengthen it, or give `--num_validation_clips`."
-        )
-    return {args.condition: rows}
+    encoder = folder / "audio_encoder" if (folder / "audio_encoder").is_dir() else None
+    if args.audio_encoder:
+        encoder = Path(args.audio_encoder)
+        encoder = encoder if encoder.is_dir() else download_model(args.audio_encoder, None, args.cache_dir)
+    return TrainedCondition(
+        args.condition,
+        base,
+        fps=None if args.fps == "none" else args.fps,
+        audio_encoder=encoder if args.condition == "audio" else None,
+        device=device,
+        source=args.condition_modules,
+        sizes=args.module_sizes and dict(args.module_sizes),
+        in_lora=in_lora,
+        cache_dir=args.cache_dir,
+        train_modules=args.train_condition_modules,
+        p_no_condition=args.p_no_condition,
+        p_no_image=args.p_no_image,
+    )
 
 
 def load_pipeline(
@@ -1052,8 +1013,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
             args.init_lora, args.init_lora_weight_name, args.rank, args.lora_alpha, args.cache_dir, args.condition
         )
     base_config = WanTransformer3DModel.load_config(folder, subfolder=subfolder)
-    modules = find_modules(args, base_config, in_lora)
-    encoder = find_audio_encoder(args, folder, accelerator.device)
+    condition = find_condition(args, folder, base_config, in_lora, accelerator.device)
     repo_id = args.hub_model_id or output_dir.name
     if accelerator.is_main_process and args.push_to_hub:
         # Of a pair both are replaced, whatever is there.
@@ -1088,12 +1048,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     # Data: what the encoders make of the samples
     samples, keys = (pair and pair.samples) or find_samples(args, layouts), None
     cache = TensorCache(args.latent_cache_dir or output_dir / "cache")
-    if modules:
-        conditions = find_conditions(args, modules, encoder)
-        keys = encode_conditions(samples, conditions, cache, args.dataloader_num_workers, modules.row_values)
-    followed = open_followed(args, scheme, encoder)
-    if encoder:
-        encoder.forget()
+    followed = {}
+    if condition:
+        if args.validation_prompt:
+            clips = args.num_validation_clips or len(args.validation_prompt)
+            size = (args.height, args.width, args.num_frames)
+            followed = condition.open_film(args.validation_condition, clips, scheme, *size)
+        keys = condition.encode(samples, cache, args.dataloader_num_workers)
     run = {"arguments": arguments, "content": describe_content(folder, subfolder, samples, keys)}
     if resumed:
         compare_content(begun["content"], run["content"], str(where))
@@ -1110,15 +1071,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         num_workers=args.dataloader_num_workers,
     )
 
-    beside_lora = {}
-    if modules:
+    if condition:
         dataset = CachedSamples(cache, [(*parts, key) for parts, key in zip(dataset.keys, keys, strict=True)])
-        row_values = dataset[0]["audio"][0].numel() if args.condition == "audio" else None
-        beside_lora = {
-            "kind": modules.base_kind,
-            "with_modules": lambda transformer: modules.put_on(transformer, row_values),
-            "trained": lambda transformer: modules_of(transformer).values() if args.train_condition_modules else (),
-        }
 
     # The transformer and its LoRA, which begins with the same random numbers whatever was encoded before
     set_seed(args.seed)
@@ -1126,10 +1080,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         r=args.rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=(without_modules if modules else list)(parse_layers(args.lora_layers)),
+        target_modules=(without_modules if condition else list)(parse_layers(args.lora_layers)),
     )
     transformer = load_transformer(
-        folder, subfolder, weight_dtype, config, init_lora, args.quantize_base, args.variant, **beside_lora
+        folder,
+        subfolder,
+        weight_dtype,
+        config,
+        init_lora,
+        args.quantize_base,
+        args.variant,
+        **(condition.beside_lora(dataset) if condition else {}),
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -1236,7 +1197,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         expand_timesteps,
         weight_dtype,
         times,
-        make_following(args, modules),
+        condition and condition.following,
     )
 
     # Resume

@@ -8,7 +8,6 @@ import torch
 from accelerate import PartialState
 
 from conftest import TEXT_DIM, load_script, make_components, seeded
-from diffusers_svi.conditions.trained_modules import TrainedModules
 from diffusers_svi.conditions.windows import windows_of
 from diffusers_svi.training.step_times import StepTimes
 
@@ -313,11 +312,10 @@ def test_a_step_hears_or_sees_and_leaves_out_a_share(train_erft, preset):
     """Samples without image have neither picture, mask nor errors on it; each thing is left out by itself."""
     args = parse(train_erft, preset, p_vid=0, p_noi=0, p_img=1, p_clean=0, p_no_condition=0.5, p_no_image=0.5)
     step = make_step(train_erft, args, "wan2.1")
-    modules, row_values = TrainedModules(args.condition, {}, "init"), 6 if preset == "talk" else None
-    step.transformer, step.following = (
-        modules.put_on(step.transformer, row_values),
-        train_erft.make_following(args, modules),
-    )
+    args.condition_modules, args.train_condition_modules = "init", True
+    condition = train_erft.find_condition(args, Path("nowhere"), {}, None, torch.device("cpu"))
+    step.transformer = condition.modules.put_on(step.transformer, 6 if preset == "talk" else None)
+    step.following = condition.following
     batch = make_batch("wan2.1", 16, None)
     rows = (21, 2, 3) if preset == "talk" else (17, 8 * HEIGHT, 8 * WIDTH, 3)
     batch[args.condition] = torch.randint(1, 256, (BATCH, *rows), generator=seeded(4), dtype=torch.uint8)
