@@ -1,5 +1,6 @@
 """`examples/train_erft.py --condition`, run as a script on tiny real models: LoRA and modules, and films with them."""
 
+import ast
 import re
 import shutil
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_lora_and_modules_come_out_of_one_file(models, tmp_path, image, preset):
     train(models / "i2v", tmp_path / "more", **{**more, "module_sizes": None})
     assert_same(tmp_path / "run" / LORA, tmp_path / "more" / LORA)
     card = (tmp_path / "run" / "README.md").read_text()
+    ast.parse(card.split("```python")[1].split("```")[0])
     assert f"for which `{PIPELINES[preset].__name__}` gives the model modules. Those lie in the file too." in card
     assert f"pipe = {PIPELINES[preset].__name__}.from_pretrained(model, vae=vae" in card
 
@@ -140,6 +142,7 @@ def test_a_lora_alone_leaves_modules_as_they_are(models, tmp_path):
     lora = read_lora(tmp_path / "talk", LORA)
     assert lora.condition == "audio" and not lora.modules and lora.state_dict
     assert not any("audio" in name for name in lora.state_dict)
+    assert f"They are those of `{models / 'talk'}`." in (tmp_path / "talk" / "README.md").read_text()
     pipe = SVITalkPipeline.from_pretrained(models / "talk")
     pipe.load_lora_weights(tmp_path / "talk", weight_name=LORA)
     published = modules_to_save(pipe.transformer)
@@ -173,6 +176,23 @@ def test_modules_on_a_small_card(models, tmp_path, options):
     """Blocks that come and go, and a quantized base, beside modules that are trained."""
     train(models / "i2v", tmp_path / "run", **options_of(models, "talk", **options))
     assert read_lora(tmp_path / "run", LORA).modules["blocks.1.audio_cross_attn.proj.weight"].any()
+
+
+@pytest.mark.parametrize("preset", ["talk", "dance"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_modules_in_half_precision(models, tmp_path, preset, trains):
+    """Trained ones are kept in float32 all the same."""
+    options = options_of(models, preset, mixed_precision="bf16", learning_rate=1e-2, dataloader_num_workers=1)
+    if not trains:
+        modules = make_multitalk(audio_dim=48) if preset == "talk" else make_dwpose()
+        save_file(modules, tmp_path / "modules.safetensors")
+        options |= {"condition_modules": tmp_path / "modules.safetensors", "train_condition_modules": None}
+        options |= {"module_sizes": None}
+    train(models / "i2v", tmp_path / "run", **options)
+    modules = read_lora(tmp_path / "run", LORA).modules
+    if trains:
+        assert {value.dtype for value in modules.values()} == {torch.float32}
+        assert all(value.any() for name, value in modules.items() if "weight" in name)
 
 
 def test_buckets_of_poses(models, tmp_path):

@@ -179,12 +179,13 @@ def encode_conditions(
     missing = [index for index, key in enumerate(keys) if key not in cache]
     # No process may look for what another one has already written.
     state.wait_for_everyone()
-    with state.split_between_processes(missing) as share:
-        clips = Subset(_Clips(samples, conditions), share)
-        loader = DataLoader(clips, batch_size=None, num_workers=num_workers if conditions.in_workers else 0)
-        progress = tqdm(loader, desc=f"Encoding {conditions.kind}", disable=not state.is_main_process, leave=False)
-        for index, rows in zip(share, progress, strict=True):
-            cache.save(keys[index], {conditions.kind: rows})
+    if missing:
+        with state.split_between_processes(missing) as share:
+            clips = Subset(_Clips(samples, conditions), share)
+            loader = DataLoader(clips, batch_size=None, num_workers=num_workers if conditions.in_workers else 0)
+            progress = tqdm(loader, desc=f"Encoding {conditions.kind}", disable=not state.is_main_process, leave=False)
+            for index, rows in zip(share, progress, strict=True):
+                cache.save(keys[index], {conditions.kind: rows})
     state.wait_for_everyone()
     return keys
 
