@@ -41,6 +41,11 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from diffusers_svi import NEGATIVE_PROMPT, HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
 from diffusers_svi.conditioning import Scheme
+from diffusers_svi.conditions.dropout import PUBLISHED_SHARES, ConditionDropout, blank
+from diffusers_svi.conditions.following import PIPELINES
+from diffusers_svi.conditions.rows import ROW_FILES, Rows
+from diffusers_svi.conditions.trained_condition import TrainedCondition
+from diffusers_svi.conditions.trained_modules import load_modules, modules_to_save
 from diffusers_svi.erft import (
     BankConfig,
     ErrorBank,
@@ -65,14 +70,14 @@ from diffusers_svi.training.buckets import (
     describe_buckets,
     read_buckets,
 )
-from diffusers_svi.training.cache import TensorCache
+from diffusers_svi.training.cache import CachedSamples, TensorCache
 from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint, list_checkpoints
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
 from diffusers_svi.training.environment import check_file_writable, check_trackers, check_writable, own_folder
 from diffusers_svi.training.films import save_film
 from diffusers_svi.training.finite import all_finite
 from diffusers_svi.training.known_elsewhere import explain
-from diffusers_svi.training.layers import parse_layers
+from diffusers_svi.training.layers import parse_layers, without_modules
 from diffusers_svi.training.lora_model import load_transformer, lora_state_dict, read_init_lora, unwrap
 from diffusers_svi.training.model_card import TrainedLora, weight_name, write_model_card
 from diffusers_svi.training.offload import offload_encoders
@@ -85,7 +90,7 @@ from diffusers_svi.training.optimizers import (
 )
 from diffusers_svi.training.push import PushError, download_model, open_repo, push
 from diffusers_svi.training.quantized import BITSANDBYTES, QUANTIZATIONS, check_quantization
-from diffusers_svi.training.ranges import check_buckets, check_combinations, check_ranges
+from diffusers_svi.training.ranges import check_buckets, check_combinations, check_condition_options, check_ranges
 from diffusers_svi.training.run_arguments import (
     check_steps,
     compare_arguments,
@@ -129,12 +134,16 @@ SHOT = {
     "fps": 16,
 }
 FILM = {**SHOT, "padding": "zeros", "num_motion_frames": 5, "p_motion": 0.9, "p_clean": 0.5}
+TALK = {**SHOT, "condition": "audio", "fps": 25}
+DANCE = {**SHOT, "condition": "pose", "n_img": 1}
 PRO = {**SHOT, "conditioning": "latent", "reference": "before", "n_img": 1}
 TI2V = {**PRO, "conditioning": "held", "fps": 24, "p_motion": 0.8, "p_text_start": 0.1, "p_vid": 0.0, "p_noi": 0.0}
 PRESETS = {
     "shot": SHOT,
     "film": FILM,
     "film-2.0": {**FILM, "padding": "reference", "reference": "outside", "first_frame_augmentation": True},
+    "talk": TALK,
+    "dance": DANCE,
     "pro": PRO,
     "ti2v-5b": TI2V,
     "none": {**SHOT, "padding": "zeros", "p_vid": 0.0, "p_img": 0.0, "p_noi": 0.0, "p_clean": 1.0},
@@ -144,6 +153,7 @@ SIZE = {"width": 832, "height": 480, "num_frames": 81}
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
 CARD_SETTINGS = (
     *("preset", "expert", "init_lora", "quantize_base", "rank", "lora_alpha", "export_rank"),
+    *("condition", "audio_encoder", "condition_modules", "train_condition_modules", "p_no_condition", "p_no_image"),
     *("objective", "errors", "p_vid", "vid_sigmas", "p_img", "p_noi", "p_clean"),
     *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
     *("train_batch_size", "gradient_accumulation_steps", "max_train_steps"),
@@ -164,6 +174,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def frame_rate(value: str) -> int | str:
     return value if value == "none" else int(value)
+
+
+def module_size(value: str) -> tuple[str, int]:
+    name, _, number = value.partition("=")
+    return name, int(number)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -222,10 +237,30 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_sequence_length", type=int, default=512, help="Tokens of a prompt.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that read videos and the cache.")
 
+    add = parser.add_argument_group("what films follow beside text; the preset sets what is not given").add_argument
+    add("--condition", choices=tuple(PUBLISHED_SHARES), help="audio, as SVI-Talk, or pose, as SVI-Dance.")
+    text = "Column of its files; found by its name if not given. Without one, audio is the sound in the videos."
+    add("--condition_column", help=text)
+    text = "Wav2Vec2 model that hears sounds: folder or Hub name. That of the model if not given."
+    add("--audio_encoder", help=text)
+    text = (
+        "Modules for the condition: a file, folder or repository with them, or init for fresh ones. If not given, "
+        "those in --init_lora, or those that the model has."
+    )
+    add("--condition_modules", help=text)
+    text = "Sizes of fresh ones, such as audio_hidden_dim=64 audio_tokens=4 audio_token_dim=32, or pose_dim=8."
+    add("--module_sizes", nargs="+", type=module_size, metavar="NAME=NUMBER", help=text)
+    text = "Train them too, in full, beside the LoRA."
+    add("--train_condition_modules", action="store_true", help=text)
+    text = "Share of samples whose audio or pose is left out: 0.1 for audio, 0.145 for pose if not given."
+    add("--p_no_condition", type=float, help=text)
+    text = "Share of samples without image, which take no errors on it: 0.1 for pose, 0 for audio if not given."
+    add("--p_no_image", type=float, help=text)
+
     add = parser.add_argument_group("scheme; the preset sets what is not given").add_argument
     text = (
-        "shot: SVI-Shot. film: SVI-Film. film-2.0: SVI 2.0 on Wan 2.1. pro: SVI 2.0 Pro. ti2v-5b: held latents. "
-        "none: no errors at all, plain LoRA tuning; the control."
+        "shot: SVI-Shot. film: SVI-Film. film-2.0: SVI 2.0 on Wan 2.1. talk: SVI-Talk. dance: SVI-Dance. pro: SVI 2.0 "
+        "Pro. ti2v-5b: held latents. none: no errors at all, plain LoRA tuning; the control."
     )
     add("--preset", choices=tuple(PRESETS), default="shot", help=text)
     add("--conditioning", choices=("pixel", "latent", "held"), help="PixelMotion, LatentMotion or HeldLatents.")
@@ -358,6 +393,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--num_validation_clips", type=int, help="Clips of the film; the last prompt holds. One a prompt if not given."
     )
+    add("--validation_condition", help="With --condition: the sound or the poses that it follows.")
     add("--validation_steps", type=int, help="Make it every so many steps; it is always made at the end.")
     add("--validation_epochs", type=int, help="Instead of steps.")
     add("--validation_inference_steps", type=int, default=50, help="Steps in which a clip is made.")
@@ -378,6 +414,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.condition:
+        for name, value in zip(("p_no_condition", "p_no_image"), PUBLISHED_SHARES[args.condition], strict=True):
+            if getattr(args, name) is None:
+                setattr(args, name, value)
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
     if args.learning_rate is None:
@@ -409,6 +449,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"Give one of `--train_data_dir` and `--dataset_name`, got {given}.")
     check_ranges(vars(args))
     check_combinations(vars(args))
+    check_condition_options(vars(args))
     if args.export_rank is not None and not 1 <= args.export_rank <= args.rank:
         raise ValueError(
             f"`--export_rank` can only lower the rank: it must be between 1 and {args.rank}, got {args.export_rank}."
@@ -484,6 +525,11 @@ def make_injection(args: argparse.Namespace) -> InjectionConfig:
     )
 
 
+def hands_modules_over(args: argparse.Namespace) -> bool:
+    """Whether the modules lie in the file of the LoRA: those for poses, which are small, in any case."""
+    return args.train_condition_modules or args.condition == "pose"
+
+
 def film_fps(args: argparse.Namespace) -> int:
     return 16 if args.fps == "none" else args.fps
 
@@ -515,6 +561,7 @@ def make_layouts(args: argparse.Namespace, scheme: Scheme) -> list[SampleLayout]
 def find_samples(args: argparse.Namespace, layouts: list[SampleLayout]) -> Samples:
     """Samples of all usable videos, each of the bucket that the video goes to."""
     columns = {"video_column": args.video_column, "caption_column": args.caption_column}
+    columns |= {"condition": args.condition, "condition_column": args.condition_column}
     if args.train_data_dir:
         candidates = open_folder(args.train_data_dir, **columns)
     else:
@@ -528,6 +575,32 @@ def find_samples(args: argparse.Namespace, layouts: list[SampleLayout]) -> Sampl
     return Samples(videos, chosen, args.seed, args.samples_per_video)
 
 
+def find_condition(
+    args: argparse.Namespace, folder: Path, base: dict, in_lora: dict[str, torch.Tensor] | None, device: torch.device
+) -> TrainedCondition | None:
+    """What films follow beside text, if anything, for a transformer with the config `base`."""
+    if args.condition is None:
+        return None
+    encoder = folder / "audio_encoder" if (folder / "audio_encoder").is_dir() else None
+    if args.audio_encoder:
+        encoder = Path(args.audio_encoder)
+        encoder = encoder if encoder.is_dir() else download_model(args.audio_encoder, None, args.cache_dir)
+    return TrainedCondition(
+        args.condition,
+        base,
+        fps=None if args.fps == "none" else args.fps,
+        audio_encoder=encoder if args.condition == "audio" else None,
+        device=device,
+        source=args.condition_modules,
+        sizes=args.module_sizes and dict(args.module_sizes),
+        in_lora=in_lora,
+        cache_dir=args.cache_dir,
+        train_modules=args.train_condition_modules,
+        p_no_condition=args.p_no_condition,
+        p_no_image=args.p_no_image,
+    )
+
+
 def load_pipeline(
     args: argparse.Namespace, folder: Path, accelerator: Accelerator, **components: torch.nn.Module | None
 ) -> SVIPipeline:
@@ -539,7 +612,8 @@ def load_pipeline(
         # Under ZeRO-3 transformers would deal its models out to the processes.
         unset_hf_deepspeed_config()
     try:
-        pipe = SVIPipeline.from_pretrained(folder, dtype=dtypes, variant=args.variant, **components)
+        kind = PIPELINES[args.condition] if args.condition else SVIPipeline
+        pipe = kind.from_pretrained(folder, dtype=dtypes, variant=args.variant, **components)
     finally:
         if plugin is not None:
             plugin.set_deepspeed_weakref()
@@ -640,6 +714,7 @@ class TrainingStep:
     expand_timesteps: bool
     weight_dtype: torch.dtype
     times: StepTimes
+    dropout: ConditionDropout | None = None
 
     def __post_init__(self):
         self.sigmas = shifted_sigmas(TRAIN_TIMESTEPS, self.args.flow_shift)
@@ -655,12 +730,17 @@ class TrainingStep:
         latents, generator = batch["latents"], self.generator
         condition, image_embeds, known_frames = self.choose_condition(batch)
         prompt_embeds = self.choose_prompt(batch)
+        followed, no_image = None, None
+        if self.dropout:
+            followed, no_image = self.dropout.choose(batch, generator)
+            condition, known_frames = blank(no_image, condition), blank(no_image, known_frames)
+            image_embeds = None if image_embeds is None else blank(no_image, image_embeds)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         picks = self.timesteps[torch.randint(len(self.timesteps), (len(latents),), generator=generator)]
         sigmas, weights, alphas = (
             values[picks].to(latents.device).float() for values in (self.sigmas, self.weights, self.alphas)
         )
-        given = (sigmas, prompt_embeds, image_embeds, known_frames)
+        given = (sigmas, prompt_embeds, image_embeds, known_frames, followed)
 
         with self.times.part("inject"):
             own = None
@@ -669,6 +749,9 @@ class TrainingStep:
                     predicted = self.predict(interpolate(latents, noise, sigmas), condition, *given)
                 own = self_error(predicted, latents, noise, sigmas)
             injected = self.recycler.inject(latents, noise, condition, sigmas, own)
+        if no_image is not None:
+            # Where there is no image there are no errors on it.
+            injected = injected._replace(condition=blank(no_image, injected.condition))
         noisy = interpolate(injected.latents, injected.noise, sigmas)
         with self.times.part("forward"):
             prediction = self.predict(noisy, injected.condition, *given)
@@ -691,6 +774,7 @@ class TrainingStep:
         prompt_embeds: torch.Tensor,
         image_embeds: torch.Tensor | None,
         known_frames: torch.Tensor,
+        followed: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The velocity, of the shape of `noisy`."""
         hidden_states, timesteps = transformer_inputs(
@@ -701,6 +785,7 @@ class TrainingStep:
             timestep=timesteps,
             encoder_hidden_states=prompt_embeds.to(self.weight_dtype),
             encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(self.weight_dtype),
+            attention_kwargs=followed,
             return_dict=False,
         )[0].float()
 
@@ -748,6 +833,7 @@ def log_validation(
     scheme: Scheme,
     step: int,
     pair: Pair | None = None,
+    followed: dict[str, Rows] | None = None,
 ) -> tuple[Path, dict[str, list[float]]] | None:
     """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts; main process only."""
     pipe.set_progress_bar_config(desc=f"Film at step {step}", leave=False)
@@ -769,6 +855,7 @@ def log_validation(
                 clip_resize=args.clip_resize,
                 max_sequence_length=args.max_sequence_length,
                 generator=torch.Generator().manual_seed(args.seed),
+                **(followed or {}),
             )
         ]
     if not accelerator.is_main_process:
@@ -776,7 +863,8 @@ def log_validation(
     # The two experts may be trained into one folder, or repository.
     of_expert = f"{args.expert}_noise" if args.expert and pair is None else ""
     path = Path(args.output_dir) / "validation" / of_expert / f"step-{step}.mp4"
-    figures = save_film(path, clips, film_fps(args))
+    is_sound = args.condition == "audio" and Path(args.validation_condition).suffix not in ROW_FILES
+    figures = save_film(path, clips, film_fps(args), args.validation_condition if is_sound else None)
     step = sum(pair.steps.values()) if pair else step
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -807,6 +895,8 @@ def save_model_card(
             "ema_decay": args.ema_decay if args.use_ema else None,
         },
         expert=args.expert,
+        condition=args.condition,
+        has_modules=hands_modules_over(args),
         film=film and film.as_posix(),
         figures=figures,
     )
@@ -927,11 +1017,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     layouts = make_layouts(args, scheme)
     for layout in layouts:
         scheme.check(layout.num_frames, expand_timesteps)
-    init_lora = None
+    init_lora, in_lora = None, None
     if args.init_lora:
-        init_lora = read_init_lora(
-            args.init_lora, args.init_lora_weight_name, args.rank, args.lora_alpha, args.cache_dir
+        init_lora, in_lora = read_init_lora(
+            args.init_lora, args.init_lora_weight_name, args.rank, args.lora_alpha, args.cache_dir, args.condition
         )
+    base_config = WanTransformer3DModel.load_config(folder, subfolder=subfolder)
+    condition = find_condition(args, folder, base_config, in_lora, accelerator.device)
     repo_id = args.hub_model_id or output_dir.name
     if accelerator.is_main_process and args.push_to_hub:
         # Of a pair both are replaced, whatever is there.
@@ -943,7 +1035,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     vae = AutoencoderKLWan.load_config(folder, subfolder="vae")
     # Published configurations of Wan 2.1 leave out what is the default.
     factor = vae.get("scale_factor_spatial", 8)
-    patch_size = tuple(WanTransformer3DModel.load_config(folder, subfolder=subfolder).get("patch_size", (1, 2, 2)))
+    patch_size = tuple(base_config.get("patch_size", (1, 2, 2)))
     for name, patch in (("height", patch_size[1]), ("width", patch_size[2])):
         for layout in layouts:
             if getattr(layout, name) % (factor * patch):
@@ -951,6 +1043,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
                 raise ValueError(
                     f"{option} must be a multiple of {factor * patch} for this model, got {getattr(layout, name)}."
                 )
+    if args.condition == "pose" and factor != 8:
+        raise ValueError(
+            f"`--condition pose`: the modules make tokens for latents of an eighth of the film, but the VAE of this "
+            f"model makes them a {factor}th."
+        )
     latents_shapes = [
         (vae.get("z_dim", 16), num_latent_frames(layout.num_frames), layout.height // factor, layout.width // factor)
         for layout in layouts
@@ -959,14 +1056,22 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     recycler = make_recycler(args, accelerator, latents_shapes, timesteps, taken)
 
     # Data: what the encoders make of the samples
-    samples = (pair and pair.samples) or find_samples(args, layouts)
-    run = {"arguments": arguments, "content": describe_content(folder, subfolder, samples)}
+    samples, keys = (pair and pair.samples) or find_samples(args, layouts), None
+    cache = TensorCache(args.latent_cache_dir or output_dir / "cache")
+    followed = {}
+    if condition:
+        if args.validation_prompt:
+            clips = args.num_validation_clips or len(args.validation_prompt)
+            size = (args.height, args.width, args.num_frames)
+            followed = condition.open_film(args.validation_condition, clips, scheme, *size)
+        keys = condition.encode(samples, cache, args.dataloader_num_workers)
+    run = {"arguments": arguments, "content": describe_content(folder, subfolder, samples, keys)}
     if resumed:
         compare_content(begun["content"], run["content"], str(where))
     dataset, no_prompt = encode_samples(
         samples,
         scheme,
-        TensorCache(args.latent_cache_dir or output_dir / "cache"),
+        cache,
         lambda: load_pipeline(args, folder, accelerator, transformer=None, transformer_2=None),
         fingerprint_encoders(folder) + (" tiled" if args.enable_tiling else ""),
         text_dtype=weight_dtype,
@@ -976,16 +1081,26 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         num_workers=args.dataloader_num_workers,
     )
 
+    if condition:
+        dataset = CachedSamples(cache, [(*parts, key) for parts, key in zip(dataset.keys, keys, strict=True)])
+
     # The transformer and its LoRA, which begins with the same random numbers whatever was encoded before
     set_seed(args.seed)
     config = LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=parse_layers(args.lora_layers),
+        target_modules=(without_modules if condition else list)(parse_layers(args.lora_layers)),
     )
     transformer = load_transformer(
-        folder, subfolder, weight_dtype, config, init_lora, args.quantize_base, args.variant
+        folder,
+        subfolder,
+        weight_dtype,
+        config,
+        init_lora,
+        args.quantize_base,
+        args.variant,
+        **(condition.beside_lora(dataset) if condition else {}),
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -1004,12 +1119,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:
         if not all_finite(state_dict.values()):
             raise FloatingPointError(f"The LoRA is not finite any more: {file} is not written.")
+        modules = {name: value for name, value in state_dict.items() if ".lora_" not in name}
+        state_dict = {name: value for name, value in state_dict.items() if name not in modules}
         # What loads it would drop out inputs too: layers that are added to a model are in training mode.
         used = replace(config, lora_dropout=0.0)
-        save_lora(file, state_dict, used, scheme, args.expert, layout, args.clip_resize)
+        save_lora(file, state_dict, used, scheme, args.expert, layout, args.clip_resize, args.condition, modules)
+
+    def trained_state_dict(model: torch.nn.Module, rank: int | None = None) -> dict[str, torch.Tensor]:
+        """The LoRA and the modules that are handed over with it."""
+        state_dict = lora_state_dict(accelerator, model, rank)
+        return state_dict | (modules_to_save(unwrap(accelerator, model)) if hands_modules_over(args) else {})
 
     def save_model_hook(models, weights, folder):
-        state_dict = lora_state_dict(accelerator, models[0])
+        state_dict = trained_state_dict(models[0])
         if accelerator.is_main_process:
             write_lora(Path(folder) / LORA_NAME, state_dict)
         if weights:
@@ -1018,9 +1140,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     def load_model_hook(models, folder):
         # DeepSpeed has loaded its own, LoRA included.
         if models:
-            state_dict = read_lora(folder, LORA_NAME).state_dict
-            state_dict = {name.removeprefix("transformer."): value for name, value in state_dict.items()}
-            set_peft_model_state_dict(unwrap(accelerator, models.pop()), state_dict)
+            saved, model = read_lora(folder, LORA_NAME), unwrap(accelerator, models.pop())
+            state_dict = {name.removeprefix("transformer."): value for name, value in saved.state_dict.items()}
+            set_peft_model_state_dict(model, state_dict)
+            if saved.modules:
+                load_modules(model, saved.modules)
 
     accelerator.register_save_state_pre_hook(save_model_hook)
     accelerator.register_load_state_pre_hook(load_model_hook)
@@ -1073,7 +1197,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     generator = torch.Generator().manual_seed(args.seed * 1000 + 500 + accelerator.process_index)
     times = StepTimes(accelerator.device)
     training_step = TrainingStep(
-        args, transformer, recycler, generator, timesteps, no_prompt, patch_size, expand_timesteps, weight_dtype, times
+        args,
+        transformer,
+        recycler,
+        generator,
+        timesteps,
+        no_prompt,
+        patch_size,
+        expand_timesteps,
+        weight_dtype,
+        times,
+        condition and condition.dropout,
     )
 
     # Resume
@@ -1134,7 +1268,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
             trained = {subfolder: unwrap(accelerator, transformer), **others}
             pipe = load_pipeline(args, folder, accelerator, **trained)
             with all_applied(averages):
-                film = log_validation(args, accelerator, pipe, scheme, global_step, pair)
+                film = log_validation(args, accelerator, pipe, scheme, global_step, pair, followed)
             del pipe
             if pair and model_to_move:
                 for other in others.values():
@@ -1233,7 +1367,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
 
     # Save, validate, push
     with all_applied(averages):
-        state_dict = lora_state_dict(accelerator, transformer, args.export_rank)
+        state_dict = trained_state_dict(transformer, args.export_rank)
     if args.export_rank:
         config = replace(config, r=args.export_rank, lora_alpha=args.export_rank)
     state_dict = {name: value.to(getattr(torch, args.export_dtype)) for name, value in state_dict.items()}

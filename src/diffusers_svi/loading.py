@@ -13,7 +13,7 @@ from diffusers.models import attention_dispatch
 from diffusers.utils.torch_utils import get_device
 
 from .checks import check_choice
-from .conditions.encoder import load_audio_encoder, read_audio_encoder
+from .conditions.audio_encoder import load_audio_encoder, read_audio_encoder
 from .conditions.following import PIPELINES
 from .lora_file import read_lora
 from .lora_layers import EXPERTS

@@ -29,7 +29,7 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 from ..checks import check_number
 from ..fingerprints import fingerprint_weights
 from ..video import frame_rate
-from .rows import bounds
+from .rows import ROW_FILES, bounds, read_rows
 from .voice import BLOCK, RATE, SoundLike, Voice
 
 
@@ -255,7 +255,7 @@ def open_audio(
 
     Args:
         audio: A file or `(array, rate)`, see [`Voice`]; or its features, one row a film frame, which are taken as they
-            are. What was opened before is handed back.
+            are, also from an .npy or safetensors file, see [`read_rows`]. What was opened before is handed back.
         audio_encoder (`Wav2Vec2Model`, *optional*): Needed for a sound.
         fps (`float`, defaults to 25): Frames a second of the film.
         feature_extractor (`Wav2Vec2FeatureExtractor`, *optional*): The encoder's; normalises if not given.
@@ -272,6 +272,8 @@ def open_audio(
             f"`audio` must be a path, `(array, rate)`, or features (frames, layers, channels), got "
             f"{type(audio).__name__}."
         )
+    if not isinstance(audio, tuple) and os.path.splitext(audio)[1].lower() in ROW_FILES:
+        return GivenFeatures(read_rows(audio, "audio"))
     if audio_encoder is None:
         raise ValueError("`audio` is a sound: pass an `audio_encoder`, a `Wav2Vec2Model`, or the sound's features.")
     # Before the sound is read, which may take long.

@@ -6,9 +6,10 @@ Both give candidates; `usable_videos` opens them, and tells what can be trained 
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from diffusers.utils import logging
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..frames import Video, open_source, open_video
 from .buckets import choose_bucket, is_enlarged, nearest_in_aspect
-from .lists import CAPTION_COLUMNS, VIDEO_COLUMNS, check_caption, find_column, read_captions
+from .lists import CAPTION_COLUMNS, VIDEO_COLUMNS, check_caption, find_beside, find_column, read_list
 from .samples import SampleLayout
 
 
@@ -37,12 +38,16 @@ class Candidate(NamedTuple):
 
 
 def open_folder(
-    folder: str | os.PathLike, video_column: str | None = None, caption_column: str | None = None
+    folder: str | os.PathLike,
+    video_column: str | None = None,
+    caption_column: str | None = None,
+    condition: str | None = None,
+    condition_column: str | None = None,
 ) -> list[Candidate]:
-    """The videos of a folder, for `usable_videos`. See `read_captions`."""
+    """The videos of a folder, for `usable_videos`. See `read_list`."""
     return [
-        Candidate(str(path.relative_to(folder)), caption, partial(open_video, path, caption or ""))
-        for path, caption in read_captions(folder, video_column, caption_column)
+        Candidate(str(path.relative_to(folder)), caption, partial(_open_file, path, caption or "", beside))
+        for path, caption, beside in read_list(folder, video_column, caption_column, condition, condition_column)
     ]
 
 
@@ -52,6 +57,8 @@ def open_dataset(
     split: str = "train",
     video_column: str | None = None,
     caption_column: str | None = None,
+    condition: str | None = None,
+    condition_column: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> list[Candidate]:
     """The videos of a Hugging Face dataset, for `usable_videos`.
@@ -62,6 +69,8 @@ def open_dataset(
         split (`str`, defaults to `"train"`): Its split.
         video_column, caption_column (`str`, *optional*):
             If not given, the only column of videos, or one of `VIDEO_COLUMNS`, and one of `CAPTION_COLUMNS`.
+        condition, condition_column (`str`, *optional*):
+            What they follow, as in `read_list`: in a column of paths, or one of sounds or videos that lie in files.
         cache_dir (*optional*): Where downloads are kept.
 
     Raises:
@@ -76,13 +85,23 @@ def open_dataset(
         (video_column,) = videos
     video_column = find_column("video_column", video_column, VIDEO_COLUMNS, columns, name)
     caption_column = find_column("caption_column", caption_column, CAPTION_COLUMNS, columns, name)
+    beside_column = find_beside(condition, condition_column, columns, name)
+    besides: list[Path | None] = [None] * len(dataset)
     rows = dataset.select_columns([video_column]).cast_column(video_column, datasets.Video(decode=False))
+    if condition is not None:
+        files = rows
+        if beside_column is not None:
+            files, kind = dataset.select_columns([beside_column]), type(dataset.features[beside_column])
+            if kind in (datasets.Audio, datasets.Video):
+                files = files.cast_column(beside_column, kind(decode=False))
+        column = beside_column or video_column
+        besides = [_file_of(files, index, column, f"{name}, row {index}: {column!r}") for index in range(len(files))]
     candidates = []
     for index, caption in enumerate(dataset[caption_column]):
         title = f"{name}, row {index}"
         caption = check_caption(caption, f"{title}: {caption_column!r}")
         source = partial(_open_row, rows, index, video_column)
-        candidates.append(Candidate(title, caption, partial(open_source, source, title, caption or "")))
+        candidates.append(Candidate(title, caption, partial(_open_source, source, title, caption, besides[index])))
     return candidates
 
 
@@ -184,6 +203,26 @@ def _open(candidate: Candidate) -> Video | ValueError | None:
         return None if candidate.caption is None else candidate.open()
     except ValueError as error:
         return error
+
+
+def _open_file(path: Path, caption: str, beside: Path | None) -> Video:
+    return replace(open_video(path, caption), beside=beside)
+
+
+def _open_source(source: Callable[[], BinaryIO], name: str, caption: str | None, beside: Path | None) -> Video:
+    return replace(open_source(source, name, caption or ""), beside=beside)
+
+
+def _file_of(rows: Any, index: int, column: str, where: str) -> Path:
+    """The file, or the folder, that a row of a dataset names."""
+    value = rows[index][column]
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str) or not os.path.exists(path):
+        raise ValueError(
+            f"{where} must name a file that is there, got {path!r}. Datasets that hold sounds or poses themselves are "
+            "not read: write them to a folder of videos with a list."
+        )
+    return Path(path)
 
 
 def _open_row(rows: Any, index: int, column: str) -> BinaryIO:
