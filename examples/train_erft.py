@@ -646,14 +646,14 @@ def training_timesteps(args: argparse.Namespace, boundary: float | None) -> torc
     return of_expert
 
 
-def make_recycler(
+def make_banks(
     args: argparse.Namespace,
     accelerator: Accelerator,
     error_shapes: list[tuple[int, ...]],
     timesteps: torch.Tensor,
-    taken: int = 0,
-) -> ErrorRecycler:
-    """Banks, one a shape, and recycler of this process, for the noise levels that `timesteps` are the indices of.
+    taken: int,
+) -> list[ErrorBank]:
+    """The banks of this process, one a shape, for the noise levels that `timesteps` are the indices of.
 
     `taken` bytes are those of the other expert's banks.
     """
@@ -670,23 +670,35 @@ def make_recycler(
     )
     if args.bank_mode == "sharded" and accelerator.num_processes > 1:
         own = len(range(rank, args.num_grids, accelerator.num_processes))
-        banks = [
+        return [
             ShardedErrorBank(shape, grids, config_of_shape, accelerator.device)
             for shape, config_of_shape in zip(error_shapes, config.shared_by(error_shapes, own, taken), strict=True)
         ]
-    else:
-        # An expert never meets the grids of the other.
-        reached = nearest_grid(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids).unique().tolist()
-        banks = [
-            ErrorBank(shape, grids, config_of_shape, owned=reached)
-            for shape, config_of_shape in zip(
-                error_shapes, config.shared_by(error_shapes, len(reached), taken), strict=True
-            )
-        ]
+    # An expert never meets the grids of the other.
+    reached = nearest_grid(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids).unique().tolist()
+    configs = config.shared_by(error_shapes, len(reached), taken)
+    return [
+        ErrorBank(shape, grids, config_of_shape, owned=reached)
+        for shape, config_of_shape in zip(error_shapes, configs, strict=True)
+    ]
+
+
+def make_recycler(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    error_shapes: list[tuple[int, ...]],
+    timesteps: torch.Tensor,
+    taken: int = 0,
+) -> ErrorRecycler:
+    """The recycler of this process; with banks as of [`make_banks`] where it injects errors of a bank."""
+    injection = make_injection(args)
     recycler_config = RecyclerConfig(
         clean_buffer_update_prob=args.clean_buffer_update_prob, buffer_warmup_iter=args.buffer_warmup_iter
     )
-    return ErrorRecycler(banks, make_injection(args), recycler_config, args.seed * 1000 + rank)
+    banks = []
+    if injection.draws(banked=args.errors == "bank"):
+        banks = make_banks(args, accelerator, error_shapes, timesteps, taken)
+    return ErrorRecycler(banks, injection, recycler_config, args.seed * 1000 + accelerator.process_index)
 
 
 @dataclass
