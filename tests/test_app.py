@@ -360,7 +360,8 @@ def test_a_film_is_as_long_as_its_speech_which_it_has_and_goes_on_with(tmp_path,
     studio.make(whole.name)
     assert at_rest(studio, whole.name) == "done", studio.error(whole.name)
     assert num_frames(whole.path) == 25 and prompts(whole) == ["a cat sits", "it jumps", "it jumps"]
-    assert read_recipe(whole.path).film["settings"]["audio"].startswith("25 frames ")
+    told = read_recipe(whole.path).film["settings"]
+    assert told["audio"].startswith("25 frames ") and told["audio_guidance_scale"] == 1.0
     finished = studio.finished(whole.name)
     with av.open(str(finished)) as file:
         assert sum(frame.samples / frame.sample_rate for frame in file.decode(audio=0)) >= 3.125
@@ -469,6 +470,7 @@ def test_what_cannot_be_followed_is_told_in_plain_words(studio, tmp_path, image,
         ({"num_frames": 4001}, "`num_frames` must be a whole number of 5 to 1001"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be a whole number of 1 to 200"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number"),
+        ({"audio_guidance_scale": float("inf")}, "`audio_guidance_scale` must be a finite number"),
         ({"fps": 0}, "`fps` must be above 0"),
         ({"fps": 1000}, "`fps` must be 120 at most"),
         ({"seed": -1}, "`seed` must be a whole number"),
