@@ -203,14 +203,25 @@ def predict(step, batch, x, y, sigmas: list[float], held: int | None) -> torch.T
 
 
 def test_clean_samples_meet_no_errors_and_are_told(train_erft):
-    args = parse(train_erft, "none", clean_buffer_update_prob=0)
-    step = make_step(train_erft, args, "i2v")
+    step = make_step(train_erft, parse(train_erft, "shot", p_clean=0.3, p_vid=1.0, clean_buffer_update_prob=0), "i2v")
+    before, bank = step.recycler.state_dict(), step.recycler.bank
     losses, clean = step(make_batch("i2v", 16, None))
-    assert clean.all() and losses.shape == (BATCH,)
-    assert step.recycler.bank.counts.sum() == 0
-    step.recycler.bank.put(0, torch.ones(16, FRAMES, HEIGHT, WIDTH), 0.9, seeded())
+    assert losses.shape == (BATCH,) and 0 < clean.sum() < BATCH
+    assert bank.counts.sum() == (~clean).sum()
+    for grid, sigma in enumerate(bank.grid_sigmas.tolist()):
+        bank.put(grid, torch.ones(16, FRAMES, HEIGHT, WIDTH), sigma, seeded())
+    step.recycler.load_state_dict(before)
     step.generator = seeded(7)
-    assert torch.equal(step(make_batch("i2v", 16, None))[0], losses)
+    again, as_before = step(make_batch("i2v", 16, None))
+    assert torch.equal(as_before, clean)
+    torch.testing.assert_close(again[clean], losses[clean], rtol=0, atol=0)
+    assert (again[~clean] != losses[~clean]).all()
+
+
+def test_plain_tuning_keeps_no_bank(train_erft):
+    step = make_step(train_erft, parse(train_erft, "none"), "i2v")
+    losses, clean = step(make_batch("i2v", 16, None))
+    assert clean.all() and losses.isfinite().all() and not step.recycler.banks
 
 
 def test_first_clips_are_mixed_in_sample_by_sample(train_erft):
