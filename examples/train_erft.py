@@ -41,6 +41,12 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from diffusers_svi import NEGATIVE_PROMPT, HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
 from diffusers_svi.conditioning import Scheme
+from diffusers_svi.conditions.audio_encoder import AudioEncoder
+from diffusers_svi.conditions.clip_conditions import ClipAudio, ClipConditions, ClipPoses, encode_conditions
+from diffusers_svi.conditions.dance_pipeline import SVIDancePipeline
+from diffusers_svi.conditions.following import PUBLISHED_SHARES, Following, blank
+from diffusers_svi.conditions.talk_pipeline import SVITalkPipeline
+from diffusers_svi.conditions.trained_modules import TrainedModules, load_modules, modules_of, modules_to_save
 from diffusers_svi.erft import (
     BankConfig,
     ErrorBank,
@@ -65,7 +71,7 @@ from diffusers_svi.training.buckets import (
     describe_buckets,
     read_buckets,
 )
-from diffusers_svi.training.cache import TensorCache
+from diffusers_svi.training.cache import CachedSamples, TensorCache
 from diffusers_svi.training.checkpoints import Checkpoints, find_checkpoint, list_checkpoints
 from diffusers_svi.training.encode import encode_samples, fingerprint_encoders
 from diffusers_svi.training.environment import check_file_writable, check_trackers, check_writable, own_folder
@@ -129,21 +135,28 @@ SHOT = {
     "fps": 16,
 }
 FILM = {**SHOT, "padding": "zeros", "num_motion_frames": 5, "p_motion": 0.9, "p_clean": 0.5}
+TALK = {**SHOT, "condition": "audio", "fps": 25}
+DANCE = {**SHOT, "condition": "pose", "n_img": 1}
 PRO = {**SHOT, "conditioning": "latent", "reference": "before", "n_img": 1}
 TI2V = {**PRO, "conditioning": "held", "fps": 24, "p_motion": 0.8, "p_text_start": 0.1, "p_vid": 0.0, "p_noi": 0.0}
 PRESETS = {
     "shot": SHOT,
     "film": FILM,
     "film-2.0": {**FILM, "padding": "reference", "reference": "outside", "first_frame_augmentation": True},
+    "talk": TALK,
+    "dance": DANCE,
     "pro": PRO,
     "ti2v-5b": TI2V,
     "none": {**SHOT, "padding": "zeros", "p_vid": 0.0, "p_img": 0.0, "p_noi": 0.0, "p_clean": 1.0},
 }
 # Of clips, where nothing else is given.
 SIZE = {"width": 832, "height": 480, "num_frames": 81}
+# What makes the films that follow something beside text, or nothing.
+PIPELINES = {None: SVIPipeline, "audio": SVITalkPipeline, "pose": SVIDancePipeline}
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
 CARD_SETTINGS = (
     *("preset", "expert", "init_lora", "quantize_base", "rank", "lora_alpha", "export_rank"),
+    *("condition", "condition_modules", "train_condition_modules", "p_no_condition", "p_no_image"),
     *("objective", "errors", "p_vid", "vid_sigmas", "p_img", "p_noi", "p_clean"),
     *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
     *("train_batch_size", "gradient_accumulation_steps", "max_train_steps"),
@@ -164,6 +177,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def frame_rate(value: str) -> int | str:
     return value if value == "none" else int(value)
+
+
+def module_size(value: str) -> tuple[str, int]:
+    name, _, number = value.partition("=")
+    return name, int(number)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -222,10 +240,30 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_sequence_length", type=int, default=512, help="Tokens of a prompt.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that read videos and the cache.")
 
+    add = parser.add_argument_group("what films follow beside text; the preset sets what is not given").add_argument
+    add("--condition", choices=tuple(PUBLISHED_SHARES), help="audio, as SVI-Talk, or pose, as SVI-Dance.")
+    text = "Column of its files; found by its name if not given. Without one, audio is the sound in the videos."
+    add("--condition_column", help=text)
+    text = "Wav2Vec2 model that hears sounds: folder or Hub name. That of the model if not given."
+    add("--audio_encoder", help=text)
+    text = (
+        "Modules for the condition: a file, folder or repository with them, or init for fresh ones. If not given, "
+        "those in --init_lora, or those that the model has."
+    )
+    add("--condition_modules", help=text)
+    text = "Sizes of fresh ones, such as audio_hidden_dim=64 audio_tokens=4 audio_token_dim=32, or pose_dim=8."
+    add("--module_sizes", nargs="+", type=module_size, metavar="NAME=NUMBER", help=text)
+    text = "Train them too, in full, beside the LoRA."
+    add("--train_condition_modules", action="store_true", help=text)
+    text = "Share of samples whose audio or pose is left out: 0.1 for audio, 0.05 for pose if not given."
+    add("--p_no_condition", type=float, help=text)
+    text = "Share of samples without pose and image, which take no errors on it: 0.1 for pose, 0 for audio."
+    add("--p_no_image", type=float, help=text)
+
     add = parser.add_argument_group("scheme; the preset sets what is not given").add_argument
     text = (
-        "shot: SVI-Shot. film: SVI-Film. film-2.0: SVI 2.0 on Wan 2.1. pro: SVI 2.0 Pro. ti2v-5b: held latents. "
-        "none: no errors at all, plain LoRA tuning; the control."
+        "shot: SVI-Shot. film: SVI-Film. film-2.0: SVI 2.0 on Wan 2.1. talk: SVI-Talk. dance: SVI-Dance. pro: SVI 2.0 "
+        "Pro. ti2v-5b: held latents. none: no errors at all, plain LoRA tuning; the control."
     )
     add("--preset", choices=tuple(PRESETS), default="shot", help=text)
     add("--conditioning", choices=("pixel", "latent", "held"), help="PixelMotion, LatentMotion or HeldLatents.")
@@ -358,6 +396,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--num_validation_clips", type=int, help="Clips of the film; the last prompt holds. One a prompt if not given."
     )
+    add("--validation_condition", help="With --condition: the sound or the poses that it follows.")
     add("--validation_steps", type=int, help="Make it every so many steps; it is always made at the end.")
     add("--validation_epochs", type=int, help="Instead of steps.")
     add("--validation_inference_steps", type=int, default=50, help="Steps in which a clip is made.")
@@ -378,6 +417,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.condition:
+        for name, value in zip(("p_no_condition", "p_no_image"), PUBLISHED_SHARES[args.condition], strict=True):
+            if getattr(args, name) is None:
+                setattr(args, name, value)
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
     if args.learning_rate is None:
@@ -484,6 +527,17 @@ def make_injection(args: argparse.Namespace) -> InjectionConfig:
     )
 
 
+def make_following(args: argparse.Namespace, modules: TrainedModules | None) -> Following | None:
+    if modules is None:
+        return None
+    return Following(
+        kind=args.condition,
+        window=modules.window,
+        p_no_condition=args.p_no_condition,
+        p_no_image=args.p_no_image,
+    )
+
+
 def film_fps(args: argparse.Namespace) -> int:
     return 16 if args.fps == "none" else args.fps
 
@@ -515,6 +569,7 @@ def make_layouts(args: argparse.Namespace, scheme: Scheme) -> list[SampleLayout]
 def find_samples(args: argparse.Namespace, layouts: list[SampleLayout]) -> Samples:
     """Samples of all usable videos, each of the bucket that the video goes to."""
     columns = {"video_column": args.video_column, "caption_column": args.caption_column}
+    columns |= {"condition": args.condition, "condition_column": args.condition_column}
     if args.train_data_dir:
         candidates = open_folder(args.train_data_dir, **columns)
     else:
@@ -528,6 +583,36 @@ def find_samples(args: argparse.Namespace, layouts: list[SampleLayout]) -> Sampl
     return Samples(videos, chosen, args.seed, args.samples_per_video)
 
 
+def find_modules(
+    args: argparse.Namespace, base: dict, in_lora: dict[str, torch.Tensor] | None
+) -> TrainedModules | None:
+    """The modules for what films follow beside text, if they follow anything, for a transformer of this config."""
+    if args.condition is None:
+        return None
+    sizes = None if args.module_sizes is None else dict(args.module_sizes)
+    modules = TrainedModules(args.condition, base, args.condition_modules, sizes, in_lora, args.cache_dir)
+    if modules.are_fresh and not args.train_condition_modules:
+        raise ValueError("`--condition_modules init`: fresh modules do nothing. Give `--train_condition_modules` too.")
+    return modules
+
+
+def find_conditions(args: argparse.Namespace, modules: TrainedModules, encoder: AudioEncoder | None) -> ClipConditions:
+    """How what clips follow is read."""
+    if args.condition == "pose":
+        return ClipPoses(None if args.fps == "none" else args.fps)
+    return ClipAudio(args.fps, modules.window, encoder)
+
+
+def find_audio_encoder(args: argparse.Namespace, folder: Path, device: torch.device) -> AudioEncoder | None:
+    """What hears sounds: as it is given, or that of the model, if it has one."""
+    if args.condition != "audio":
+        return None
+    if args.audio_encoder is None:
+        return AudioEncoder(folder / "audio_encoder", device) if (folder / "audio_encoder").is_dir() else None
+    own = Path(args.audio_encoder)
+    return AudioEncoder(own if own.is_dir() else download_model(args.audio_encoder, None, args.cache_dir), device)
+
+
 def load_pipeline(
     args: argparse.Namespace, folder: Path, accelerator: Accelerator, **components: torch.nn.Module | None
 ) -> SVIPipeline:
@@ -539,7 +624,7 @@ def load_pipeline(
         # Under ZeRO-3 transformers would deal its models out to the processes.
         unset_hf_deepspeed_config()
     try:
-        pipe = SVIPipeline.from_pretrained(folder, dtype=dtypes, variant=args.variant, **components)
+        pipe = PIPELINES[args.condition].from_pretrained(folder, dtype=dtypes, variant=args.variant, **components)
     finally:
         if plugin is not None:
             plugin.set_deepspeed_weakref()
@@ -628,6 +713,7 @@ class TrainingStep:
     expand_timesteps: bool
     weight_dtype: torch.dtype
     times: StepTimes
+    following: Following | None = None
 
     def __post_init__(self):
         self.sigmas = shifted_sigmas(TRAIN_TIMESTEPS, self.args.flow_shift)
@@ -643,12 +729,17 @@ class TrainingStep:
         latents, generator = batch["latents"], self.generator
         condition, image_embeds, known_frames = self.choose_condition(batch)
         prompt_embeds = self.choose_prompt(batch)
+        followed, no_image = None, None
+        if self.following:
+            followed, no_image = self.following.choose(batch, generator)
+            condition = blank(no_image, condition)
+            image_embeds = None if image_embeds is None else blank(no_image, image_embeds)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         picks = self.timesteps[torch.randint(len(self.timesteps), (len(latents),), generator=generator)]
         sigmas, weights, alphas = (
             values[picks].to(latents.device).float() for values in (self.sigmas, self.weights, self.alphas)
         )
-        given = (sigmas, prompt_embeds, image_embeds, known_frames)
+        given = (sigmas, prompt_embeds, image_embeds, known_frames, followed)
 
         with self.times.part("inject"):
             own = None
@@ -657,6 +748,9 @@ class TrainingStep:
                     predicted = self.predict(interpolate(latents, noise, sigmas), condition, *given)
                 own = self_error(predicted, latents, noise, sigmas)
             injected = self.recycler.inject(latents, noise, condition, sigmas, own)
+        if no_image is not None:
+            # Where there is no image there are no errors on it.
+            injected = injected._replace(condition=blank(no_image, injected.condition))
         noisy = interpolate(injected.latents, injected.noise, sigmas)
         with self.times.part("forward"):
             prediction = self.predict(noisy, injected.condition, *given)
@@ -679,6 +773,7 @@ class TrainingStep:
         prompt_embeds: torch.Tensor,
         image_embeds: torch.Tensor | None,
         known_frames: torch.Tensor,
+        followed: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The velocity, of the shape of `noisy`."""
         hidden_states, timesteps = transformer_inputs(
@@ -689,6 +784,7 @@ class TrainingStep:
             timestep=timesteps,
             encoder_hidden_states=prompt_embeds.to(self.weight_dtype),
             encoder_hidden_states_image=None if image_embeds is None else image_embeds.to(self.weight_dtype),
+            attention_kwargs=followed,
             return_dict=False,
         )[0].float()
 
@@ -915,11 +1011,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     layouts = make_layouts(args, scheme)
     for layout in layouts:
         scheme.check(layout.num_frames, expand_timesteps)
-    init_lora = None
+    init_lora, in_lora = None, None
     if args.init_lora:
-        init_lora = read_init_lora(
-            args.init_lora, args.init_lora_weight_name, args.rank, args.lora_alpha, args.cache_dir
+        init_lora, in_lora = read_init_lora(
+            args.init_lora, args.init_lora_weight_name, args.rank, args.lora_alpha, args.cache_dir, args.condition
         )
+    base_config = WanTransformer3DModel.load_config(folder, subfolder=subfolder)
+    modules = find_modules(args, base_config, in_lora)
+    encoder = find_audio_encoder(args, folder, accelerator.device)
     repo_id = args.hub_model_id or output_dir.name
     if accelerator.is_main_process and args.push_to_hub:
         # Of a pair both are replaced, whatever is there.
@@ -931,7 +1030,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     vae = AutoencoderKLWan.load_config(folder, subfolder="vae")
     # Published configurations of Wan 2.1 leave out what is the default.
     factor = vae.get("scale_factor_spatial", 8)
-    patch_size = tuple(WanTransformer3DModel.load_config(folder, subfolder=subfolder).get("patch_size", (1, 2, 2)))
+    patch_size = tuple(base_config.get("patch_size", (1, 2, 2)))
     for name, patch in (("height", patch_size[1]), ("width", patch_size[2])):
         for layout in layouts:
             if getattr(layout, name) % (factor * patch):
@@ -947,14 +1046,18 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     recycler = make_recycler(args, accelerator, latents_shapes, timesteps, taken)
 
     # Data: what the encoders make of the samples
-    samples = (pair and pair.samples) or find_samples(args, layouts)
-    run = {"arguments": arguments, "content": describe_content(folder, subfolder, samples)}
+    samples, keys = (pair and pair.samples) or find_samples(args, layouts), None
+    cache = TensorCache(args.latent_cache_dir or output_dir / "cache")
+    if modules:
+        conditions = find_conditions(args, modules, encoder)
+        keys = encode_conditions(samples, conditions, cache, args.dataloader_num_workers, modules.row_values)
+    run = {"arguments": arguments, "content": describe_content(folder, subfolder, samples, keys)}
     if resumed:
         compare_content(begun["content"], run["content"], str(where))
     dataset, no_prompt = encode_samples(
         samples,
         scheme,
-        TensorCache(args.latent_cache_dir or output_dir / "cache"),
+        cache,
         lambda: load_pipeline(args, folder, accelerator, transformer=None, transformer_2=None),
         fingerprint_encoders(folder) + (" tiled" if args.enable_tiling else ""),
         text_dtype=weight_dtype,
@@ -963,6 +1066,16 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         clip_resize=args.clip_resize,
         num_workers=args.dataloader_num_workers,
     )
+
+    beside_lora = {}
+    if modules:
+        dataset = CachedSamples(cache, [(*parts, key) for parts, key in zip(dataset.keys, keys, strict=True)])
+        row_values = dataset[0]["audio"][0].numel() if args.condition == "audio" else None
+        beside_lora = {
+            "kind": modules.base_kind,
+            "with_modules": lambda transformer: modules.put_on(transformer, row_values),
+            "trained": lambda transformer: modules_of(transformer).values() if args.train_condition_modules else (),
+        }
 
     # The transformer and its LoRA, which begins with the same random numbers whatever was encoded before
     set_seed(args.seed)
@@ -973,7 +1086,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         target_modules=parse_layers(args.lora_layers),
     )
     transformer = load_transformer(
-        folder, subfolder, weight_dtype, config, init_lora, args.quantize_base, args.variant
+        folder, subfolder, weight_dtype, config, init_lora, args.quantize_base, args.variant, **beside_lora
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -989,15 +1102,25 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         transformer.compile_repeated_blocks()
     config = next(iter(transformer.peft_config.values()))
 
+    # Those for poses are small, and are handed over whether they were trained or not.
+    hands_modules_over = args.train_condition_modules or args.condition == "pose"
+
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:
         if not all_finite(state_dict.values()):
             raise FloatingPointError(f"The LoRA is not finite any more: {file} is not written.")
+        modules = {name: value for name, value in state_dict.items() if ".lora_" not in name}
+        state_dict = {name: value for name, value in state_dict.items() if name not in modules}
         # What loads it would drop out inputs too: layers that are added to a model are in training mode.
         used = replace(config, lora_dropout=0.0)
-        save_lora(file, state_dict, used, scheme, args.expert, layout, args.clip_resize)
+        save_lora(file, state_dict, used, scheme, args.expert, layout, args.clip_resize, args.condition, modules)
+
+    def trained_state_dict(model: torch.nn.Module, rank: int | None = None) -> dict[str, torch.Tensor]:
+        """The LoRA and the modules that are handed over with it."""
+        state_dict = lora_state_dict(accelerator, model, rank)
+        return state_dict | (modules_to_save(unwrap(accelerator, model)) if hands_modules_over else {})
 
     def save_model_hook(models, weights, folder):
-        state_dict = lora_state_dict(accelerator, models[0])
+        state_dict = trained_state_dict(models[0])
         if accelerator.is_main_process:
             write_lora(Path(folder) / LORA_NAME, state_dict)
         if weights:
@@ -1006,9 +1129,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     def load_model_hook(models, folder):
         # DeepSpeed has loaded its own, LoRA included.
         if models:
-            state_dict = read_lora(folder, LORA_NAME).state_dict
-            state_dict = {name.removeprefix("transformer."): value for name, value in state_dict.items()}
-            set_peft_model_state_dict(unwrap(accelerator, models.pop()), state_dict)
+            saved, model = read_lora(folder, LORA_NAME), unwrap(accelerator, models.pop())
+            state_dict = {name.removeprefix("transformer."): value for name, value in saved.state_dict.items()}
+            set_peft_model_state_dict(model, state_dict)
+            if saved.modules:
+                load_modules(model, saved.modules)
 
     accelerator.register_save_state_pre_hook(save_model_hook)
     accelerator.register_load_state_pre_hook(load_model_hook)
@@ -1061,7 +1186,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     generator = torch.Generator().manual_seed(args.seed * 1000 + 500 + accelerator.process_index)
     times = StepTimes(accelerator.device)
     training_step = TrainingStep(
-        args, transformer, recycler, generator, timesteps, no_prompt, patch_size, expand_timesteps, weight_dtype, times
+        args,
+        transformer,
+        recycler,
+        generator,
+        timesteps,
+        no_prompt,
+        patch_size,
+        expand_timesteps,
+        weight_dtype,
+        times,
+        make_following(args, modules),
     )
 
     # Resume
@@ -1221,7 +1356,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
 
     # Save, validate, push
     with all_applied(averages):
-        state_dict = lora_state_dict(accelerator, transformer, args.export_rank)
+        state_dict = trained_state_dict(transformer, args.export_rank)
     if args.export_rank:
         config = replace(config, r=args.export_rank, lora_alpha=args.export_rank)
     state_dict = {name: value.to(getattr(torch, args.export_dtype)) for name, value in state_dict.items()}

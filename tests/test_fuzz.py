@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from conftest import CLIP, load_script, make_components, quiet, seeded
 from diffusers_svi import ChainState, ClipSpec, HeldLatents, LatentMotion, PixelMotion, SVIPipeline, load_prompts
-from diffusers_svi.training.sources import read_captions
+from diffusers_svi.training.lists import read_captions
 
 
 ROOT = Path(__file__).parents[1]

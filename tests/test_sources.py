@@ -12,8 +12,9 @@ import pytest
 
 from diffusers_svi import data
 from diffusers_svi.frames import Times, open_video
+from diffusers_svi.training.lists import read_captions
 from diffusers_svi.training.samples import SampleLayout, Samples
-from diffusers_svi.training.sources import Candidate, open_dataset, open_folder, read_captions, usable_videos
+from diffusers_svi.training.sources import Candidate, open_dataset, open_folder, usable_videos
 from small_videos import numbers, ramp_video, write_numbered, write_rows
 from svi_tiny import world
 from svi_tiny.videos import write_videos

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import av
@@ -52,6 +53,7 @@ class Video:
         times (`Times`, *optional*): When its frames are shown.
         fps (`int`, *optional*): What it was resampled to, in frames a second; its own frames if not given.
         size (`tuple[int, int]`, *optional*): Height and width of its frames, as `read` gives them.
+        beside (`Path`, *optional*): A file, or a folder, of what it follows: its sound, or its poses.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Video:
     times: Times | None = field(default=None, repr=False, compare=False)
     fps: int | None = None
     size: tuple[int, int] | None = None
+    beside: Path | None = None
 
     def describe_length(self) -> str:
         """For messages: how many frames it has, and at what rate if it was resampled."""

@@ -24,10 +24,11 @@ from .weights_file import fetch_weights
 
 logger = logging.get_logger(__name__)
 
-# The keys under which scheme, expert and what CLIP was shown stand in the metadata of a safetensors file.
+# The keys under which scheme, expert, what CLIP was shown and what films follow stand in a safetensors file.
 CONDITIONING_KEY = "svi_conditioning"
 EXPERT_KEY = "svi_expert"
 CLIP_RESIZE_KEY = "svi_clip_resize"
+CONDITION_KEY = "svi_condition"
 EXPERTS = ("high", "low")
 
 # A published repository that is for one scheme: Pro for TI2V-5B (Impulse2000/svi-model-pro-5b).
@@ -110,7 +111,7 @@ def read_lora(
     """
     fetched = fetch_weights(source, weight_name, what="LoRA", **hub_options)
     name, state_dict, adapter_metadata = fetched.name, fetched.state_dict, fetched.adapter_metadata
-    state_dict, modules = _without_modules(state_dict)
+    state_dict, modules = without_modules(state_dict)
     if adapter_metadata is not None and any(key.endswith(".alpha") for key in state_dict):
         raise ValueError(
             f"The LoRA {name!r} gives its alpha twice, among the weights and as `{LORA_ADAPTER_METADATA_KEY}` in the "
@@ -137,6 +138,9 @@ def read_lora(
         expert = metadata[EXPERT_KEY]
         check_choice(EXPERT_KEY, expert, EXPERTS)
     origin, condition = fetched.source, _condition(name, modules)
+    if CONDITION_KEY in metadata:
+        condition = metadata[CONDITION_KEY]
+        check_choice(CONDITION_KEY, condition, tuple(_PIPELINES))
     return LoraFile(state_dict, adapter_metadata, conditioning, expert, clip_resize, name, origin, condition, modules)
 
 
@@ -159,13 +163,16 @@ def check_scheme(conditioning: Scheme | None) -> None:
 
 
 def lora_metadata(
-    conditioning: Scheme | None, expert: str | None = None, clip_resize: str | None = None
+    conditioning: Scheme | None,
+    expert: str | None = None,
+    clip_resize: str | None = None,
+    condition: str | None = None,
 ) -> dict[str, str]:
     """What to write into the metadata of a LoRA file so that [`read_lora`] finds what is known of it.
 
     Raises:
-        ValueError: if `conditioning` is no scheme, `expert` neither "high" nor "low", or `clip_resize` neither "crop"
-            nor "squash".
+        ValueError: if `conditioning` is no scheme, `expert` neither "high" nor "low", `clip_resize` neither "crop"
+            nor "squash", or `condition` neither "audio" nor "pose".
     """
     check_scheme(conditioning)
     metadata = {} if conditioning is None else {CONDITIONING_KEY: json.dumps(conditioning.to_dict())}
@@ -175,6 +182,9 @@ def lora_metadata(
     if clip_resize is not None:
         check_choice("clip_resize", clip_resize, CLIP_RESIZES)
         metadata[CLIP_RESIZE_KEY] = clip_resize
+    if condition is not None:
+        check_choice("condition", condition, tuple(_PIPELINES))
+        metadata[CONDITION_KEY] = condition
     return metadata
 
 
@@ -186,6 +196,8 @@ def save_lora(
     expert: str | None = None,
     layout: str = "diffusers",
     clip_resize: str | None = None,
+    condition: str | None = None,
+    modules: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a LoRA with its scheme to a safetensors file that [`read_lora`] reads.
 
@@ -200,20 +212,25 @@ def save_lora(
             Or "original": the names of the original code after `diffusion_model.`, as ComfyUI and the authors' loader
             read them. They apply no alpha, so it is multiplied into the weights.
         clip_resize (`str`, *optional*): What the image encoder saw in training, "crop" or "squash".
+        condition (`str`, *optional*): What its films follow beside text, "audio" or "pose".
+        modules (`dict[str, torch.Tensor]`, *optional*):
+            The modules for that, under the names of the published files, to lie in the same file.
 
     Raises:
         ValueError: for another `layout`.
     """
     check_choice("layout", layout, ("diffusers", "original"))
+    modules = modules or {}
     if layout == "diffusers":
         state_dict = {f"transformer.{key}": value for key, value in state_dict.items()}
-        write_lora(file, state_dict, conditioning, expert, config.to_dict(), clip_resize)
+        write_lora(file, {**state_dict, **modules}, conditioning, expert, config.to_dict(), clip_resize, condition)
     else:
         state_dict = {
             f"diffusion_model.{original_name(key)}": value * _scale(config, key) if ".lora_B." in key else value
             for key, value in state_dict.items()
         }
-        write_lora(file, state_dict, conditioning, expert, clip_resize=clip_resize)
+        modules = {f"diffusion_model.{key}": value for key, value in modules.items()}
+        write_lora(file, {**state_dict, **modules}, conditioning, expert, clip_resize=clip_resize, condition=condition)
 
 
 def write_lora(
@@ -223,16 +240,18 @@ def write_lora(
     expert: str | None,
     adapter_metadata: dict[str, Any] | None = None,
     clip_resize: str | None = None,
+    condition: str | None = None,
 ) -> None:
     """Write weights under the names they have, with what is known of scheme, expert and LoRA configuration.
 
     Args:
         file: Where to.
         state_dict (`dict[str, torch.Tensor]`): Weights, such as `transformer.blocks.0.attn1.to_q.lora_A.weight`.
-        conditioning (`Scheme`, *optional*), expert, clip_resize (`str`, *optional*): As in [`lora_metadata`].
+        conditioning (`Scheme`, *optional*), expert, clip_resize, condition (`str`, *optional*):
+            As in [`lora_metadata`].
         adapter_metadata (`dict`, *optional*): What `PeftConfig.to_dict` gives.
     """
-    metadata = {"format": "pt", **lora_metadata(conditioning, expert, clip_resize)}
+    metadata = {"format": "pt", **lora_metadata(conditioning, expert, clip_resize, condition)}
     if adapter_metadata is not None:
         adapter_metadata = {f"transformer.{key}": value for key, value in adapter_metadata.items()}
         # The sets of a `PeftConfig` are the one thing in it that JSON does not know.
@@ -264,7 +283,7 @@ def _published(name: str) -> tuple[Scheme | None, str | None]:
     return next(iter(schemes), None), (expert["expert"] or expert["copy"]) if expert else None
 
 
-def _without_modules(
+def without_modules(
     state_dict: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What a file holds of a LoRA, and what it holds of modules for audio or poses."""

@@ -28,7 +28,7 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from ..checks import check_number
 from ..video import frame_rate
-from .rows import bounds
+from .rows import ROW_FILES, bounds, read_rows
 from .voice import BLOCK, RATE, SoundLike, Voice
 
 
@@ -119,7 +119,7 @@ class AudioFeatures:
         self._hop = int(np.prod(strides))
         # Samples that one output of the convolutions looks at.
         self._field = 1 + sum((kernel - 1) * int(np.prod(strides[:layer])) for layer, kernel in enumerate(kernels))
-        self._num_rows = voice.num_samples * rate.numerator // (RATE * rate.denominator)
+        self._num_rows = num_rows(voice, fps)
         self._num_convolved = (voice.num_samples - self._field) // self._hop + 1
         if self._num_rows < 1 or self._num_convolved < 1:
             raise ValueError(
@@ -233,6 +233,12 @@ class AudioFeatures:
         return torch.from_numpy(weight @ mean + bias), torch.from_numpy(variance)
 
 
+def num_rows(voice: Voice, fps: float = FPS) -> int:
+    """As many rows as there are whole frames in a sound, at `fps` of them a second."""
+    rate = frame_rate(fps)
+    return voice.num_samples * rate.numerator // (RATE * rate.denominator)
+
+
 def open_audio(
     audio: AudioLike | AudioFeatures | GivenFeatures,
     audio_encoder: Wav2Vec2Model | None = None,
@@ -243,7 +249,7 @@ def open_audio(
 
     Args:
         audio: A file or `(array, rate)`, see [`Voice`]; or its features, one row a film frame, which are taken as they
-            are. What was opened before is handed back.
+            are, also from an .npy or safetensors file, see [`read_rows`]. What was opened before is handed back.
         audio_encoder (`Wav2Vec2Model`, *optional*): Needed for a sound.
         fps (`float`, defaults to 25): Frames a second of the film.
         feature_extractor (`Wav2Vec2FeatureExtractor`, *optional*): The encoder's; normalises if not given.
@@ -260,6 +266,8 @@ def open_audio(
             f"`audio` must be a path, `(array, rate)`, or features (frames, layers, channels), got "
             f"{type(audio).__name__}."
         )
+    if not isinstance(audio, tuple) and os.path.splitext(audio)[1].lower() in ROW_FILES:
+        return GivenFeatures(read_rows(audio, "audio"))
     if audio_encoder is None:
         raise ValueError("`audio` is a sound: pass an `audio_encoder`, a `Wav2Vec2Model`, or the sound's features.")
     # Before the sound is read, which may take long.

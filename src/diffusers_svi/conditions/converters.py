@@ -106,6 +106,62 @@ _KINDS: dict[type, tuple[Any, Any, str]] = {
     SVITalkTransformer3DModel: (convert_audio, audio_config, "audio_"),
     SVIDanceTransformer3DModel: (convert_pose, pose_config, "pose_"),
 }
+
+
+def modules_of(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The weights of a transformer's modules for audio or poses, under its own names; none of a plain one."""
+    prefixes = [prefix for kind, (*_, prefix) in _KINDS.items() if isinstance(transformer, kind)]
+    return {
+        name: parameter
+        for name, parameter in transformer.named_parameters()
+        if any(f".{prefix}" in f".{name}" for prefix in prefixes)
+    }
+
+
+def published_modules(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights that [`modules_of`] names, under the names of the published files: what [`with_modules`] takes."""
+    published = {}
+    for name in weights:
+        block, layer, part = re.fullmatch(r"(blocks\.\d+\.|)(.+)\.(weight|bias)", name).groups()  # type: ignore[union-attr]
+        if layer.startswith("pose_embedder."):
+            published[f"dwpose_embedding.{2 * int(layer.rpartition('.')[2])}.{part}"] = weights[name]
+        for key, names in _AUDIO.items():
+            if names[0] == layer:
+                parts = [weights[f"{block}{name}.{part}"] for name in names]
+                published[f"{block}{key}.{part}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return published
+
+
+def fresh_modules(
+    kind: type[Conditioned], transformer: WanTransformer3DModel, **sizes: int
+) -> dict[str, torch.Tensor]:
+    """Modules to be trained from the beginning, under the names of the published files.
+
+    They are initialised as PyTorch does, but for the last layers, which are zeros: a transformer that has them is what
+    it was.
+
+    Args:
+        kind: [`SVITalkTransformer3DModel`] or [`SVIDanceTransformer3DModel`].
+        transformer (`WanTransformer3DModel`): The base they are for.
+        sizes (`int`): Of the modules, by the names they have in `kind`; the published ones if not given.
+    """
+    prefix = _KINDS[kind][2]
+    with init_empty_weights():
+        model = kind(**{**_base_config(transformer, prefix), **sizes})
+    last = ("audio_attn.to_out", f"pose_embedder.layers.{len(STRIDES)}")
+    for name, module in model.named_modules():
+        if f".{prefix}" in f".{name}" and isinstance(module, (torch.nn.Linear, torch.nn.Conv3d, torch.nn.LayerNorm)):
+            module.to_empty(device="cpu").reset_parameters()
+            if name.endswith(last):
+                for parameter in module.parameters():
+                    torch.nn.init.zeros_(parameter)
+    return {name: value.detach() for name, value in published_modules(modules_of(model)).items()}
+
+
+def _base_config(transformer: WanTransformer3DModel, prefix: str) -> dict[str, Any]:
+    return {name: value for name, value in transformer.config.items() if not name.startswith(("_", prefix))}
+
+
 # What a model remembers beside its weights: LoRAs on its layers, their quantization, and how it is trained.
 _REMEMBERED = (
     *("_hf_peft_config_loaded", "peft_config", "hf_quantizer", "is_quantized", "quantization_method"),
@@ -139,10 +195,9 @@ def with_modules(
         sizes = config_of(weights)
     except (KeyError, ZeroDivisionError) as error:
         raise ValueError(f"The modules for {prefix[:-1]} are not complete, or damaged: {error!r}.") from error
-    config = {name: value for name, value in transformer.config.items() if not name.startswith(("_", prefix))}
     # Buffers, which no file has, are real.
     with init_empty_weights():
-        model = kind(**config, **sizes)
+        model = kind(**_base_config(transformer, prefix), **sizes)
     wanted = {name: value for name, value in model.state_dict().items() if f".{prefix}" in f".{name}"}
     _check_weights(weights, wanted)
     _share(model, transformer, prefix, without=("rope", "blocks"))

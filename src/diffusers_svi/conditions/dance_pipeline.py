@@ -17,7 +17,7 @@ from .condition_pipeline import ConditionPipeline
 from .dance_transformer import SVIDanceTransformer3DModel
 from .pose import PoseLike, Poses, open_pose
 from .rows import Rows
-from .windows import film_rows, first_frame
+from .windows import film_rows, first_frame, pose_pictures
 
 
 # source: the authors' script for SVI-Dance
@@ -133,6 +133,5 @@ class SVIDancePipeline(ConditionPipeline):
     ) -> torch.Tensor:
         given = dict(options.pop("attention_kwargs"))
         seen = film_rows(given.pop("pose"), first_frame(state), state.num_frames, given.pop("loop_pose"))
-        # (frames, height, width, 3) -> (1, 3, frames, height, width)
-        given["pose"] = seen.permute(3, 0, 1, 2)[None].to(self._execution_device).float() / 255
+        given["pose"] = pose_pictures(seen[None].to(self._execution_device))
         return super()._generate(state, last, clip_resize, bar_config, attention_kwargs=given, **options)

@@ -23,7 +23,7 @@ from ..frames import open_video
 from ..start_image import OVERSHOOT, RESIZE_MODES, SEEN_CHANGE
 from ..video import to_8_bits
 from .keypoints import Keypoints, read_json, read_json_list, read_npz
-from .rows import bounds
+from .rows import ROW_FILES, bounds, read_rows
 from .skeleton import COLORS, draw_skeleton
 
 
@@ -75,6 +75,7 @@ def open_pose(
             - a video file of finished pose pictures;
             - a folder of pictures, or of OpenPose's JSON files, one a frame, with consecutive numbers in their names;
             - a JSON file with a list of frames, or an .npz file, see `keypoints.py`;
+            - an .npy or safetensors file with frames, see [`read_rows`];
             - frames: `(n, height, width, 3)`, `(n, 3, height, width)` as a tensor, in [0, 1] or uint8, or images.
 
             What was opened before is handed back.
@@ -111,6 +112,8 @@ def open_pose(
     paths = _numbered(path) if path.is_dir() else []
     if paths and paths[0].suffix.lower() in PICTURES:
         return _resized(*_from_pictures(paths), size, resize_mode)
+    if suffix in ROW_FILES and not paths:
+        return _resized(*_from_frames(read_rows(path, "pose")), size, resize_mode)
     if paths or suffix in KEYPOINTS:
         points = read_json(paths, keypoint_size) if paths else KEYPOINT_READERS[suffix](path, keypoint_size)
         return _drawn(points, size, resize_mode, colors)

@@ -62,8 +62,22 @@ def audio_windows(features: Rows, first: int, num_frames: int, window: int = 5) 
     Returns:
         `(num_frames, window, layers, channels)`. Beyond the ends of the film the row at the end holds.
     """
-    rows = film_rows(features, first - window // 2, num_frames + window - 1)
+    return windows_of(heard_rows(features, first, num_frames, window), window)
+
+
+def heard_rows(features: Rows, first: int, num_frames: int, window: int = 5) -> torch.Tensor:
+    """The rows that the frames of a clip hear together, `(num_frames + window - 1, layers, channels)`."""
+    return film_rows(features, first - window // 2, num_frames + window - 1)
+
+
+def windows_of(rows: torch.Tensor, window: int = 5) -> torch.Tensor:
+    """What each frame hears, out of the rows that [`heard_rows`] gave: `(num_frames, window, layers, channels)`."""
     return rows[torch.arange(len(rows)).unfold(0, window, 1)]
+
+
+def pose_pictures(rows: torch.Tensor) -> torch.Tensor:
+    """What a transformer sees of poses `(..., frames, height, width, 3)` uint8: `(..., 3, frames, height, width)`."""
+    return rows.movedim(-1, -4).float() / 255
 
 
 def latent_windows(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,12 +8,17 @@ import os
 import re
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 # Names of columns that are understood, in lower case; the first of both are those of the authors' CSV files.
 VIDEO_COLUMNS = ("filename", "file_name", "video", "video_path", "path")
 CAPTION_COLUMNS = ("video description", "text", "caption", "prompt")
+# And those of what a video follows.
+BESIDE_COLUMNS = {
+    "audio": ("audio", "audio_path", "audio_file", "sound"),
+    "pose": ("pose", "pose_path", "pose_file", "poses"),
+}
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -22,10 +27,29 @@ ALPHABETS = {"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HEBREW", "ARABIC", "SYRI
 REMEDY = 'save the list as "CSV UTF-8"'
 
 
+class Listed(NamedTuple):
+    """A video of a list, its caption, `None` where that is missing or empty, and the file of what it follows."""
+
+    video: Path
+    caption: str | None
+    beside: Path | None = None
+
+
 def read_captions(
     folder: str | os.PathLike, video_column: str | None = None, caption_column: str | None = None
 ) -> list[tuple[Path, str | None]]:
-    """The videos that a folder's CSV or JSONL file lists, with their captions; `None` where that is missing or empty.
+    """The videos that a folder's CSV or JSONL file lists, with their captions: as [`read_list`], of which see."""
+    return [(listed.video, listed.caption) for listed in read_list(folder, video_column, caption_column)]
+
+
+def read_list(
+    folder: str | os.PathLike,
+    video_column: str | None = None,
+    caption_column: str | None = None,
+    condition: str | None = None,
+    condition_column: str | None = None,
+) -> list[Listed]:
+    """The videos that a folder's CSV or JSONL file lists, with their captions, and what they follow.
 
     The file is `<folder name>.csv`, as the authors have it, or else the only `*.csv`, `*.tsv` or `*.jsonl` of the
     folder. A folder without one may have folders that each have one, as the authors' data does.
@@ -37,15 +61,20 @@ def read_captions(
         folder: The folder; paths in a file are relative to the file.
         video_column, caption_column (`str`, *optional*):
             Their columns; if not given, they are found by name among `VIDEO_COLUMNS` and `CAPTION_COLUMNS`.
+        condition (`str`, *optional*): What they follow beside text: "audio" or "pose"; nothing if not given.
+        condition_column (`str`, *optional*):
+            The column of its files; if not given, found among the `BESIDE_COLUMNS`. A list without one has the sounds
+            in the videos themselves; poses need one.
 
     Raises:
         ValueError: if there is no such file or more than one, if it is malformed or has no such columns, or if a path
-            leads out of the folder.
+            leads out of the folder, or is missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`folder`={str(folder)!r} is not a folder.")
-    return [entry for file in _find_lists(folder) for entry in _read_list(file, video_column, caption_column)]
+    columns = video_column, caption_column, condition_column
+    return [entry for file in _find_lists(folder) for entry in _read_list(file, columns, condition)]
 
 
 def _find_lists(folder: Path) -> list[Path]:
@@ -85,7 +114,7 @@ def _find_list(folder: Path) -> Path | None:
     return next(iter(preferred or files), None)
 
 
-def _read_list(file: Path, video_column: str | None, caption_column: str | None) -> list[tuple[Path, str | None]]:
+def _read_list(file: Path, given: tuple[str | None, str | None, str | None], condition: str | None) -> list[Listed]:
     try:
         read = _read_json if file.suffix.lower() == ".jsonl" else _read_csv
         columns, rows = read(_read_text(file))
@@ -93,21 +122,29 @@ def _read_list(file: Path, video_column: str | None, caption_column: str | None)
         raise ValueError(f"{file} cannot be read as a list of videos: {error}.") from error
     if not rows:
         raise ValueError(f"{file} lists no video.")
-    video_column = find_column("video_column", video_column, VIDEO_COLUMNS, columns, file)
-    caption_column = find_column("caption_column", caption_column, CAPTION_COLUMNS, columns, file)
-    captions = []
+    video_column = find_column("video_column", given[0], VIDEO_COLUMNS, columns, file)
+    caption_column = find_column("caption_column", given[1], CAPTION_COLUMNS, columns, file)
+    beside_column = find_beside(condition, given[2], columns, file)
+    listed = []
     for line, row in rows.items():
-        path = row.get(video_column)
-        if not isinstance(path, str) or not path.strip():
-            raise ValueError(f"{file}, line {line}: {video_column!r} must be the path of a video, got {path!r}.")
-        path = os.path.normpath(path.strip())
-        if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-            raise ValueError(
-                f"{file}, line {line}: {video_column!r} must be a path within the folder of the file, got {path!r}."
-            )
-        caption = check_caption(row.get(caption_column), f"{file}, line {line}: {caption_column!r}")
-        captions.append((file.parent / path, caption))
-    return captions
+        where = f"{file}, line {line}:"
+        video = file.parent / _check_path(row.get(video_column), f"{where} {video_column!r}", "a video")
+        caption = check_caption(row.get(caption_column), f"{where} {caption_column!r}")
+        beside = None if condition is None else video
+        if beside_column is not None:
+            path = _check_path(row.get(beside_column), f"{where} {beside_column!r}", f"the {condition} of a video")
+            beside = file.parent / path
+        listed.append(Listed(video, caption, beside))
+    return listed
+
+
+def _check_path(path: object, where: str, what: str) -> str:
+    if not isinstance(path, str) or not path.strip():
+        raise ValueError(f"{where} must be the path of {what}, got {path!r}.")
+    path = os.path.normpath(path.strip())
+    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+        raise ValueError(f"{where} must be a path within the folder of the file, got {path!r}.")
+    return path
 
 
 def _read_text(file: Path) -> str:
@@ -198,6 +235,20 @@ def find_column(
     if given is not None:
         raise ValueError(f"`{argument}`={given!r} is no column of {where}, which has {columns}.")
     raise ValueError(f"{where} has no column named like one of {known}. Set `{argument}` to one of {columns}.")
+
+
+def find_beside(condition: str | None, given: str | None, columns: list[str], where: str | Path) -> str | None:
+    """The column of what videos follow, "audio" or "pose"; `None` for the sounds in the videos themselves.
+
+    Raises:
+        ValueError: as [`find_column`] does; sounds need no column.
+    """
+    if condition is None:
+        return None
+    known = BESIDE_COLUMNS[condition]
+    if condition == "audio" and given is None and not {column.strip().lower() for column in columns} & {*known}:
+        return None
+    return find_column("condition_column", given, known, columns, where)
 
 
 def check_caption(value: object, where: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -19,15 +20,20 @@ from .quantized import BITSANDBYTES, quantization_config
 
 
 def read_init_lora(
-    source: str | os.PathLike, weight_name: str | None, rank: int, alpha: float, cache_dir: str | None = None
-) -> dict[str, torch.Tensor]:
-    """The weights to go on from, at the scale of a LoRA of `rank` and `alpha`.
+    source: str | os.PathLike,
+    weight_name: str | None,
+    rank: int,
+    alpha: float,
+    cache_dir: str | None = None,
+    condition: str | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights to go on from, at the scale of a LoRA of `rank` and `alpha`, and the modules that lie with them.
 
     Raises:
-        ValueError: if there is no LoRA, it has another rank, or its films follow audio or poses.
+        ValueError: if there is no LoRA, it has another rank, or its films follow something that is not `condition`.
     """
     lora = read_lora(source, weight_name, cache_dir=cache_dir)
-    check_condition(lora)
+    check_condition(lora, condition)
     ranks = {value.shape[0] for name, value in lora.state_dict.items() if ".lora_A." in name}
     if ranks != {rank}:
         raise ValueError(
@@ -35,10 +41,11 @@ def read_init_lora(
         )
     # Files without settings are of scale 1.
     of_file = (lora.adapter_metadata or {}).get("transformer.lora_alpha", rank)
-    return {
+    weights = {
         name.removeprefix("transformer."): value.float() * (of_file / alpha if ".lora_B." in name else 1)
         for name, value in lora.state_dict.items()
     }
+    return weights, lora.modules
 
 
 def load_transformer(
@@ -49,6 +56,10 @@ def load_transformer(
     init_lora: dict[str, torch.Tensor] | None = None,
     quantize: str | None = None,
     variant: str | None = None,
+    *,
+    kind: type[WanTransformer3DModel] = WanTransformer3DModel,
+    with_modules: Callable[[WanTransformer3DModel], WanTransformer3DModel] | None = None,
+    trained: Callable[[WanTransformer3DModel], Iterable[torch.nn.Parameter]] | None = None,
 ) -> WanTransformer3DModel:
     """The frozen base with a float32 LoRA on it.
 
@@ -59,19 +70,26 @@ def load_transformer(
         init_lora (`dict[str, torch.Tensor]`, *optional*): Weights it begins with, as `read_init_lora` has them.
         quantize (`str`, *optional*): What the base is kept in, as [`quantization_config`] has it.
         variant (`str`, *optional*): Of the weight files.
+        kind (`type`, defaults to `WanTransformer3DModel`): Of the base.
+        with_modules (`Callable`, *optional*): Gives the base modules that it lacks.
+        trained (`Callable`, *optional*): Which of its weights are trained beside the LoRA, in float32 too.
 
     Raises:
         ValueError: if the model lacks a layer, or the weights are of another LoRA.
     """
     quantization = quantization_config(quantize, dtype) if quantize else None
-    transformer = WanTransformer3DModel.from_pretrained(
+    transformer = kind.from_pretrained(
         folder, subfolder=subfolder, dtype=dtype, quantization_config=quantization, variant=variant
     )
+    if with_modules is not None:
+        transformer = with_modules(transformer)
     transformer.requires_grad_(False)
     if quantize in BITSANDBYTES:
         transformer = prepare_model_for_kbit_training(transformer, use_gradient_checkpointing=False)
     check_layers(config.target_modules, (name for name, _ in transformer.named_modules()))
     transformer.add_adapter(config)
+    for parameter in [] if trained is None else trained(transformer):
+        parameter.requires_grad_(True)
     cast_training_params(transformer, dtype=torch.float32)
     # Processes need not tell each other what never changes.
     frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]

@@ -15,7 +15,10 @@ NOT_NEGATIVE = (
     *("validation_guidance_scale", "mode_scale"),
 )
 POSITIVE = ("lora_alpha", "flow_shift", "adam_epsilon", "max_grad_norm", "bank_max_gb", "lr_power", "logit_std")
-SHARES = ("p_motion", "p_text_start", "proportion_empty_prompts", "max_skipped_share", "clean_buffer_update_prob")
+SHARES = (
+    *("p_motion", "p_text_start", "proportion_empty_prompts", "max_skipped_share", "clean_buffer_update_prob"),
+    *("p_no_condition", "p_no_image"),
+)
 BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay")
 # diffusers' own, where it is left alone.
 EMA_DECAY = 0.9999

@@ -20,6 +20,7 @@ FIXED = (
     *("reference", "first_frame_augmentation", "ref_pad_num", "repeat_first_frame", "mask_frames", "clip_resize"),
     *("expert", "quantize_base", "rank", "lora_alpha", "lora_layers", "lora_dropout"),
     *("init_lora", "init_lora_weight_name"),
+    *("condition", "condition_modules", "module_sizes", "train_condition_modules", "p_no_condition", "p_no_image"),
     *("height", "width", "num_frames", "buckets", "fps", "center_crop", "random_flip", "samples_per_video"),
     *("enable_tiling",),
     *("proportion_empty_prompts", "max_sequence_length", "seed"),
@@ -45,6 +46,7 @@ TOLD = ("max_grad_norm", "gradient_checkpointing", "compile", "allow_tf32", "max
 COMPARED = (
     *("pretrained_model_name_or_path", "revision", "variant"),
     *("train_data_dir", "dataset_name", "dataset_config_name", "video_column", "caption_column"),
+    *("condition_column", "audio_encoder"),
 )
 # What is trained does not depend on them.
 FREE = (
@@ -53,7 +55,7 @@ FREE = (
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("report_to", "tracker_name", "logging_dir"),
     *("validation_prompt", "validation_image", "num_validation_clips", "validation_steps", "validation_epochs"),
-    *("validation_inference_steps", "validation_guidance_scale"),
+    *("validation_inference_steps", "validation_guidance_scale", "validation_condition"),
     # Experts learn the same whoever takes turns with them.
     "expert_switch_steps",
     *("export_format", "export_dtype", "export_rank", "push_to_hub", "hub_model_id", "hub_token"),
@@ -66,9 +68,16 @@ def describe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({name: value for name, value in arguments.items() if name not in SECRET}))
 
 
-def describe_content(folder: str | os.PathLike, subfolder: str, samples: Samples) -> dict[str, Any]:
-    """Fingerprints of the transformer in `subfolder` of a local model folder, and of what is trained on."""
-    keys = [[samples.key(index), samples.caption(index)] for index in range(len(samples))]
+def describe_content(
+    folder: str | os.PathLike, subfolder: str, samples: Samples, conditions: list[str] | None = None
+) -> dict[str, Any]:
+    """Fingerprints of the transformer in `subfolder` of a local model folder, and of what is trained on.
+
+    `conditions` are the keys of what samples follow beside text, if they follow anything.
+    """
+    keys: list[list[str]] = [[samples.key(index), samples.caption(index)] for index in range(len(samples))]
+    if conditions is not None:
+        keys = [[*key, condition] for key, condition in zip(keys, conditions, strict=True)]
     return {
         "model": fingerprint_model(folder, subfolder),
         "samples": fingerprint(keys),

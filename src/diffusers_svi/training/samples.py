@@ -86,6 +86,23 @@ class SampleLayout:
         return range(self.history + (self.reference == "before"), num_frames - self.num_frames + 1)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Where a sample is cut from its video.
+
+    Args:
+        start (`int`): The frame that its clip begins with.
+        reference (`int`): The reference frame.
+        box (`tuple[int, int, int, int]`): Top, left, height and width of the crop, the same in all frames.
+        is_mirrored (`bool`): Whether left and right are exchanged.
+    """
+
+    start: int
+    reference: int
+    box: tuple[int, int, int, int]
+    is_mirrored: bool
+
+
 class Samples(torch.utils.data.Dataset):
     r"""Samples cut from videos, as a map from their number to a dictionary.
 
@@ -140,7 +157,36 @@ class Samples(torch.utils.data.Dataset):
         """What sample `index` consists of."""
         return self._locate(index)[1]
 
+    def video(self, index: int) -> Video:
+        """What sample `index` is cut from."""
+        return self._locate(index)[0]
+
+    def cut(self, index: int) -> Cut:
+        """Where sample `index` is cut from its video."""
+        return self._draw(index)[0]
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+        video, layout, _ = self._locate(index)
+        cut, rng = self._draw(index)
+        wanted = [*range(cut.start - layout.history, cut.start + layout.num_frames), cut.reference]
+        pixels = video.read(wanted)
+        assert len(pixels) == len(wanted)
+
+        frames = cut_pictures(pixels, cut, layout)
+        frames, reference = frames[:, :-1], frames[:, -1]
+        condition = frames[:, layout.history : layout.history + layout.condition_frames].clone()
+        if layout.augment:
+            condition = augment(condition, rng)
+        return {
+            "video": frames.contiguous(),
+            "condition": condition,
+            "reference": reference.contiguous(),
+            "caption": video.caption,
+            "key": self.key(index),
+        }
+
+    def _draw(self, index: int) -> tuple[Cut, np.random.Generator]:
+        """The cut of a sample, and the random numbers that come after it."""
         video, layout, number = self._locate(index)
         rng = np.random.default_rng(int(fingerprint(self.seed, video.fingerprint, number), 16))
 
@@ -153,25 +199,10 @@ class Samples(torch.utils.data.Dataset):
             options = list(range(indices[0]))
             if layout.reference == "outside":
                 options += range(indices[-1] + 1, video.num_frames)
-        wanted = [*indices, options[rng.integers(len(options))]]
-        pixels = video.read(wanted)
-        assert len(pixels) == len(wanted)
-
-        top, left, height, width = crop_box(pixels.shape[1:3], layout, rng)
-        frames = _resize(pixels[:, top : top + height, left : left + width], layout.height, layout.width)
-        if layout.random_flip and rng.random() < 0.5:
-            frames = frames.flip(-1)
-        frames, reference = frames[:, :-1], frames[:, -1]
-        condition = frames[:, layout.history : layout.history + layout.condition_frames].clone()
-        if layout.augment:
-            condition = augment(condition, rng)
-        return {
-            "video": frames.contiguous(),
-            "condition": condition,
-            "reference": reference.contiguous(),
-            "caption": video.caption,
-            "key": self.key(index),
-        }
+        reference = options[rng.integers(len(options))]
+        size = video.read([start]).shape[1:3] if video.size is None else video.size
+        box = crop_box((size[0], size[1]), layout, rng)
+        return Cut(start, reference, box, layout.random_flip and bool(rng.random() < 0.5)), rng
 
     def _locate(self, index: int) -> tuple[Video, SampleLayout, int]:
         index, number = divmod(range(len(self))[index], self.samples_per_video)
@@ -196,6 +227,13 @@ def crop_box(size: tuple[int, int], layout: SampleLayout, rng: np.random.Generat
     room = height - crop_height, width - crop_width
     top, left = (r // 2 if layout.center_crop else int(rng.integers(r + 1)) for r in room)
     return top, left, crop_height, crop_width
+
+
+def cut_pictures(pixels: np.ndarray, cut: Cut, layout: SampleLayout) -> torch.Tensor:
+    """Pictures of the video's size, `(n, h, w, 3)` uint8, as a sample has them: `(3, n, height, width)` in [-1, 1]."""
+    top, left, height, width = cut.box
+    frames = _resize(pixels[:, top : top + height, left : left + width], layout.height, layout.width)
+    return frames.flip(-1) if cut.is_mirrored else frames
 
 
 def _resize(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:

@@ -6,9 +6,10 @@ Both give candidates; `usable_videos` opens them, and tells what can be trained 
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from diffusers.utils import logging
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..frames import Video, open_source, open_video
 from .buckets import choose_bucket, is_enlarged, nearest_in_aspect
-from .lists import CAPTION_COLUMNS, VIDEO_COLUMNS, check_caption, find_column, read_captions
+from .lists import CAPTION_COLUMNS, VIDEO_COLUMNS, check_caption, find_column, read_list
 from .samples import SampleLayout
 
 
@@ -37,12 +38,16 @@ class Candidate(NamedTuple):
 
 
 def open_folder(
-    folder: str | os.PathLike, video_column: str | None = None, caption_column: str | None = None
+    folder: str | os.PathLike,
+    video_column: str | None = None,
+    caption_column: str | None = None,
+    condition: str | None = None,
+    condition_column: str | None = None,
 ) -> list[Candidate]:
-    """The videos of a folder, for `usable_videos`. See `read_captions`."""
+    """The videos of a folder, for `usable_videos`. See `read_list`."""
     return [
-        Candidate(str(path.relative_to(folder)), caption, partial(open_video, path, caption or ""))
-        for path, caption in read_captions(folder, video_column, caption_column)
+        Candidate(str(path.relative_to(folder)), caption, partial(_open_file, path, caption or "", beside))
+        for path, caption, beside in read_list(folder, video_column, caption_column, condition, condition_column)
     ]
 
 
@@ -52,6 +57,8 @@ def open_dataset(
     split: str = "train",
     video_column: str | None = None,
     caption_column: str | None = None,
+    condition: str | None = None,
+    condition_column: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> list[Candidate]:
     """The videos of a Hugging Face dataset, for `usable_videos`.
@@ -184,6 +191,10 @@ def _open(candidate: Candidate) -> Video | ValueError | None:
         return None if candidate.caption is None else candidate.open()
     except ValueError as error:
         return error
+
+
+def _open_file(path: Path, caption: str, beside: Path | None) -> Video:
+    return replace(open_video(path, caption), beside=beside)
 
 
 def _open_row(rows: Any, index: int, column: str) -> BinaryIO:
