@@ -3,6 +3,7 @@
 import csv
 
 import av
+import conditions
 import numpy as np
 import pytest
 import torch
@@ -113,3 +114,51 @@ def test_films_are_written_with_their_poses_beside_them(tmp_path):
     for name, wanted in ((row[0], world.render(states)), (row[2], voices.draw_poses(states))):
         seen = open_video(tmp_path / name, "").read(list(range(17)))
         assert np.abs(seen.astype(float) - wanted).mean() < 4
+
+
+# The benchmark
+
+
+def shown(follows: str, num_films: int = 3, num_clips: int = 2) -> tuple[np.ndarray, list[list[world.State]]]:
+    """What is seen of films that follow exactly, and what they should show."""
+    films = [conditions.truth(follows, index, num_clips) for index in range(num_films)]
+    sprites = [[state.sprite for state in film] for film in films]
+    return np.array([[(sprite.radius, sprite.x, sprite.y) for sprite in film] for film in sprites]), films
+
+
+def test_films_that_follow_their_voice_have_full_marks_and_fail_against_others():
+    figures = conditions.summarize("audio", *shown("audio"))
+    assert figures["correlation"]["curve"] == [1, 1] and figures["radius_error"]["curve"] == [0, 0]
+    assert figures["kept"]["value"] == pytest.approx(1) and figures["found"]["curve"] == [1, 1]
+    assert abs(figures["correlation_shuffled"]["all"]["value"]) < 0.6
+    assert figures["radius_error_shuffled"]["at"]["1"]["value"] > 1
+
+
+def test_what_is_kept_is_the_correlation_of_the_last_clip_over_that_of_the_first():
+    seen, films = shown("audio")
+    noise = np.random.default_rng(0).standard_normal(seen[:, 17:, 0].shape)
+    seen[:, 17:, 0] += seen[:, 17:, 0].std() * noise
+    figures = conditions.summarize("audio", seen, films)
+    pairs = np.stack([seen[:, 17:, 0].ravel(), [state.sprite.radius for film in films for state in film[17:]]])
+    assert figures["kept"]["value"] == pytest.approx(np.corrcoef(pairs)[0, 1])
+    assert figures["correlation"]["curve"][0] == 1 and 0.5 < figures["correlation"]["curve"][1] < 0.9
+
+
+def test_films_that_follow_their_poses_are_where_they_stand_the_short_way_around():
+    seen, films = shown("pose")
+    figures = conditions.summarize("pose", seen, films)
+    assert figures["distance"]["curve"] == [0, 0] and figures["distance_shuffled"]["at"]["1"]["value"] > 5
+    seen[..., 1:] += (61, 68)
+    assert conditions.summarize("pose", seen, films)["distance"]["curve"] == pytest.approx([5, 5])
+
+
+def test_a_sprite_that_is_lost_counts_as_no_radius_and_half_the_picture():
+    for follows, figure, lost in (("audio", "radius_error", None), ("pose", "distance", 32.0)):
+        seen, films = shown(follows)
+        seen[:, 17:] = (0, np.nan, np.nan)
+        figures = conditions.summarize(follows, seen, films)
+        if lost is None:
+            lost = np.mean([state.sprite.radius for film in films for state in film[17:]])
+        assert figures["found"]["curve"] == [1, 0] and figures[figure]["curve"] == pytest.approx([0, lost], abs=1e-4)
+        if follows == "audio":
+            assert figures["correlation"]["curve"][1] == 0
