@@ -14,7 +14,7 @@ The radius is that of the sprite's own shape, from the area that it covers. *Shu
 the same films against the voice or the poses of the next one. *Kept* is the correlation at the last clip over that at
 the first, aimed at 0.95 or more. Intervals are of 95%, by bootstrap over films.
 
-Writes `conditions.json` and `conditions.png`. Films are kept in the folder `films` as they are done: a run that was
+Writes `conditions.json` and `conditions.png`. Films are kept in the folder `chains` as they are done: a run that was
 interrupted, or has one more film or contestant, takes them there.
 """
 
@@ -131,7 +131,7 @@ def films(pipe: ConditionPipeline, name: str, follows: str, args) -> np.ndarray:
     with tqdm(total=args.num_films * args.num_clips, desc=f"{follows}, {name}") as progress:
         for index in range(args.num_films):
             key = fingerprint(weights, args.num_clips, args.num_inference_steps)
-            path = args.output_dir / "films" / f"{follows}-{name.replace(' ', '_')}-{index}-{key[:12]}.json"
+            path = args.output_dir / "chains" / f"{follows}-{name.replace(' ', '_')}-{index}-{key[:12]}.json"
             if path.exists():
                 progress.update(args.num_clips)
             else:

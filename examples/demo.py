@@ -4,8 +4,8 @@
 
 Writes `film.mp4`, which browsers play, and `contact_sheet.png` with a row for every clip. Then one prompt is told for
 50 clips by svi-tiny as it is and with a LoRA that was trained by error recycling, from one image and with the same
-noise: `comparison.png`. A sprite follows a voice in `talk.mp4`, which has the sound, and `talk.png` shows how loud that
-is and how large the sprite. At last, measured before, what error recycling does where it can be counted:
+noise: `comparison.png`. A sprite follows a voice in `talk.mp4`, which has the sound; `talk.png` shows how loud that is
+and how large the sprite. At last, measured before, what error recycling does where it can be counted:
 `recycling.png`.
 """
 
