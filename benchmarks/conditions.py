@@ -4,15 +4,16 @@
 
 In the films of `svi_tiny.voices` the radius of a sprite is what the loudness of a frame says, or its place is where a
 stick figure stands. Every contestant, trained with error recycling or without, makes the same held-out films, from the
-same start images, with the same noise. Of a clip, the frames of all films together give
+same start images, with the same noise. Of five clips, the first, the last, or those around another one, every second
+frame of all films gives
 
 - audio: the correlation of the loudness and the radius that is seen, and the mean difference of the radii in pixels. A
   sprite that is not found has the radius 0;
 - pose: the mean distance of the sprite from its pose, in pixels. That of a sprite that is not found is half the width.
 
 The radius is that of the sprite's own shape, from the area that it covers. *Shuffled* is the control, which must fail:
-the same films against the voice or the poses of the next one. *Kept* is the correlation at the last clip over that at
-the first, aimed at 0.95 or more. Intervals are of 95%, by bootstrap over films.
+the same films against the voice or the poses of the next one. *Kept* is the correlation in the last five clips over
+that in the first, aimed at 0.95 or more. Intervals are of 95%, by bootstrap over films.
 
 Writes `conditions.json` and `conditions.png`. Films are kept in the folder `chains` as they are done: a run that was
 interrupted, or has one more film or contestant, takes them there.
@@ -48,10 +49,11 @@ import matplotlib.pyplot as plt
 LORAS = Path(SVI_TINY).parent / "loras"
 PIPELINES = {"audio": SVITalkPipeline, "pose": SVIDancePipeline}
 NAMES = {"audio": "talk", "pose": "dance"}
-# Frames of a clip that the one before has not told.
-NEW = world.CLIP_FRAMES - 1
+# Frames of a clip that the one before has not told, and how many of them are looked at: every second.
+NEW, EVERY = world.CLIP_FRAMES - 1, 2
 AIM = 0.95
-MARKS = (1, 10, 25, 50)
+# At these clips figures are of so many clips: the first, the last, and those around the others.
+MARKS, AROUND = (1, 10, 25, 50), 5
 
 
 def parse_args():
@@ -67,7 +69,7 @@ def parse_args():
     )
     parser.add_argument("--num_films", type=int, default=8, help="Default: %(default)s.")
     parser.add_argument("--num_clips", type=int, default=50, help="Clips of a film. Default: %(default)s.")
-    parser.add_argument("--num_inference_steps", type=int, default=10, help="Default: %(default)s.")
+    parser.add_argument("--num_inference_steps", type=int, default=6, help="Default: %(default)s.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/conditions"), help="Default: %(default)s.")
     parser.add_argument("--quick", action="store_true", help="2 films of 2 clips, and 2 steps a clip.")
     parser.add_argument("--json", action="store_true", help="Print all figures as one line of JSON, the last one.")
@@ -88,7 +90,7 @@ def contestants(follows: str, folder: Path) -> Iterator[tuple[str, ConditionPipe
 
 
 def make_film(pipe: ConditionPipeline, follows: str, index: int, args, progress: tqdm) -> list[list[float]]:
-    """Radius, x and y of the sprite in every frame, the radius 0 and no place where it is not found."""
+    """Radius, x and y of the sprite in every second frame, the radius 0 and no place where it is not found."""
     states = truth(follows, index, args.num_clips)
     start = states[0]
     if follows == "audio":
@@ -110,7 +112,7 @@ def make_film(pipe: ConditionPipeline, follows: str, index: int, args, progress:
     )
     seen = []
     for clip in clips:
-        for observed in track(clip.frames, start.light):
+        for observed in track(clip.frames[::EVERY], start.light):
             place = [observed.x, observed.y] if observed.found else [np.nan, np.nan]
             seen.append([radius_of(start.sprite.shape, observed.area) if observed.found else 0.0, *place])
         progress.update()
@@ -126,7 +128,7 @@ def truth(follows: str, index: int, num_clips: int) -> list[world.State]:
 
 
 def films(pipe: ConditionPipeline, name: str, follows: str, args) -> np.ndarray:
-    """What is seen of all films, `(films, frames, 3)`."""
+    """What is seen of all films, `(films, 1 + NEW / EVERY * clips, 3)`."""
     weights, seen = digest(pipe), []
     with tqdm(total=args.num_films * args.num_clips, desc=f"{follows}, {name}") as progress:
         for index in range(args.num_films):
@@ -144,14 +146,27 @@ def films(pipe: ConditionPipeline, name: str, follows: str, args) -> np.ndarray:
 
 
 def by_clip(frames: np.ndarray) -> np.ndarray:
-    """`(films, 1 + NEW * clips, ...)` as `(films, clips, NEW, ...)`: the start image is nobody's work."""
-    return frames[:, 1:].reshape(len(frames), -1, NEW, *frames.shape[2:])
+    """`(films, 1 + n * clips, ...)` as `(films, clips, n, ...)`: the start image is nobody's work."""
+    return frames[:, 1:].reshape(len(frames), -1, NEW // EVERY, *frames.shape[2:])
+
+
+def around(clip: int, num_clips: int) -> slice:
+    """The `AROUND` clips at one of `MARKS`, of as many as there are."""
+    first = max(0, min(clip - 1 - AROUND // 2, num_clips - AROUND))
+    return slice(first, first + AROUND)
 
 
 def correlation(pairs: np.ndarray) -> float:
-    """Of films `(films, frames, 2)`, all frames together; 0 where one of both does not vary."""
+    """Of `(..., 2)`, all frames together; 0 where one of both does not vary."""
     a, b = pairs.reshape(-1, 2).T
     return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
+
+
+def kept(pairs: np.ndarray) -> float:
+    """Of `(films, clips, frames, 2)`: the correlation in the last clips over that in the first."""
+    num_clips = pairs.shape[1]
+    last, first = (correlation(pairs[:, around(clip, num_clips)]) for clip in (num_clips, 1))
+    return last / first
 
 
 def distances(seen: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -162,7 +177,7 @@ def distances(seen: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def summarize(follows: str, seen: np.ndarray, states: list[list[world.State]]) -> dict:
     """Curves over clips, and figures with intervals at the clips of `MARKS`."""
-    sprites = [[state.sprite for state in film] for film in states]
+    sprites = [[state.sprite for state in film[::EVERY]] for film in states]
     wanted = by_clip(np.array([[(sprite.radius, sprite.x, sprite.y) for sprite in film] for film in sprites]))
     seen = by_clip(seen)
     others = np.roll(wanted, -1, axis=0)
@@ -171,13 +186,14 @@ def summarize(follows: str, seen: np.ndarray, states: list[list[world.State]]) -
         "pose": lambda of: distances(seen[..., 1:], of[..., 1:]),
     }
     error = error[follows]
-    marks = [clip for clip in MARKS if clip <= seen.shape[1]]
+    num_clips = seen.shape[1]
+    marks = {str(clip): around(clip, num_clips) for clip in MARKS if clip <= num_clips}
     own = "radius_error" if follows == "audio" else "distance"
     figures = {own: error(wanted), f"{own}_shuffled": error(others), "found": (seen[..., 0] > 0).astype(float)}
     summary = {
         name: {
             "curve": np.round(values.mean(axis=(0, 2)), 4).tolist(),
-            "at": {str(clip): interval(values[:, clip - 1], np.mean) for clip in marks},
+            "at": {clip: interval(values[:, clips], np.mean) for clip, clips in marks.items()},
         }
         for name, values in figures.items()
     }
@@ -187,11 +203,10 @@ def summarize(follows: str, seen: np.ndarray, states: list[list[world.State]]) -
             pairs = np.stack([seen[..., 0], of[..., 0]], axis=-1)
             summary[name] = {
                 "curve": [round(correlation(pairs[:, clip]), 4) for clip in range(pairs.shape[1])],
-                "at": {str(clip): interval(pairs[:, clip - 1], correlation) for clip in marks},
-                "all": interval(pairs, correlation),
+                "at": {clip: interval(pairs[:, clips], correlation) for clip, clips in marks.items()},
             }
             if name == "correlation":
-                summary["kept"] = interval(pairs, lambda of: correlation(of[:, -1]) / correlation(of[:, 0]))
+                summary["kept"] = interval(pairs, kept)
     return summary
 
 

@@ -10,7 +10,7 @@
 #
 # Settings, from the environment: OUT, STEPS (of the first part), MORE (of each of the others), BATCH, PYTHON.
 set -euo pipefail
-OUT=${OUT:-outputs/conditions} STEPS=${STEPS:-300} MORE=${MORE:-150} BATCH=${BATCH:-4} PYTHON=${PYTHON:-python}
+OUT=${OUT:-outputs/conditions} STEPS=${STEPS:-200} MORE=${MORE:-150} BATCH=${BATCH:-4} PYTHON=${PYTHON:-python}
 if [[ $OUT != /* ]]; then OUT=$PWD/$OUT; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH=examples${PYTHONPATH:+:$PYTHONPATH} ACCELERATE_USE_CPU=true
@@ -21,7 +21,7 @@ audio)
     options=(--audio_encoder "$OUT/audio/ear")
     ;;
 pose)
-    preset=dance sizes=(pose_dim=4) errors=1
+    preset=dance sizes=(pose_dim=8) errors=1
     options=()
     ;;
 *)
@@ -49,7 +49,7 @@ train() {
 train "$preset-first" "$STEPS" --preset none --learning_rate 1.5e-3 \
     --init_lora examples/svi_tiny/loras --init_lora_weight_name control.safetensors \
     --condition_modules init --module_sizes "${sizes[@]}"
-more=(--learning_rate 7e-4 --init_lora "$OUT/$preset-first" --init_lora_weight_name pytorch_lora_weights.safetensors --export_dtype bfloat16)
+more=(--learning_rate 1e-3 --init_lora "$OUT/$preset-first" --init_lora_weight_name pytorch_lora_weights.safetensors --export_dtype bfloat16)
 train "$preset-control" "$MORE" "${more[@]}" --preset none
 # The errors are those of svi-tiny's Shot LoRA.
 train "$preset" "$MORE" "${more[@]}" --preset "$preset" --n_img "$errors" --bank_capacity 8 \
