@@ -5,7 +5,7 @@
 In the films of `svi_tiny.voices` the radius of a sprite is what the loudness of a frame says, or its place is where a
 stick figure stands. Every contestant, trained with error recycling or without, makes the same held-out films, from the
 same start images, with the same noise. Of five clips, the first, the last, or those around another one, every second
-frame of all films gives
+frame gives, film by film
 
 - audio: the correlation of the loudness and the radius that is seen, and the mean difference of the radii in pixels. A
   sprite that is not found has the radius 0;
@@ -156,17 +156,21 @@ def around(clip: int, num_clips: int) -> slice:
     return slice(first, first + AROUND)
 
 
-def correlation(pairs: np.ndarray) -> float:
-    """Of `(..., 2)`, all frames together; 0 where one of both does not vary."""
-    a, b = pairs.reshape(-1, 2).T
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
+def around_each(values: np.ndarray) -> np.ndarray:
+    """Means of `(films, clips, n)` around each clip: `(films, clips)`."""
+    means, num_clips = values.mean(axis=2), values.shape[1]
+    return np.stack([means[:, around(clip, num_clips)].mean(axis=1) for clip in range(1, num_clips + 1)], axis=1)
 
 
-def kept(pairs: np.ndarray) -> float:
-    """Of `(films, clips, frames, 2)`: the correlation in the last clips over that in the first."""
-    num_clips = pairs.shape[1]
-    last, first = (correlation(pairs[:, around(clip, num_clips)]) for clip in (num_clips, 1))
-    return last / first
+def correlations(seen: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Of two `(films, clips, n)`, in each film and around each clip: `(films, clips)`; 0 where one does not vary."""
+
+    def within(film: int, clip: int) -> float:
+        a, b = (values[film, around(clip, values.shape[1])].ravel() for values in (seen, wanted))
+        return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
+
+    films, num_clips = seen.shape[:2]
+    return np.array([[within(film, clip) for clip in range(1, num_clips + 1)] for film in range(films)])
 
 
 def distances(seen: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -180,33 +184,27 @@ def summarize(follows: str, seen: np.ndarray, states: list[list[world.State]]) -
     sprites = [[state.sprite for state in film[::EVERY]] for film in states]
     wanted = by_clip(np.array([[(sprite.radius, sprite.x, sprite.y) for sprite in film] for film in sprites]))
     seen = by_clip(seen)
-    others = np.roll(wanted, -1, axis=0)
-    error = {
-        "audio": lambda of: np.abs(seen[..., 0] - of[..., 0]),
-        "pose": lambda of: distances(seen[..., 1:], of[..., 1:]),
-    }
-    error = error[follows]
-    num_clips = seen.shape[1]
-    marks = {str(clip): around(clip, num_clips) for clip in MARKS if clip <= num_clips}
-    own = "radius_error" if follows == "audio" else "distance"
-    figures = {own: error(wanted), f"{own}_shuffled": error(others), "found": (seen[..., 0] > 0).astype(float)}
+    figures, num_clips = {}, seen.shape[1]
+    for ending, of in {"": wanted, "_shuffled": np.roll(wanted, -1, axis=0)}.items():
+        if follows == "audio":
+            # The radius that is wanted is the loudness, by a line.
+            figures[f"correlation{ending}"] = correlations(seen[..., 0], of[..., 0])
+            errors = np.abs(seen[..., 0] - of[..., 0])
+        else:
+            errors = distances(seen[..., 1:], of[..., 1:])
+        figures[f"{'radius_error' if follows == 'audio' else 'distance'}{ending}"] = around_each(errors)
+    figures["found"] = around_each((seen[..., 0] > 0).astype(float))
+    marks = [clip for clip in MARKS if clip <= num_clips]
     summary = {
         name: {
-            "curve": np.round(values.mean(axis=(0, 2)), 4).tolist(),
-            "at": {clip: interval(values[:, clips], np.mean) for clip, clips in marks.items()},
+            "curve": np.round(values.mean(axis=0), 4).tolist(),
+            "films": np.round(values[:, [clip - 1 for clip in marks]], 4).tolist(),
+            "at": {str(clip): interval(values[:, clip - 1], np.mean) for clip in marks},
         }
         for name, values in figures.items()
     }
     if follows == "audio":
-        # The radius that is wanted is the loudness, by a line.
-        for name, of in {"correlation": wanted, "correlation_shuffled": others}.items():
-            pairs = np.stack([seen[..., 0], of[..., 0]], axis=-1)
-            summary[name] = {
-                "curve": [round(correlation(pairs[:, clip]), 4) for clip in range(pairs.shape[1])],
-                "at": {clip: interval(pairs[:, clips], correlation) for clip, clips in marks.items()},
-            }
-            if name == "correlation":
-                summary["kept"] = interval(pairs, kept)
+        summary["kept"] = interval(figures["correlation"], lambda of: of[:, -1].mean() / of[:, 0].mean())
     return summary
 
 
