@@ -71,11 +71,11 @@ def parse_args():
     parser.add_argument("--num_clips", type=int, default=50, help="Clips of a film. Default: %(default)s.")
     parser.add_argument("--num_inference_steps", type=int, default=6, help="Default: %(default)s.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/conditions"), help="Default: %(default)s.")
-    parser.add_argument("--quick", action="store_true", help="2 films of 2 clips, and 2 steps a clip.")
+    parser.add_argument("--quick", action="store_true", help="2 films of one clip, made in 2 steps.")
     parser.add_argument("--json", action="store_true", help="Print all figures as one line of JSON, the last one.")
     args = parser.parse_args()
     if args.quick:
-        args.num_films, args.num_clips, args.num_inference_steps = 2, 2, 2
+        args.num_films, args.num_clips, args.num_inference_steps = 2, 1, 2
     return args
 
 
