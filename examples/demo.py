@@ -12,16 +12,16 @@ and how large the sprite. At last, measured before, what error recycling does wh
 import argparse
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
+import imageio
 import matplotlib
 import numpy as np
 import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_svi import FilmWriter, LatentMotion, PixelMotion, SVIPipeline, save_video
+from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline, save_video
 from diffusers_svi.conditions.audio import open_audio
 from diffusers_svi.conditions.talk_pipeline import SVITalkPipeline
 from svi_tiny import voices, world
@@ -142,27 +142,23 @@ def talk(args: argparse.Namespace) -> None:
     pipe = SVITalkPipeline.from_pretrained(SVI_TINY / "model", audio_encoder=voices.make_ear())
     pipe.load_lora_weights(SVI_TINY / "loras" / "talk.safetensors")
     pipe.set_progress_bar_config(disable=True)
-    # A writer goes on with a film that is there; this one is made anew.
-    for left in args.output_dir.glob(f"{film.name}*"):
-        left.unlink()
-    shown = []
-    with FilmWriter(film, world.FPS, audio=sound) as writer:
-        clips = pipe.stream(
-            image=PIL.Image.fromarray(world.render(states[0])),
-            prompts=voices.tell(states[0], "audio"),
-            audio=open_audio(sound, pipe.audio_encoder, world.FPS),
-            audio_guidance_scale=1.0,
-            height=world.SIZE,
-            width=world.SIZE,
-            num_frames=world.CLIP_FRAMES,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=1.0,
-            generator=torch.Generator().manual_seed(args.seed),
-        )
-        for clip in tqdm(clips, desc="Following a voice", total=args.talk_clips):
-            shown.append(clip.frames)
-            writer.append(replace(clip, frames=enlarged(clip.frames), tail=enlarged(np.asarray(clip.tail))))
-    followed = show_voice(np.concatenate(shown), states, picture)
+    clips = pipe.stream(
+        image=PIL.Image.fromarray(world.render(states[0])),
+        prompts=voices.tell(states[0], "audio"),
+        audio=open_audio(sound, pipe.audio_encoder, world.FPS),
+        audio_guidance_scale=1.0,
+        height=world.SIZE,
+        width=world.SIZE,
+        num_frames=world.CLIP_FRAMES,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+    frames = np.concatenate([clip.frames for clip in tqdm(clips, "Following a voice", total=args.talk_clips)])
+    pixels = enlarged((frames * 255).round().astype(np.uint8))
+    # Of a film as it was made, `FilmWriter(..., audio=sound)` writes the sound too.
+    imageio.mimwrite(film, pixels, fps=world.FPS, codec="libx264", audio_path=str(sound), audio_codec="aac")
+    followed = show_voice(frames, states, picture)
     print(f"Voice:         {film}, {picture}: loudness and size are correlated by {followed:.2f}")
 
 
