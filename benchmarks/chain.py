@@ -1,7 +1,7 @@
 r"""What a film by `SVIPipeline` costs over one by diffusers' pipeline called clip by clip by hand, and where it goes.
 
     python benchmarks/chain.py --output_dir docs/results/chain
-    python benchmarks/chain.py --models 14b --only sides --num_pairs 2 --output_dir outputs/14b   # a GPU of 80 GB
+    python benchmarks/chain.py --models 14b --num_pairs 2 --output_dir outputs/14b   # a GPU of 80 GB
 
 Both sides have the same components, of random weights: prompt, start image and noise are the same, and so is the work,
 the last frame of every clip encoded again (`PixelMotion(1)`). Each by itself with `--only`:
@@ -11,9 +11,10 @@ the last frame of every clip encoded again (`PixelMotion(1)`). Each by itself wi
   which by hand is asked for every clip, and by SVIPipeline once for every prompt. Where the time goes: text encoder,
   encoders (VAE and image), denoising (transformer and scheduler), decoder, and all that is none of these.
   Operations are counted by torch in a clip of one step, which warms up; those of denoising, by the second, are held
-  against the machine's ceiling: a large product of matrices in the type of the weights. Aim: 60% on a GPU.
-- memory: the peak of a film of two clips, of either side in a process of its own: on a GPU what torch allocated, on a
-  CPU the most that was resident, less what was before models were made.
+  against the machine's ceiling: a large product of matrices in the type of the weights. Aim: 60% on a GPU. There also
+  the most that torch allocated in a clip.
+- memory, of a CPU only: the peak of a film of two clips, of either side in a process of its own: the most that was
+  resident, less what was before models were made.
 - cost: of SVIPipeline, against the number of clips, the pixels of a frame and the frames of a clip. Straight lines
   fitted to seconds and to operations: slope, intercept, and the share of the variance that the line explains.
 
@@ -44,7 +45,7 @@ from contestants import DTYPES
 from phases import PHASES, Phases, matmul_ceiling
 from random_models import MODELS, Model, random_pipeline
 from report import provenance, ratio_of, write_json
-from sides import SIDES, same_frames
+from sides import SIDES, largest_difference
 
 from diffusers_svi.training.step_times import peak_resident_bytes
 
@@ -65,23 +66,31 @@ QUICK_COSTS = {"clips": (1, 2), "pixels": (16, 32), "frames": (5, 9)}
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, is_cuda = parser.add_argument, torch.cuda.is_available()
+    add = parser.add_argument
     add("--models", nargs="*", choices=MODELS, default=["small", "medium", "large"], help="Default: %(default)s.")
-    add("--only", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="Default: all.")
+    add("--only", nargs="*", choices=MEASUREMENTS, help="Default: all.")
     add("--sides", nargs="*", choices=SIDES, default=list(SIDES), help="Of `sides` and `memory`. Default: both.")
     add("--num_pairs", type=int, default=8, help="Clips of either side. Default: %(default)s.")
     add("--num_repeats", type=int, default=3, help="Films of every cost. Default: %(default)s.")
     add("--num_inference_steps", type=int, default=4, help="Default: %(default)s.")
     add("--guidance_scale", type=float, default=1.0, help="Above 1 every step is two. Default: %(default)s.")
-    add("--device", default="cuda" if is_cuda else "cpu", help="Default: cuda if there is one, else cpu.")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=here, help="Default: cuda if there is one, else cpu.")
     add("--dtype", choices=DTYPES, help="Of all but the VAE. Default: bfloat16 on a GPU, else float32.")
+    add("--attention_backend", help="Of the transformer, a name of diffusers': _native_cudnn. Default: its own.")
+    add("--compile_blocks", action="store_true", help="Compile the transformer's blocks, once operations are counted.")
     add("--seed", type=int, default=0, help="Of the weights. Default: %(default)s.")
     add("--output_dir", type=Path, default=Path("outputs/chain"), help="Default: %(default)s.")
     add("--json", action="store_true", help="Print all figures as one line of JSON, the last one.")
     add("--quick", action="store_true", help="As little as shows that it runs, for a test.")
     args = parser.parse_args()
+    args.is_cuda = args.device.startswith("cuda")
     if args.dtype is None:
-        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+        args.dtype = "bfloat16" if args.is_cuda else "float32"
+    if args.only is None:
+        args.only = [name for name in MEASUREMENTS if name != "memory" or not args.is_cuda]
+    elif args.is_cuda and "memory" in args.only:
+        parser.error("--only memory is for a CPU: on a GPU `sides` tells the peak.")
     if args.quick:
         args.models, args.num_pairs, args.num_repeats, args.num_inference_steps = ["tiny"], 2, 1, 1
     return args
@@ -107,22 +116,32 @@ def measure_sides(args: argparse.Namespace) -> dict:
 
 def _sides(name: str, args: argparse.Namespace) -> dict:
     pipe, model = pipeline(name, args), MODELS[name]
+    if args.attention_backend is not None:
+        pipe.transformer.set_attention_backend(args.attention_backend)
     phases, image = Phases(pipe, args.device), start_image(model.height, model.width)
     seconds: dict[str, list[dict[str, float]]] = {side: [] for side in args.sides}
     wall: dict[str, list[float]] = {side: [] for side in args.sides}
-    orders, frames_equal = itertools.cycle(itertools.permutations(args.sides)), True
+    peaks: dict[str, int] = dict.fromkeys(args.sides, 0)
+    orders, difference = itertools.cycle(itertools.permutations(args.sides)), 0.0
     with phases.watching():
         flops = {side: _flops(pipe, phases, model, side, args) for side in args.sides}
+        if args.compile_blocks:
+            pipe.transformer.compile_repeated_blocks(fullgraph=True)
+            _film(pipe, model, args.sides[0], 1, _of_one_step(args))
         films = {side: SIDES[side](pipe, image, args.num_pairs, **clip_options(model, args)) for side in args.sides}
         for _ in range(args.num_pairs):
             made = {}
             for side in next(orders):
+                if args.is_cuda:
+                    torch.cuda.reset_peak_memory_stats()
                 begun = time.perf_counter()
                 made[side], spent = phases.seconds(partial(next, films[side]))
                 seconds[side].append(spent)
                 wall[side].append(time.perf_counter() - begun)
+                if args.is_cuda:
+                    peaks[side] = max(peaks[side], torch.cuda.max_memory_allocated())
             if len(made) == 2:
-                frames_equal &= same_frames(made)
+                difference = max(difference, largest_difference(made))
     figures = {
         "clip": model.clip,
         "parameters": {
@@ -137,16 +156,21 @@ def _sides(name: str, args: argparse.Namespace) -> dict:
         "frames_a_second": {side: (model.num_frames - 1) / statistics.median(values) for side, values in wall.items()},
         **_against_ceiling(seconds, flops, args),
     }
+    if args.is_cuda:
+        figures["peak_device_bytes"] = peaks
     if len(films) == 2:
-        figures |= {"frames_equal": frames_equal, "ratio": _ratios(seconds, wall)}
+        figures |= {"largest_difference": difference, "ratio": _ratios(seconds, wall)}
     return figures
 
 
 def _flops(pipe, phases: Phases, model: Model, side: str, args: argparse.Namespace) -> dict[str, float]:
     """Operations of a clip, counted in one of a single step, which also warms up."""
-    single = argparse.Namespace(**{**vars(args), "num_inference_steps": 1})
-    counted = phases.flops(partial(_film, pipe, model, side, 1, single))[1]
+    counted = phases.flops(partial(_film, pipe, model, side, 1, _of_one_step(args)))[1]
     return {**counted, "denoise": counted["denoise"] * args.num_inference_steps}
+
+
+def _of_one_step(args: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), "num_inference_steps": 1})
 
 
 def _medians(clips: list[dict[str, float]]) -> dict[str, float]:
@@ -179,8 +203,7 @@ def _against_ceiling(seconds: dict, flops: dict[str, dict[str, float]], args: ar
 
 def measure_memory(args: argparse.Namespace) -> dict:
     """Each in a process of its own, before this one has a model."""
-    # A process that has used a GPU cannot be forked.
-    processes = multiprocessing.get_context("spawn" if args.device.startswith("cuda") else "fork")
+    processes = multiprocessing.get_context("fork")
     figures: dict[str, dict] = {}
     for name, side in itertools.product(args.models, args.sides):
         with processes.Pool(1) as pool:
@@ -194,15 +217,13 @@ def measure_memory(args: argparse.Namespace) -> dict:
 
 def peak_of_film(name: str, side: str, args: argparse.Namespace) -> int:
     """Bytes of a film by one side, whose clips are dropped once they are made."""
-    # Large blocks go back to the machine when they are freed, as they do to a GPU's allocator.
+    # Large blocks go back to the machine when they are freed.
     if hasattr(c := ctypes.CDLL(None), "mallopt"):
         c.mallopt(MMAP_THRESHOLD, 65536)
     # What libraries load when they are first used is there before.
     _film(pipeline("tiny", args), MODELS["tiny"], side, 1, args)
     before = psutil.Process().memory_info().rss
     _film(pipeline(name, args), MODELS[name], side, CLIPS_OF_MEMORY, args)
-    if args.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
     return peak_resident_bytes() - before
 
 
@@ -243,7 +264,6 @@ def line(against: list[float], values: list[float]) -> dict[str, float]:
     return {"slope": slope, "intercept": intercept, "explained": float(1 - rest.var() / np.var(values))}
 
 
-# Memory first: on a GPU the other processes want it for themselves.
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict]] = {
     "memory": measure_memory,
     "sides": measure_sides,
@@ -263,7 +283,10 @@ def plot(results: dict, path: Path) -> None:
     for axis, kind in zip(axes[1], COSTS, strict=True):
         if "cost" in found:
             _plot_cost(found["cost"], kind, axis)
-    figure.savefig(path, dpi=100)
+    for axis in axes.flat:
+        if not axis.has_data():
+            axis.remove()
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -334,11 +357,12 @@ def show(results: dict) -> None:
 
 def main():
     args = parse_args()
-    if not args.device.startswith("cuda"):
+    if not args.is_cuda:
         torch.set_num_threads(1)  # the seconds of one core
     file = args.output_dir / "chain.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    told = ("device", "dtype", "seed", "models", "num_inference_steps", "guidance_scale", "num_pairs", "num_repeats")
+    told = ("device", "dtype", "attention_backend", "compile_blocks", "seed", "models")
+    told += ("num_inference_steps", "guidance_scale", "num_pairs", "num_repeats")
     for name in MEASUREMENTS:
         if name in args.only:
             print(f"{name} ...", file=sys.stderr, flush=True)

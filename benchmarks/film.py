@@ -1,4 +1,4 @@
-"""What a film of any length costs, and whether it survives: the file, the memory, and the time beside the clips.
+"""What a film of any length costs, and whether it survives: the file and the memory. Its time: `chain.py`.
 
     python benchmarks/film.py --output_dir docs/results/film
 
@@ -10,8 +10,6 @@ All with svi-tiny, each by itself with `--only`:
   frames are the same. Aim: at most 1.1. The state, which it writes too, is timed by itself.
 - kills: runs killed by SIGKILL at random moments and run again (see `kills.py`). Aim: the bytes of a film that was
   never stopped, each time, with ten kills at least while the file is written.
-- stream: time of a clip of `SVIPipeline.stream` over that of diffusers' pipeline called by hand on the last frame,
-  with the same components, in turn. Aim: at most 1.00. `embedded` is by hand with the prompt encoded once.
 - overlap: time of a film with `FilmWriter(background=True)` over one without, with a thread each.
 
 Writes `film.json` and a plot. What is there already is kept: a run that was interrupted goes on.
@@ -34,7 +32,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import PIL.Image
-import sides
 import torch
 from contestants import SVI_TINY, WORLD_OPTIONS, load_fused
 from kills import PROMPT, START, WRITING, generate_options, kill_films
@@ -55,7 +52,7 @@ if done.returncode:
     sys.exit(done.stderr)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
-AIMS = {"memory": 1.05, "append bytes": 1.1, "append time": 1.1, "stream": 1.0}
+AIMS = {"memory": 1.05, "append bytes": 1.1, "append time": 1.1}
 
 
 def parse_args():
@@ -64,7 +61,6 @@ def parse_args():
     parser.add_argument("--num_clips", type=int, default=200, help="Of the long films. Default: %(default)s.")
     parser.add_argument("--num_runs", type=int, default=3, help="Whose memory is measured. Default: %(default)s.")
     parser.add_argument("--num_kills", type=int, default=40, help="Default: %(default)s.")
-    parser.add_argument("--num_pairs", type=int, default=20, help="Clips by either way. Default: %(default)s.")
     parser.add_argument("--num_films", type=int, default=3, help="Of 20 clips, by either way. Default: %(default)s.")
     parser.add_argument("--num_inference_steps", type=int, default=10, help="Of timed clips. Default: %(default)s.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/film"), help="Default: %(default)s.")
@@ -72,7 +68,7 @@ def parse_args():
     parser.add_argument("--quick", action="store_true", help="As little as shows that it runs, for a test.")
     args = parser.parse_args()
     if args.quick:
-        args.num_clips, args.num_runs, args.num_kills, args.num_pairs = 20, 1, 4, 2
+        args.num_clips, args.num_runs, args.num_kills = 20, 1, 4
         args.num_films, args.num_inference_steps = 1, 1
     return args
 
@@ -163,56 +159,6 @@ def measure_kills(args, figures: dict, keep: Callable[[], None]) -> None:
     }
 
 
-def measure_stream(args, figures: dict, keep: Callable[[], None]) -> None:
-    """All ways in turn, each time in another order; a clip's frames are compared as they are made."""
-    torch.set_num_threads(1)
-    pipe, steps, number = pipeline(), args.num_inference_steps, args.num_pairs + 1
-    ways = {
-        "stream": (clip.frames for clip in stream(pipe, number + 1, steps)),
-        "by hand": by_hand(pipe, number, steps, embedded=False),
-        "embedded": by_hand(pipe, number, steps, embedded=True),
-    }
-    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in ways}
-    orders = itertools.cycle(itertools.permutations(ways))
-    equal = True
-    for index in range(number):
-        made = {}
-        for name in next(orders):
-            wall, cpu = time.perf_counter(), time.process_time()
-            made[name] = next(ways[name])
-            if index > 0:  # the first clip warms up
-                seconds[name]["wall"].append(time.perf_counter() - wall)
-                seconds[name]["cpu"].append(time.process_time() - cpu)
-        # The last frame by hand is the first of the next clip, which the film has once.
-        kept = made["stream"]
-        equal &= all(np.array_equal(frames[: len(kept)], kept) for frames in made.values())
-    figures |= {
-        "num_clips": args.num_pairs,
-        "num_inference_steps": steps,
-        "frames_equal": bool(equal),
-        "median_seconds": {
-            name: {kind: statistics.median(values) for kind, values in kinds.items()}
-            for name, kinds in seconds.items()
-        },
-        "ratio": {
-            f"{kind}, over {other}": ratio_of(seconds["stream"][kind], seconds[other][kind])
-            for other in ("by hand", "embedded")
-            for kind in ("wall", "cpu")
-        },
-    }
-    keep()
-
-
-def by_hand(pipe: SVIPipeline, num_clips: int, steps: int, embedded: bool) -> Iterator[np.ndarray]:
-    """Clip after clip by the parent, with a prompt or with its embeddings."""
-    told = {"prompt": PROMPT, "max_sequence_length": 32}
-    if embedded:
-        with torch.no_grad():
-            told = {"prompt_embeds": pipe.encode_prompt(PROMPT, None, False, max_sequence_length=32)[0]}
-    options = {**WORLD_OPTIONS, "num_inference_steps": steps, **told}
-    return sides.by_hand(pipe, PIL.Image.open(START), num_clips, **options)
-
-
 def measure_overlap(args, figures: dict, keep: Callable[[], None]) -> None:
     torch.set_num_threads(1)
     pipe, steps, num_clips = pipeline(), args.num_inference_steps, args.num_clips // 10
@@ -246,7 +192,6 @@ def pipeline() -> SVIPipeline:
 
 
 def stream(pipe: SVIPipeline, num_clips: int, steps: int) -> Iterator[Clip]:
-    """The clips of a film whose noise is that of `by_hand`."""
     return pipe.stream(
         image=PIL.Image.open(START),
         prompts=PROMPT,
@@ -266,7 +211,6 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace, dict, Callable[[], None]],
     "memory": measure_memory,
     "append": measure_append,
     "kills": measure_kills,
-    "stream": measure_stream,
     "overlap": measure_overlap,
 }
 
@@ -300,7 +244,6 @@ def ratios(results: dict) -> dict[str, float]:
         "memory": ("memory", "ratio"),
         "append bytes": ("append", "bytes", "ratio"),
         "append time": ("append", "seconds", "ratio"),
-        "stream": ("stream", "ratio", "wall, over by hand", "median"),
         "background": ("overlap", "ratio"),
     }
     told = {}

@@ -41,12 +41,12 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from diffusers_svi import NEGATIVE_PROMPT, HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
 from diffusers_svi.conditioning import Scheme
-from diffusers_svi.conditions.audio_encoder import AudioEncoder
-from diffusers_svi.conditions.clip_conditions import ClipAudio, ClipConditions, ClipPoses, encode_conditions
 from diffusers_svi.conditions.dance_pipeline import SVIDancePipeline
 from diffusers_svi.conditions.following import PUBLISHED_SHARES, Following, blank
+from diffusers_svi.conditions.rows import ROW_FILES, Rows
 from diffusers_svi.conditions.talk_pipeline import SVITalkPipeline
-from diffusers_svi.conditions.trained_modules import TrainedModules, load_modules, modules_of, modules_to_save
+from diffusers_svi.conditions.trained_condition import TrainedCondition
+from diffusers_svi.conditions.trained_modules import load_modules, modules_to_save
 from diffusers_svi.erft import (
     BankConfig,
     ErrorBank,
@@ -78,7 +78,7 @@ from diffusers_svi.training.environment import check_file_writable, check_tracke
 from diffusers_svi.training.films import save_film
 from diffusers_svi.training.finite import all_finite
 from diffusers_svi.training.known_elsewhere import explain
-from diffusers_svi.training.layers import parse_layers
+from diffusers_svi.training.layers import parse_layers, without_modules
 from diffusers_svi.training.lora_model import load_transformer, lora_state_dict, read_init_lora, unwrap
 from diffusers_svi.training.model_card import TrainedLora, weight_name, write_model_card
 from diffusers_svi.training.offload import offload_encoders
@@ -91,7 +91,7 @@ from diffusers_svi.training.optimizers import (
 )
 from diffusers_svi.training.push import PushError, download_model, open_repo, push
 from diffusers_svi.training.quantized import BITSANDBYTES, QUANTIZATIONS, check_quantization
-from diffusers_svi.training.ranges import check_buckets, check_combinations, check_ranges
+from diffusers_svi.training.ranges import check_buckets, check_combinations, check_condition_options, check_ranges
 from diffusers_svi.training.run_arguments import (
     check_steps,
     compare_arguments,
@@ -156,7 +156,7 @@ PIPELINES = {None: SVIPipeline, "audio": SVITalkPipeline, "pose": SVIDancePipeli
 REPLACEMENT_ALIASES = {"l2_batch": "l2", "l2_similarity": "l2"}
 CARD_SETTINGS = (
     *("preset", "expert", "init_lora", "quantize_base", "rank", "lora_alpha", "export_rank"),
-    *("condition", "condition_modules", "train_condition_modules", "p_no_condition", "p_no_image"),
+    *("condition", "audio_encoder", "condition_modules", "train_condition_modules", "p_no_condition", "p_no_image"),
     *("objective", "errors", "p_vid", "vid_sigmas", "p_img", "p_noi", "p_clean"),
     *("n_img", "img_slots", "img_sigmas", "img_scale", "num_grids", "bank_capacity", "learning_rate", "flow_shift"),
     *("train_batch_size", "gradient_accumulation_steps", "max_train_steps"),
@@ -255,9 +255,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--module_sizes", nargs="+", type=module_size, metavar="NAME=NUMBER", help=text)
     text = "Train them too, in full, beside the LoRA."
     add("--train_condition_modules", action="store_true", help=text)
-    text = "Share of samples whose audio or pose is left out: 0.1 for audio, 0.05 for pose if not given."
+    text = "Share of samples whose audio or pose is left out: 0.1 for audio, 0.145 for pose if not given."
     add("--p_no_condition", type=float, help=text)
-    text = "Share of samples without pose and image, which take no errors on it: 0.1 for pose, 0 for audio."
+    text = "Share of samples without image, which take no errors on it: 0.1 for pose, 0 for audio if not given."
     add("--p_no_image", type=float, help=text)
 
     add = parser.add_argument_group("scheme; the preset sets what is not given").add_argument
@@ -452,6 +452,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"Give one of `--train_data_dir` and `--dataset_name`, got {given}.")
     check_ranges(vars(args))
     check_combinations(vars(args))
+    check_condition_options(vars(args))
     if args.export_rank is not None and not 1 <= args.export_rank <= args.rank:
         raise ValueError(
             f"`--export_rank` can only lower the rank: it must be between 1 and {args.rank}, got {args.export_rank}."
@@ -527,15 +528,9 @@ def make_injection(args: argparse.Namespace) -> InjectionConfig:
     )
 
 
-def make_following(args: argparse.Namespace, modules: TrainedModules | None) -> Following | None:
-    if modules is None:
-        return None
-    return Following(
-        kind=args.condition,
-        window=modules.window,
-        p_no_condition=args.p_no_condition,
-        p_no_image=args.p_no_image,
-    )
+def hands_modules_over(args: argparse.Namespace) -> bool:
+    """Whether the modules lie in the file of the LoRA: those for poses, which are small, in any case."""
+    return args.train_condition_modules or args.condition == "pose"
 
 
 def film_fps(args: argparse.Namespace) -> int:
@@ -583,34 +578,30 @@ def find_samples(args: argparse.Namespace, layouts: list[SampleLayout]) -> Sampl
     return Samples(videos, chosen, args.seed, args.samples_per_video)
 
 
-def find_modules(
-    args: argparse.Namespace, base: dict, in_lora: dict[str, torch.Tensor] | None
-) -> TrainedModules | None:
-    """The modules for what films follow beside text, if they follow anything, for a transformer of this config."""
+def find_condition(
+    args: argparse.Namespace, folder: Path, base: dict, in_lora: dict[str, torch.Tensor] | None, device: torch.device
+) -> TrainedCondition | None:
+    """What films follow beside text, if anything, for a transformer with the config `base`."""
     if args.condition is None:
         return None
-    sizes = None if args.module_sizes is None else dict(args.module_sizes)
-    modules = TrainedModules(args.condition, base, args.condition_modules, sizes, in_lora, args.cache_dir)
-    if modules.are_fresh and not args.train_condition_modules:
-        raise ValueError("`--condition_modules init`: fresh modules do nothing. Give `--train_condition_modules` too.")
-    return modules
-
-
-def find_conditions(args: argparse.Namespace, modules: TrainedModules, encoder: AudioEncoder | None) -> ClipConditions:
-    """How what clips follow is read."""
-    if args.condition == "pose":
-        return ClipPoses(None if args.fps == "none" else args.fps)
-    return ClipAudio(args.fps, modules.window, encoder)
-
-
-def find_audio_encoder(args: argparse.Namespace, folder: Path, device: torch.device) -> AudioEncoder | None:
-    """What hears sounds: as it is given, or that of the model, if it has one."""
-    if args.condition != "audio":
-        return None
-    if args.audio_encoder is None:
-        return AudioEncoder(folder / "audio_encoder", device) if (folder / "audio_encoder").is_dir() else None
-    own = Path(args.audio_encoder)
-    return AudioEncoder(own if own.is_dir() else download_model(args.audio_encoder, None, args.cache_dir), device)
+    encoder = folder / "audio_encoder" if (folder / "audio_encoder").is_dir() else None
+    if args.audio_encoder:
+        encoder = Path(args.audio_encoder)
+        encoder = encoder if encoder.is_dir() else download_model(args.audio_encoder, None, args.cache_dir)
+    return TrainedCondition(
+        args.condition,
+        base,
+        fps=None if args.fps == "none" else args.fps,
+        audio_encoder=encoder if args.condition == "audio" else None,
+        device=device,
+        source=args.condition_modules,
+        sizes=args.module_sizes and dict(args.module_sizes),
+        in_lora=in_lora,
+        cache_dir=args.cache_dir,
+        train_modules=args.train_condition_modules,
+        p_no_condition=args.p_no_condition,
+        p_no_image=args.p_no_image,
+    )
 
 
 def load_pipeline(
@@ -655,14 +646,14 @@ def training_timesteps(args: argparse.Namespace, boundary: float | None) -> torc
     return of_expert
 
 
-def make_recycler(
+def make_banks(
     args: argparse.Namespace,
     accelerator: Accelerator,
     error_shapes: list[tuple[int, ...]],
     timesteps: torch.Tensor,
-    taken: int = 0,
-) -> ErrorRecycler:
-    """Banks, one a shape, and recycler of this process, for the noise levels that `timesteps` are the indices of.
+    taken: int,
+) -> list[ErrorBank]:
+    """The banks of this process, one a shape, for the noise levels that `timesteps` are the indices of.
 
     `taken` bytes are those of the other expert's banks.
     """
@@ -679,23 +670,35 @@ def make_recycler(
     )
     if args.bank_mode == "sharded" and accelerator.num_processes > 1:
         own = len(range(rank, args.num_grids, accelerator.num_processes))
-        banks = [
+        return [
             ShardedErrorBank(shape, grids, config_of_shape, accelerator.device)
             for shape, config_of_shape in zip(error_shapes, config.shared_by(error_shapes, own, taken), strict=True)
         ]
-    else:
-        # An expert never meets the grids of the other.
-        reached = nearest_grid(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids).unique().tolist()
-        banks = [
-            ErrorBank(shape, grids, config_of_shape, owned=reached)
-            for shape, config_of_shape in zip(
-                error_shapes, config.shared_by(error_shapes, len(reached), taken), strict=True
-            )
-        ]
+    # An expert never meets the grids of the other.
+    reached = nearest_grid(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids).unique().tolist()
+    configs = config.shared_by(error_shapes, len(reached), taken)
+    return [
+        ErrorBank(shape, grids, config_of_shape, owned=reached)
+        for shape, config_of_shape in zip(error_shapes, configs, strict=True)
+    ]
+
+
+def make_recycler(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    error_shapes: list[tuple[int, ...]],
+    timesteps: torch.Tensor,
+    taken: int = 0,
+) -> ErrorRecycler:
+    """The recycler of this process; with banks as of [`make_banks`] where it injects errors of a bank."""
+    injection = make_injection(args)
     recycler_config = RecyclerConfig(
         clean_buffer_update_prob=args.clean_buffer_update_prob, buffer_warmup_iter=args.buffer_warmup_iter
     )
-    return ErrorRecycler(banks, make_injection(args), recycler_config, args.seed * 1000 + rank)
+    banks = []
+    if injection.draws(banked=args.errors == "bank"):
+        banks = make_banks(args, accelerator, error_shapes, timesteps, taken)
+    return ErrorRecycler(banks, injection, recycler_config, args.seed * 1000 + accelerator.process_index)
 
 
 @dataclass
@@ -732,7 +735,7 @@ class TrainingStep:
         followed, no_image = None, None
         if self.following:
             followed, no_image = self.following.choose(batch, generator)
-            condition = blank(no_image, condition)
+            condition, known_frames = blank(no_image, condition), blank(no_image, known_frames)
             image_embeds = None if image_embeds is None else blank(no_image, image_embeds)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         picks = self.timesteps[torch.randint(len(self.timesteps), (len(latents),), generator=generator)]
@@ -832,6 +835,7 @@ def log_validation(
     scheme: Scheme,
     step: int,
     pair: Pair | None = None,
+    followed: dict[str, Rows] | None = None,
 ) -> tuple[Path, dict[str, list[float]]] | None:
     """A film of `validation_prompt`, by the pipeline that will use the LoRA, and how it drifts; main process only."""
     pipe.set_progress_bar_config(desc=f"Film at step {step}", leave=False)
@@ -853,6 +857,7 @@ def log_validation(
                 clip_resize=args.clip_resize,
                 max_sequence_length=args.max_sequence_length,
                 generator=torch.Generator().manual_seed(args.seed),
+                **(followed or {}),
             )
         ]
     if not accelerator.is_main_process:
@@ -860,7 +865,8 @@ def log_validation(
     # The two experts may be trained into one folder, or repository.
     of_expert = f"{args.expert}_noise" if args.expert and pair is None else ""
     path = Path(args.output_dir) / "validation" / of_expert / f"step-{step}.mp4"
-    figures = save_film(path, clips, film_fps(args))
+    is_sound = args.condition == "audio" and Path(args.validation_condition).suffix not in ROW_FILES
+    figures = save_film(path, clips, film_fps(args), args.validation_condition if is_sound else None)
     step = sum(pair.steps.values()) if pair else step
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -891,6 +897,8 @@ def save_model_card(
             "ema_decay": args.ema_decay if args.use_ema else None,
         },
         expert=args.expert,
+        condition=args.condition,
+        has_modules=hands_modules_over(args),
         film=film and film.as_posix(),
         figures=figures,
     )
@@ -1017,8 +1025,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
             args.init_lora, args.init_lora_weight_name, args.rank, args.lora_alpha, args.cache_dir, args.condition
         )
     base_config = WanTransformer3DModel.load_config(folder, subfolder=subfolder)
-    modules = find_modules(args, base_config, in_lora)
-    encoder = find_audio_encoder(args, folder, accelerator.device)
+    condition = find_condition(args, folder, base_config, in_lora, accelerator.device)
     repo_id = args.hub_model_id or output_dir.name
     if accelerator.is_main_process and args.push_to_hub:
         # Of a pair both are replaced, whatever is there.
@@ -1038,6 +1045,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
                 raise ValueError(
                     f"{option} must be a multiple of {factor * patch} for this model, got {getattr(layout, name)}."
                 )
+    if args.condition == "pose" and factor != 8:
+        raise ValueError(
+            f"`--condition pose`: the modules make tokens for latents of an eighth of the film, but the VAE of this "
+            f"model makes them a {factor}th."
+        )
     latents_shapes = [
         (vae.get("z_dim", 16), num_latent_frames(layout.num_frames), layout.height // factor, layout.width // factor)
         for layout in layouts
@@ -1048,9 +1060,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     # Data: what the encoders make of the samples
     samples, keys = (pair and pair.samples) or find_samples(args, layouts), None
     cache = TensorCache(args.latent_cache_dir or output_dir / "cache")
-    if modules:
-        conditions = find_conditions(args, modules, encoder)
-        keys = encode_conditions(samples, conditions, cache, args.dataloader_num_workers, modules.row_values)
+    followed = {}
+    if condition:
+        if args.validation_prompt:
+            clips = args.num_validation_clips or len(args.validation_prompt)
+            size = (args.height, args.width, args.num_frames)
+            followed = condition.open_film(args.validation_condition, clips, scheme, *size)
+        keys = condition.encode(samples, cache, args.dataloader_num_workers)
     run = {"arguments": arguments, "content": describe_content(folder, subfolder, samples, keys)}
     if resumed:
         compare_content(begun["content"], run["content"], str(where))
@@ -1067,15 +1083,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         num_workers=args.dataloader_num_workers,
     )
 
-    beside_lora = {}
-    if modules:
+    if condition:
         dataset = CachedSamples(cache, [(*parts, key) for parts, key in zip(dataset.keys, keys, strict=True)])
-        row_values = dataset[0]["audio"][0].numel() if args.condition == "audio" else None
-        beside_lora = {
-            "kind": modules.base_kind,
-            "with_modules": lambda transformer: modules.put_on(transformer, row_values),
-            "trained": lambda transformer: modules_of(transformer).values() if args.train_condition_modules else (),
-        }
 
     # The transformer and its LoRA, which begins with the same random numbers whatever was encoded before
     set_seed(args.seed)
@@ -1083,10 +1092,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         r=args.rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=parse_layers(args.lora_layers),
+        target_modules=(without_modules if condition else list)(parse_layers(args.lora_layers)),
     )
     transformer = load_transformer(
-        folder, subfolder, weight_dtype, config, init_lora, args.quantize_base, args.variant, **beside_lora
+        folder,
+        subfolder,
+        weight_dtype,
+        config,
+        init_lora,
+        args.quantize_base,
+        args.variant,
+        **(condition.beside_lora(dataset) if condition else {}),
     )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -1102,9 +1118,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         transformer.compile_repeated_blocks()
     config = next(iter(transformer.peft_config.values()))
 
-    # Those for poses are small, and are handed over whether they were trained or not.
-    hands_modules_over = args.train_condition_modules or args.condition == "pose"
-
     def write_lora(file: Path, state_dict: dict[str, torch.Tensor], layout: str = "diffusers") -> None:
         if not all_finite(state_dict.values()):
             raise FloatingPointError(f"The LoRA is not finite any more: {file} is not written.")
@@ -1117,7 +1130,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     def trained_state_dict(model: torch.nn.Module, rank: int | None = None) -> dict[str, torch.Tensor]:
         """The LoRA and the modules that are handed over with it."""
         state_dict = lora_state_dict(accelerator, model, rank)
-        return state_dict | (modules_to_save(unwrap(accelerator, model)) if hands_modules_over else {})
+        return state_dict | (modules_to_save(unwrap(accelerator, model)) if hands_modules_over(args) else {})
 
     def save_model_hook(models, weights, folder):
         state_dict = trained_state_dict(models[0])
@@ -1196,7 +1209,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         expand_timesteps,
         weight_dtype,
         times,
-        make_following(args, modules),
+        condition and condition.following,
     )
 
     # Resume
@@ -1257,7 +1270,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
             trained = {subfolder: unwrap(accelerator, transformer), **others}
             pipe = load_pipeline(args, folder, accelerator, **trained)
             with all_applied(averages):
-                film = log_validation(args, accelerator, pipe, scheme, global_step, pair)
+                film = log_validation(args, accelerator, pipe, scheme, global_step, pair, followed)
             del pipe
             if pair and model_to_move:
                 for other in others.values():

@@ -61,7 +61,7 @@ def test_the_memory_of_published_models_is_told_without_looking_anywhere(run_com
     assert rows["--offload"][1:6] == ["text", "image", "encode", "denoise", "decode"]
     # 18.7 GB of weights and LoRA; what is computed; the VAE.
     assert rows["model"][4] == "23.8" and rows["model"][-1] == "yes" and rows["none"][-1] == "no"
-    assert "24 GB: --offload model --gguf Q8_0" in told and "no card was measured" in told
+    assert "24 GB: --offload model --gguf Q8_0" in told and "Computed from shapes" in told
 
 
 def test_the_memory_of_a_training_run_is_told(run_command):

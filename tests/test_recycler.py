@@ -160,6 +160,35 @@ def test_own_errors_take_the_place_of_those_of_the_bank_on_latents_alone():
     torch.testing.assert_close(injected.noise[2] - noise[2], torch.full(SHAPE, (1 - float(sigmas[2])) * 9))
 
 
+def test_without_a_bank_only_errors_that_are_handed_over_are_injected_and_none_is_kept():
+    recycler = ErrorRecycler([], InjectionConfig(p_vid=1, p_noi=0, p_img=0, p_clean=0), RecyclerConfig(), 0)
+    latents, noise, condition = batch()
+    sigmas, own = torch.tensor([0.5, 0.9]), torch.full((2, *SHAPE), 3.0)
+    injected = recycler.inject(latents, noise, condition, sigmas, own)
+    torch.testing.assert_close(injected.latents, latents + 3)
+    assert torch.equal(injected.noise, noise) and torch.equal(injected.condition, condition)
+    recycler.recycle(own, sigmas, injected.switches)
+    assert recycler.num_errors() == 0
+    with pytest.raises(ValueError, match=r"There is no error bank for samples \(16, 3, 4, 4\), nor for any others"):
+        recycler.inject(latents, noise, condition, sigmas)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "banked", "expected"),
+    [
+        ((0.9, 0, 0, 0.2), True, True),
+        ((0.9, 0, 0, 0.2), False, False),
+        ((0, 0.01, 0, 0.2), False, True),
+        ((0, 0, 0.9, 0.2), False, True),
+        ((0.9, 0.9, 0.9, 1), True, False),
+        ((0, 0, 0, 0), True, False),
+    ],
+)
+def test_whether_errors_of_a_bank_are_ever_injected(probabilities, banked, expected):
+    config = InjectionConfig(**dict(zip(("p_vid", "p_noi", "p_img", "p_clean"), probabilities, strict=True)))
+    assert config.draws(banked) == expected
+
+
 def test_every_sample_takes_the_errors_of_its_own_grid():
     recycler = make_recycler(p_vid=1, p_noi=1, p_img=0, p_clean=0)
     sigmas = recycler.bank.grid_sigmas[[0, 2, 4]]

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 
 from conftest import TEXT_DIM, load_script, make_components, seeded
+from diffusers_svi.conditions.windows import windows_of
 from diffusers_svi.training.step_times import StepTimes
 
 
@@ -304,3 +305,53 @@ def test_an_experts_timesteps_stay_on_its_side(train_erft):
         assert set(recycler.bank.first_slot) == reached and 0 < len(reached) < GRIDS
     assert sigmas[indices["high"]].min() >= 0.9 > sigmas[indices["low"]].max()
     assert sorted([*indices["high"].tolist(), *indices["low"].tolist()]) == list(range(1000))
+
+
+@pytest.mark.parametrize("preset", ["talk", "dance"])
+def test_a_step_hears_or_sees_and_leaves_out_a_share(train_erft, preset):
+    """Samples without image have neither picture, mask nor errors on it; each thing is left out by itself."""
+    args = parse(train_erft, preset, p_vid=0, p_noi=0, p_img=1, p_clean=0, p_no_condition=0.5, p_no_image=0.5)
+    step = make_step(train_erft, args, "wan2.1")
+    args.condition_modules, args.train_condition_modules = "init", True
+    condition = train_erft.find_condition(args, Path("nowhere"), {}, None, torch.device("cpu"))
+    step.transformer = condition.modules.put_on(step.transformer, 6 if preset == "talk" else None)
+    step.following = condition.following
+    batch = make_batch("wan2.1", 16, None)
+    rows = (21, 2, 3) if preset == "talk" else (17, 8 * HEIGHT, 8 * WIDTH, 3)
+    batch[args.condition] = torch.randint(1, 256, (BATCH, *rows), generator=seeded(4), dtype=torch.uint8)
+    if preset == "talk":
+        batch["audio"] = batch["audio"].double()
+    for grid in range(GRIDS):
+        step.recycler.bank.put(grid, torch.ones(16, FRAMES, HEIGHT, WIDTH), 0.5, seeded())
+    given = {}
+    step.transformer.register_forward_pre_hook(lambda _model, _inputs, kwargs: given.update(kwargs), with_kwargs=True)
+    losses, _ = step(batch)
+    assert losses.isfinite().all()
+
+    generator = seeded(7)
+    torch.rand(2, BATCH, generator=generator, dtype=torch.float64)
+    left_out, no_image = (torch.rand(2, BATCH, generator=generator, dtype=torch.float64) < 0.5).tolist()
+    assert {*left_out} == {*no_image} == {True, False}
+    noise = torch.randn(BATCH, 16, FRAMES, HEIGHT, WIDTH, generator=generator).double()
+    steps = torch.randint(1000, (BATCH,), generator=generator).tolist()
+    for sample, step_index in enumerate(steps):
+        sigma = sigma_at(step_index, 1000)
+        noisy, mask, y = given["hidden_states"][sample].split([16, 4, 16])
+        expected = (1 - sigma) * batch["latents"][sample] + sigma * noise[sample]
+        torch.testing.assert_close(noisy, expected, rtol=1e-4, atol=1e-6)
+        followed = given["attention_kwargs"]
+        if preset == "talk":
+            heard = windows_of(batch["audio"][sample])
+            assert torch.equal(followed["audio"][sample], torch.zeros_like(heard) if left_out[sample] else heard)
+        else:
+            assert followed["pose_weight"][sample] == (0 if left_out[sample] else 1)
+            assert torch.equal(followed["pose"][sample], batch["pose"][sample].permute(3, 0, 1, 2) / 255)
+        embeds = given["encoder_hidden_states_image"][sample]
+        if no_image[sample]:
+            assert not mask.any() and not y.any() and not embeds.any()
+            continue
+        error = torch.zeros_like(y)
+        error[:, : 3 if preset == "talk" else 1] = -0.5
+        torch.testing.assert_close(y, batch["condition"][sample] + error)
+        assert torch.equal(embeds, batch["image_embeds"][sample])
+        assert mask[:, 0].all() and not mask[:, 1:].any()

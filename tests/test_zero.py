@@ -12,7 +12,7 @@ from conftest import make_transformer
 from diffusers_svi.training.zero import check_beside_zero, deal_out, zero_stage
 
 
-PLAIN = {"group_offload": False, "quantize_base": None, "use_ema": False, "compile": False}
+PLAIN = {"group_offload": False, "quantize_base": None, "use_ema": False, "compile": False, "condition": None}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ PLAIN = {"group_offload": False, "quantize_base": None, "use_ema": False, "compi
         ({"quantize_base": "int8"}, (2, 3), r"`--quantize_base=int8`: DeepSpeed \(ZeRO-.\) cannot move weights"),
         ({"quantize_base": "4bit"}, (3,), "`--quantize_base=4bit`: ZeRO-3 cannot deal quantized weights out"),
         ({"compile": True}, (3,), "`--compile`: under ZeRO-3 weights come and go inside"),
+        ({"condition": "pose"}, (3,), "`--condition pose`: ZeRO-3 cannot deal its modules out"),
         ({"use_ema": True}, (3,), "`--use_ema`: under ZeRO-3 every process has a share"),
     ],
 )

@@ -45,6 +45,22 @@ def open_track(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"`audio`={os.fspath(path)!r} cannot be read as sound: {error}") from error
 
 
+def sound_delay(path: str | os.PathLike) -> float:
+    """Seconds by which the sound of a video begins after its picture; 0 for a file of sound alone.
+
+    Raises:
+        ValueError: if it cannot be read, or has no sound.
+    """
+    import av
+
+    with open_track(path) as (file, sound):
+        pictures = [
+            stream for stream in file.streams.video if not stream.disposition & av.stream.Disposition.attached_pic
+        ]
+        begins = [float((stream.start_time or 0) * (stream.time_base or 0)) for stream in (sound, *pictures[:1])]
+    return begins[0] - begins[-1]
+
+
 class Sound:
     """The first track of sound in a file, decoded, on disk: 16 bits a sample, mono or stereo.
 

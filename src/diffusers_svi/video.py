@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterable
+from contextlib import closing, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -32,7 +33,10 @@ CONSTANT_RATE_FACTOR = 18
 
 
 def save_video(
-    path: str | os.PathLike, frames: np.ndarray | torch.Tensor | Iterable[PIL.Image.Image], fps: float = 16
+    path: str | os.PathLike,
+    frames: np.ndarray | torch.Tensor | Iterable[PIL.Image.Image],
+    fps: float = 16,
+    audio: str | os.PathLike | None = None,
 ) -> None:
     """Write frames to a video file (H.264), whole or not at all: an error, a full disk say, leaves what was there.
 
@@ -43,16 +47,18 @@ def save_video(
             width)`, in [0, 1] or uint8, or any iterable of such frames or `PIL.Image.Image`s, which are asked for one
             by one. Height and width are even.
         fps (`float`, defaults to 16): Frames a second.
+        audio (*optional*): A sound file, or a video with sound, whose beginning goes along.
 
     Raises:
-        ValueError: for another suffix, other frames, or none, and an `fps` that is not above 0.
+        ValueError: for another suffix, other frames, or none, an `fps` that is not above 0, and a sound that cannot be
+            read.
         OSError: if it cannot be written.
     """
     path = Path(path)
     check_choice("path.suffix", path.suffix, tuple(FORMATS))
-    rate = frame_rate(fps)
-    with written_whole(path) as unfinished:
-        encode_frames(unfinished, map(to_8_bits, frames), rate, container=FORMATS[path.suffix])
+    rate, form = frame_rate(fps), FORMATS[path.suffix]
+    with nullcontext() if audio is None else closing(Sound(audio)) as sound, written_whole(path) as unfinished:
+        encode_frames(unfinished, map(to_8_bits, frames), rate, container=form, sound=sound)
 
 
 def frame_rate(fps: float) -> Fraction:

@@ -63,7 +63,7 @@ def known_mask(
 
     Args:
         condition (`torch.Tensor` of shape `(batch, z_dim, latent_frames, h, w)`): Condition latents.
-        known_frames (`int`, or `torch.Tensor` of shape `(batch,)`, defaults to 1): Frames, 1 or more.
+        known_frames (`int`, or `torch.Tensor` of shape `(batch,)`, defaults to 1): Frames, 0 or more.
         last_is_known (`bool`, defaults to `False`): Mark the last frame too, as the parent does for its `last_image`.
     """
     batch, _, latent_frames = condition.shape[:3]

@@ -8,6 +8,15 @@ import torch
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from ..training.run_arguments import fingerprint_model
+from .audio import AudioFeatures, GivenFeatures, open_audio
+from .rows import ROW_FILES
+
+
+def hear(audio: str | os.PathLike, encoder: "AudioEncoder | None", fps: float) -> AudioFeatures | GivenFeatures:
+    """The rows of a sound, or of a file of features, at `fps` a second: as [`open_audio`], which see."""
+    if encoder is None or Path(audio).suffix.lower() in ROW_FILES:
+        return open_audio(audio)
+    return open_audio(audio, encoder.model, fps, encoder.feature_extractor)
 
 
 class AudioEncoder:
@@ -48,6 +57,10 @@ class AudioEncoder:
                 "than safetensors are not read: load them where you trust them, and write them by `save_pretrained`."
             ) from error
         return model.to(self._device).eval()
+
+    def forget(self) -> None:
+        """Let go of the model; it is loaded again when it is asked for."""
+        self.__dict__.pop("model", None)
 
     @cached_property
     def feature_extractor(self) -> Wav2Vec2FeatureExtractor | None:

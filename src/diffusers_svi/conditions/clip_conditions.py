@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from ..frames import Video
 from ..pixels import to_uint8
+from ..sound import sound_delay
 from ..training.cache import TensorCache, fingerprint
 from ..training.samples import Cut, SampleLayout, Samples, cut_pictures
 from .audio import num_rows, open_audio
-from .audio_encoder import AudioEncoder
+from .audio_encoder import AudioEncoder, hear
 from .pose import open_pose
 from .rows import ROW_FILES, Rows
 from .voice import Voice
@@ -32,6 +33,8 @@ from .windows import film_rows, heard_rows
 VERSION = 1
 # So many seconds less than the video a condition may last: the last row holds, as at the end of a film.
 MISSING = 0.25
+# Seconds that the sound in a video may begin before or after its picture: two frames or so.
+LATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,18 @@ class ClipAudio:
                 "a sound needs an encoder: give `--audio_encoder`, a Wav2Vec2 model such as "
                 "TencentGameMate/chinese-wav2vec2-base, or features that were computed before (.npy, .safetensors)"
             )
+        delay = sound_delay(str(video.beside))
+        if abs(delay) > LATE:
+            raise ValueError(
+                f"the sound in it begins {delay:.2f} seconds after the picture, and row n belongs to frame n: write "
+                "it anew with both from the beginning (`ffmpeg -i in.mp4 -af aresample=async=1:first_pts=0 out.mp4`)"
+            )
         voice = Voice(str(video.beside))
         return Measured(voice.fingerprint, num_rows(voice, self.fps), True, self.encoder.row_values)
 
     def open(self, video: Video) -> Rows:
-        if self.encoder is None or _has_rows(video):
-            return open_audio(str(video.beside))
-        return open_audio(str(video.beside), self.encoder.model, self.fps, self.encoder.feature_extractor)
+        assert video.beside is not None
+        return hear(video.beside, self.encoder, self.fps)
 
     def clip(self, rows: Rows, cut: Cut, layout: SampleLayout) -> torch.Tensor:
         return heard_rows(rows, cut.start, layout.num_frames, self.window)
@@ -171,12 +179,13 @@ def encode_conditions(
     missing = [index for index, key in enumerate(keys) if key not in cache]
     # No process may look for what another one has already written.
     state.wait_for_everyone()
-    with state.split_between_processes(missing) as share:
-        clips = Subset(_Clips(samples, conditions), share)
-        loader = DataLoader(clips, batch_size=None, num_workers=num_workers if conditions.in_workers else 0)
-        progress = tqdm(loader, desc=f"Encoding {conditions.kind}", disable=not state.is_main_process, leave=False)
-        for index, rows in zip(share, progress, strict=True):
-            cache.save(keys[index], {conditions.kind: rows})
+    if missing:
+        with state.split_between_processes(missing) as share:
+            clips = Subset(_Clips(samples, conditions), share)
+            loader = DataLoader(clips, batch_size=None, num_workers=num_workers if conditions.in_workers else 0)
+            progress = tqdm(loader, desc=f"Encoding {conditions.kind}", disable=not state.is_main_process, leave=False)
+            for index, rows in zip(share, progress, strict=True):
+                cache.save(keys[index], {conditions.kind: rows})
     state.wait_for_everyone()
     return keys
 
@@ -224,8 +233,8 @@ def measure_all(videos: Sequence[Video], conditions: ClipConditions, row_values:
         allowed = 1 if video.fps is None else max(1, round(MISSING * video.fps))
         if found.length < video.num_frames - allowed:
             raise ValueError(
-                f"{where} has {found.length} rows, a row a frame, but the video has {video.describe_length()}: it ends "
-                "too early. Lengthen it, or cut the video where it ends."
+                f"{where} has {found.length} rows, a row a frame, but the video has {video.describe_length()}: it "
+                "ends too early. Lengthen it, or cut the video where it ends."
             )
         if found.length > video.num_frames + allowed and not found.may_be_longer:
             raise ValueError(

@@ -159,7 +159,8 @@ def fresh_modules(
 
 
 def _base_config(transformer: WanTransformer3DModel, prefix: str) -> dict[str, Any]:
-    return {name: value for name, value in transformer.config.items() if not name.startswith(("_", prefix))}
+    others = ("_", prefix, "quantization_config")
+    return {name: value for name, value in transformer.config.items() if not name.startswith(others)}
 
 
 # What a model remembers beside its weights: LoRAs on its layers, their quantization, and how it is trained.

@@ -53,7 +53,8 @@ class SVIDanceTransformer3DModel(WanTransformer3DModel):
     r"""A Wan transformer with the pose encoder of UniAnimate, whose tokens are added to those of the patches.
 
     A call sees what `attention_kwargs` has under `"pose"`: `(batch, 3, 1 + 4n, height, width)` in [0, 1], a picture
-    for every frame at the size of the film. Without it the model is its parent.
+    for every frame at the size of the film. Without it the model is its parent. Its tokens are multiplied by
+    `"pose_weight"`, `(batch,)`, where that is given: by 0 in samples that are to have no poses.
 
     Args:
         pose_dim (`int`, defaults to 16): Channels between the layers of the encoder.
@@ -138,12 +139,14 @@ class SVIDanceTransformer3DModel(WanTransformer3DModel):
             ValueError: for poses of another shape than the film.
         """
         given = dict(attention_kwargs or {})
-        pose = given.pop("pose", None)
+        pose, weight = given.pop("pose", None), given.pop("pose_weight", None)
         inputs = (hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image)
         if pose is None:
             return super().forward(*inputs, return_dict=return_dict, attention_kwargs=given)
         self._check_pose(pose, hidden_states)
         self._pose = self.pose_embedder(pose.to(device=hidden_states.device, dtype=hidden_states.dtype))
+        if weight is not None:
+            self._pose = self._pose * weight.to(self._pose).view(-1, 1, 1, 1, 1)
         try:
             predicted = super().forward(*inputs, return_dict=return_dict, attention_kwargs=given)
             assert self._pose is None, "`patch_embedding` has become another: call `watch_patches`"

@@ -179,24 +179,23 @@ class SVITalkPipeline(ConditionPipeline):
         Args:
             pretrained_model_name_or_path_or_dict, adapter_name, hotswap, options: As in [`SVIPipeline`].
             audio_modules (*optional*):
-                Where the modules are: Hub repository, folder, safetensors file, or state dict. For a LoRA of SVI-Talk,
-                and a transformer without modules, those in its own file, or else those published as
-                `MeiGen-AI/MeiGen-MultiTalk`.
+                Where the modules are: Hub repository, folder, safetensors file, or state dict. If not given, those in
+                the file of the LoRA; where it is of SVI-Talk and has none, and the transformer neither, those
+                published as `MeiGen-AI/MeiGen-MultiTalk`.
 
         Raises:
             ValueError: as in [`SVIPipeline`] and `load_audio_modules`. Nothing has been loaded then.
         """
+        self._modules_are_chosen = audio_modules is not None
         with self._back_if_it_fails():
             if audio_modules is not None:
                 self.load_audio_modules(audio_modules)
             super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, hotswap, **options)
 
     def _load_modules(self, component: str, lora: LoraFile) -> None:
-        if lora.condition is None or self.has_modules:
-            return
-        if lora.modules:
+        if lora.modules and not self._modules_are_chosen:
             self._put_modules(component, lora.modules)
-        else:
+        elif lora.condition is not None and not self.has_modules:
             self.load_audio_modules()
 
     def _opened(self, condition: Any, height: int, width: int) -> Rows:

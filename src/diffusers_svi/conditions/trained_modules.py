@@ -104,7 +104,8 @@ class TrainedModules:
 
     def put_on(self, transformer: WanTransformer3DModel, row_values: int | None = None) -> WanTransformer3DModel:
         """The transformer with the modules. `row_values` is how many numbers a row of audio has."""
-        weights = self._weights
+        # They may be of gigabytes, and are needed once.
+        weights, self._weights = self._weights, None
         if self._is_fresh:
             sizes = {**self._sizes, **({"audio_dim": row_values} if row_values else {})}
             weights = fresh_modules(self.kind, transformer, **sizes)

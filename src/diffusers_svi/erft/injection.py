@@ -65,6 +65,10 @@ class InjectionConfig:
                 f"{self.modulation}."
             )
 
+    def draws(self, banked: bool) -> bool:
+        """Whether errors of a bank are ever injected: those of the latents are from there if they are `banked`."""
+        return self.p_clean < 1 and max(self.p_vid if banked else 0, self.p_noi, self.p_img) > 0
+
 
 class Switches(NamedTuple):
     """What is done to every sample of a batch: four masks `(batch,)`. Where `clean`, the others are off."""

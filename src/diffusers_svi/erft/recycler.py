@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather
 
 from ..checks import check_probability
-from .bank import ErrorBank
+from .bank import ErrorBank, StoredError
 from .injection import InjectionConfig, Switches, add_to_condition, draw_factors, draw_img_grids, draw_switches
 from .objective import clean_side_error, noise_side_error
 
@@ -59,7 +59,9 @@ class ErrorRecycler:
     Samples of several shapes come in batches of one shape, and every shape has a bank: no error of one meets another.
 
     Args:
-        bank (`ErrorBank` or `Sequence[ErrorBank]`): The replay memory, or one for every shape of samples.
+        bank (`ErrorBank` or `Sequence[ErrorBank]`):
+            The replay memory, or one for every shape of samples. None, `[]`, where nothing is injected but errors that
+            are handed to `inject`: then nothing is banked.
         injection (`InjectionConfig`): How samples are corrupted.
         config (`RecyclerConfig`): When errors are banked.
         seed (`int`): Of its generator. Give every process another.
@@ -84,9 +86,8 @@ class ErrorRecycler:
         """The bank for a batch `(batch, *error_shape)`. Raises a `ValueError` if there is none of that shape."""
         shape = tuple(samples.shape[1:])
         if shape not in self.banks:
-            raise ValueError(
-                f"There is no error bank for samples {shape}, only for {', '.join(map(str, self.banks))}."
-            )
+            there_are = f"only for {', '.join(map(str, self.banks))}" if self.banks else "nor for any others"
+            raise ValueError(f"There is no error bank for samples {shape}, {there_are}.")
         return self.banks[shape]
 
     def num_errors(self) -> int:
@@ -111,20 +112,14 @@ class ErrorRecycler:
             own (`torch.Tensor` of the shape of `latents`, *optional*):
                 Errors of the latents, sample by sample, in place of the bank's: see [`self_error`].
         """
-        bank = self.bank_of(latents)
-        bank.synchronize()
+        bank = self.bank_of(latents) if self.banks or self.injection.draws(own is None) else None
+        if bank is not None:
+            bank.synchronize()
         switches = draw_switches(self.injection, sigmas, self.generator)
-        grids = bank.nearest_grid(sigmas)
-        img_grids = draw_img_grids(self.injection, bank.grid_sigmas, bank.filled(), len(latents), self.generator)
-        wanted = [
-            torch.where(switch, grid, -1)
-            for switch, grid in (
-                (switches.vid & (own is None), grids),
-                (switches.noi, grids),
-                (switches.img, img_grids),
-            )
-        ]
-        errors = bank.draw(torch.cat(wanted), self.generator)
+        if bank is None:
+            errors: list[StoredError | None] = [None] * (3 * len(latents))
+        else:
+            errors = self._drawn(bank, sigmas, switches._replace(vid=switches.vid & (own is None)))
         factors = draw_factors(self.injection, len(errors), self.generator)
         latents, noise, condition = latents.clone(), noise.clone(), condition.clone()
         for index, error in enumerate(errors):
@@ -145,9 +140,21 @@ class ErrorRecycler:
                 )
         return Injected(latents, noise, condition, switches)
 
+    def _drawn(self, bank: ErrorBank, sigmas: torch.Tensor, switches: Switches) -> list[StoredError | None]:
+        """Errors for the latents of all samples, their noise, and their conditions, where `switches` ask for one."""
+        grids = bank.nearest_grid(sigmas)
+        img_grids = draw_img_grids(self.injection, bank.grid_sigmas, bank.filled(), len(sigmas), self.generator)
+        wanted = [
+            torch.where(switch, grid, -1)
+            for switch, grid in ((switches.vid, grids), (switches.noi, grids), (switches.img, img_grids))
+        ]
+        return bank.draw(torch.cat(wanted), self.generator)
+
     @torch.no_grad()
     def recycle(self, residuals: torch.Tensor, sigmas: torch.Tensor, switches: Switches) -> None:
         """Bank the residuals `(batch, z_dim, latent_frames, h, w)` of the predictions at `sigmas`."""
+        if not self.banks:
+            return
         bank = self.bank_of(residuals)
         draws = torch.rand(len(residuals), generator=self.generator, dtype=torch.float64)
         keep = ~switches.clean | (draws < self.config.clean_buffer_update_prob)

@@ -29,6 +29,15 @@ def parse_layers(layers: str | None) -> list[str]:
     return list(dict.fromkeys(_NAMES[name] for name in names))
 
 
+def without_modules(layers: list[str]) -> list[str]:
+    """Such layers, named so that they are those of the film alone, and none of modules for audio that have as many."""
+    return [
+        full
+        for layer in layers
+        for full in ([f"attn1.{layer}", f"attn2.{layer}"] if layer in ("to_q", "to_k", "to_v") else [layer])
+    ]
+
+
 def check_layers(layers: list[str], modules: Iterable[str]) -> None:
     """Raise a `ValueError` unless the model, which has these `modules`, has every one of `layers`."""
     modules = tuple(modules)

@@ -15,6 +15,15 @@ from ..files import written_whole
 from ..lora_file import EXPERTS
 
 
+# For films that follow something: their pipeline, what it is given, and what saves it.
+_FOLLOWING = {
+    "audio": (
+        "SVITalkPipeline",
+        'audio=open_audio("speech.wav", encoder, fps={fps})',
+        ', audio="speech.wav"',
+    ),
+    "pose": ("SVIDancePipeline", 'pose="dance.mp4"', ""),
+}
 # Settings that the example of the card takes from the table.
 _OF_EXAMPLE = ("height", "width", "num_frames", "fps", "flow_shift")
 
@@ -46,6 +55,8 @@ class TrainedLora:
         expert (`str`, *optional*): "high" or "low", for one expert of Wan 2.2 A14B.
         film (`str`, *optional*): A film of it, as `save_film` writes it, relative to the card.
         figures (`dict[str, list[float]]`, *optional*): What `save_film` returned.
+        condition (`str`, *optional*): What its films follow beside text, "audio" or "pose".
+        has_modules (`bool`, defaults to `False`): Whether the modules for that lie in its file.
 
     Raises:
         ValueError: if a setting that the example needs is missing.
@@ -58,6 +69,8 @@ class TrainedLora:
     expert: str | None = None
     film: str | None = None
     figures: dict[str, list[float]] | None = None
+    condition: str | None = None
+    has_modules: bool = False
 
     def __post_init__(self) -> None:
         missing = [name for name in _OF_EXAMPLE if self.settings.get(name) is None]
@@ -124,7 +137,7 @@ def make_model_card(repo_id: str, loras: list[TrainedLora]) -> ModelCard:
 
 A LoRA for {f"`{base_model}`" if is_local else f"[{base_model}](https://huggingface.co/{base_model})"} for
 videos of any length, trained {methods} ([paper](https://arxiv.org/abs/2510.09212)) with diffusers_svi.
-Clips are chained by `{last.scheme}`, which `load_lora_weights` reads from the file.
+Clips are chained by `{last.scheme}`, which `load_lora_weights` reads from the file.{_following(last)}
 
 ```python
 {_example(repo_id, loras)}
@@ -140,21 +153,45 @@ Clips are chained by `{last.scheme}`, which `load_lora_weights` reads from the f
     return populate_model_card(card, ["image-to-video", "diffusers", "diffusers-training", "lora", "wan", "svi"])
 
 
+def _following(lora: TrainedLora) -> str:
+    """What else is to be told where films follow audio or poses."""
+    if lora.condition is None:
+        return ""
+    name, source = _FOLLOWING[lora.condition][0], lora.settings.get("condition_modules")
+    modules = "Those lie in the file too." if lora.has_modules else f"They are those of `{source or lora.base_model}`."
+    return f"\nIts films follow {lora.condition}, for which `{name}` gives the model modules. {modules}"
+
+
 def _example(repo_id: str, loras: list[TrainedLora]) -> str:
     settings, base_model = loras[-1].settings, json.dumps(loras[-1].base_model)
     files = [f'weight_name="{weight_name(loras[0].expert)}"']
     files += [f'weight_name_2="{weight_name(lora.expert)}"' for lora in loras[1:]]
     files += ["load_into_transformer_2=True"] if [lora.expert for lora in loras] == ["low"] else []
+    condition, imports, loaded = loras[-1].condition, "", ""
+    name, follows, saved = ("SVIPipeline", "", "") if condition is None else _FOLLOWING[condition]
+    if condition is not None:
+        follows = f"\n    {follows.format(fps=settings['fps'])},"
+    if condition == "audio":
+        imports = """
+from diffusers_svi.conditions.audio import open_audio
+from transformers import Wav2Vec2Model"""
+        loaded = f"""
+# that it was trained with
+encoder = Wav2Vec2Model.from_pretrained({json.dumps(settings.get("audio_encoder") or "wav2vec2")})"""
+        source = settings.get("condition_modules")
+        if not loras[-1].has_modules and source:
+            files.append(f"audio_modules={json.dumps(source)}")
     arguments = ",\n    ".join([json.dumps(repo_id), *files])
+    components = "vae=vae, audio_encoder=encoder" if condition == "audio" else "vae=vae"
     return f"""import torch
 from diffusers import AutoencoderKLWan
 from diffusers.utils import load_image
-from diffusers_svi import NEGATIVE_PROMPT, SVIEulerScheduler, SVIPipeline, save_video
+from diffusers_svi import NEGATIVE_PROMPT, SVIEulerScheduler, {name}, save_video{imports}
 
-model = {base_model}
+model = {base_model}{loaded}
 # in half precision, static backgrounds collect artifacts from clip to clip
 vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", dtype=torch.float32)
-pipe = SVIPipeline.from_pretrained(model, vae=vae, dtype=torch.bfloat16).to("cuda")
+pipe = {name}.from_pretrained(model, {components}, dtype=torch.bfloat16).to("cuda")
 # the schedule it was trained with
 pipe.scheduler = SVIEulerScheduler.from_config(pipe.scheduler.config, shift={settings["flow_shift"]})
 pipe.load_lora_weights(
@@ -162,13 +199,13 @@ pipe.load_lora_weights(
 )
 film = pipe(
     image=load_image("start.png"),
-    prompts=["what the first clip shows", "what the next one shows"],
+    prompts=["what the first clip shows", "what the next one shows"],{follows}
     negative_prompt=NEGATIVE_PROMPT,
     height={settings["height"]},
     width={settings["width"]},
     num_frames={settings["num_frames"]},
 ).frames[0]
-save_video("film.mp4", film, fps={settings["fps"]})"""
+save_video("film.mp4", film, fps={settings["fps"]}{saved})"""
 
 
 def _table(loras: list[TrainedLora]) -> str:

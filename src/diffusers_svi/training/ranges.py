@@ -1,6 +1,7 @@
 """What numbers the arguments of the training script may be, and which go together."""
 
 import math
+import os
 from collections.abc import Mapping
 
 
@@ -109,6 +110,56 @@ def check_combinations(values: Mapping[str, object]) -> None:
                 f"`--group_offload` moves plain weights, `--quantize_base {values['quantize_base']}` has others: give "
                 "one of the two."
             )
+
+
+# What is for films that follow audio or poses.
+_OF_CONDITIONS = (
+    *("condition_column", "audio_encoder", "condition_modules", "module_sizes", "train_condition_modules"),
+    *("p_no_condition", "p_no_image", "validation_condition"),
+)
+
+
+def check_condition_options(values: Mapping[str, object]) -> None:
+    """Raise a `ValueError` for what `--condition` cannot be used with, and for its options where there is none.
+
+    Args:
+        values (`Mapping[str, object]`): All arguments by name.
+    """
+    condition = values["condition"]
+    if condition is None:
+        for name in _OF_CONDITIONS:
+            if values[name] not in (None, False):
+                raise ValueError(f"`--{name}` is for `--condition audio` or `pose`, or `--preset talk` or `dance`.")
+        return
+    if values["expert"]:
+        raise ValueError(
+            f"`--condition {condition}` is for models with one transformer: there are no modules for the experts of "
+            f"Wan 2.2 A14B. Leave out `--expert {values['expert']}`."
+        )
+    if values["conditioning"] == "held":
+        raise ValueError(
+            f"`--condition {condition}` is for image-to-video models that are given a condition beside the film: "
+            "`--conditioning held`, for TI2V-5B, has none."
+        )
+    if condition == "audio" and values["fps"] == "none":
+        raise ValueError(
+            "`--condition audio` has a row a frame: give `--fps`, the rate of the clips, instead of none."
+        )
+    if condition == "pose" and values["audio_encoder"]:
+        raise ValueError("`--audio_encoder` is for `--condition audio`, got pose.")
+    if condition == "pose" and values["random_flip"]:
+        raise ValueError(
+            "`--random_flip`: in a mirrored skeleton the left limbs have the colours of the right ones. Leave it out "
+            "with `--condition pose`."
+        )
+    if (values["validation_prompt"] is None) != (values["validation_condition"] is None):
+        raise ValueError(
+            f"A validation film with `--condition {condition}` needs `--validation_prompt`, `--validation_image` and "
+            "`--validation_condition`."
+        )
+    path = values["validation_condition"]
+    if path is not None and not os.path.exists(str(path)):
+        raise ValueError(f"`--validation_condition`={path!r} is not there.")
 
 
 def check_buckets(values: Mapping[str, object]) -> None:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..frames import Video, open_source, open_video
 from .buckets import choose_bucket, is_enlarged, nearest_in_aspect
-from .lists import CAPTION_COLUMNS, VIDEO_COLUMNS, check_caption, find_column, read_list
+from .lists import CAPTION_COLUMNS, VIDEO_COLUMNS, check_caption, find_beside, find_column, read_list
 from .samples import SampleLayout
 
 
@@ -69,6 +69,8 @@ def open_dataset(
         split (`str`, defaults to `"train"`): Its split.
         video_column, caption_column (`str`, *optional*):
             If not given, the only column of videos, or one of `VIDEO_COLUMNS`, and one of `CAPTION_COLUMNS`.
+        condition, condition_column (`str`, *optional*):
+            What they follow, as in `read_list`: in a column of paths, or one of sounds or videos that lie in files.
         cache_dir (*optional*): Where downloads are kept.
 
     Raises:
@@ -83,13 +85,23 @@ def open_dataset(
         (video_column,) = videos
     video_column = find_column("video_column", video_column, VIDEO_COLUMNS, columns, name)
     caption_column = find_column("caption_column", caption_column, CAPTION_COLUMNS, columns, name)
+    beside_column = find_beside(condition, condition_column, columns, name)
+    besides: list[Path | None] = [None] * len(dataset)
     rows = dataset.select_columns([video_column]).cast_column(video_column, datasets.Video(decode=False))
+    if condition is not None:
+        files = rows
+        if beside_column is not None:
+            files, kind = dataset.select_columns([beside_column]), type(dataset.features[beside_column])
+            if kind in (datasets.Audio, datasets.Video):
+                files = files.cast_column(beside_column, kind(decode=False))
+        column = beside_column or video_column
+        besides = [_file_of(files, index, column, f"{name}, row {index}: {column!r}") for index in range(len(files))]
     candidates = []
     for index, caption in enumerate(dataset[caption_column]):
         title = f"{name}, row {index}"
         caption = check_caption(caption, f"{title}: {caption_column!r}")
         source = partial(_open_row, rows, index, video_column)
-        candidates.append(Candidate(title, caption, partial(open_source, source, title, caption or "")))
+        candidates.append(Candidate(title, caption, partial(_open_source, source, title, caption, besides[index])))
     return candidates
 
 
@@ -195,6 +207,22 @@ def _open(candidate: Candidate) -> Video | ValueError | None:
 
 def _open_file(path: Path, caption: str, beside: Path | None) -> Video:
     return replace(open_video(path, caption), beside=beside)
+
+
+def _open_source(source: Callable[[], BinaryIO], name: str, caption: str | None, beside: Path | None) -> Video:
+    return replace(open_source(source, name, caption or ""), beside=beside)
+
+
+def _file_of(rows: Any, index: int, column: str, where: str) -> Path:
+    """The file, or the folder, that a row of a dataset names."""
+    value = rows[index][column]
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str) or not os.path.exists(path):
+        raise ValueError(
+            f"{where} must name a file that is there, got {path!r}. Datasets that hold sounds or poses themselves are "
+            "not read: write them to a folder of videos with a list."
+        )
+    return Path(path)
 
 
 def _open_row(rows: Any, index: int, column: str) -> BinaryIO:

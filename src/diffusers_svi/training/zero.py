@@ -24,6 +24,8 @@ def check_beside_zero(values: Mapping[str, object], stage: int | None) -> None:
     """
     if stage is None:
         return
+    if values["condition"] and stage == 3:
+        raise ValueError(f"`--condition {values['condition']}`: ZeRO-3 cannot deal its modules out. Use ZeRO-2.")
     form = values["quantize_base"]
     if values["group_offload"]:
         raise ValueError(
