@@ -13,7 +13,8 @@ frame gives, film by film
 
 The radius is that of the sprite's own shape, from the area that it covers. *Shuffled* is the control, which must fail:
 the same films against the voice or the poses of the next one. *Kept* is the correlation in the last five clips over
-that in the first, aimed at 0.95 or more. Intervals are of 95%, by bootstrap over films.
+that in the first, aimed at 0.95 or more; in *halves*, that of the second half of a film over that of the first, which
+chance in the voices touches less. Intervals are of 95%, by bootstrap over films.
 
 Writes `conditions.json` and `conditions.png`. Films are kept in the folder `chains` as they are done: a run that was
 interrupted, or has one more film or contestant, takes them there.
@@ -162,15 +163,21 @@ def around_each(values: np.ndarray) -> np.ndarray:
     return np.stack([means[:, around(clip, num_clips)].mean(axis=1) for clip in range(1, num_clips + 1)], axis=1)
 
 
-def correlations(seen: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Of two `(films, clips, n)`, in each film and around each clip: `(films, clips)`; 0 where one does not vary."""
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two arrays of one shape; 0 where one does not vary."""
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1]) if a.std() and b.std() else 0.0
 
-    def within(film: int, clip: int) -> float:
-        a, b = (values[film, around(clip, values.shape[1])].ravel() for values in (seen, wanted))
-        return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
 
-    films, num_clips = seen.shape[:2]
-    return np.array([[within(film, clip) for clip in range(1, num_clips + 1)] for film in range(films)])
+def correlations(seen: np.ndarray, wanted: np.ndarray, stretches: list[slice]) -> np.ndarray:
+    """Of two `(films, clips, n)`, in each film and each stretch of clips: `(films, stretches)`."""
+    return np.array(
+        [[correlation(a[clips], b[clips]) for clips in stretches] for a, b in zip(seen, wanted, strict=True)]
+    )
+
+
+def kept(values: np.ndarray) -> float:
+    """The mean over films of the last column over that of the first."""
+    return values[:, -1].mean() / values[:, 0].mean()
 
 
 def distances(seen: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -188,7 +195,8 @@ def summarize(follows: str, seen: np.ndarray, states: list[list[world.State]]) -
     for ending, of in {"": wanted, "_shuffled": np.roll(wanted, -1, axis=0)}.items():
         if follows == "audio":
             # The radius that is wanted is the loudness, by a line.
-            figures[f"correlation{ending}"] = correlations(seen[..., 0], of[..., 0])
+            stretches = [around(clip, num_clips) for clip in range(1, num_clips + 1)]
+            figures[f"correlation{ending}"] = correlations(seen[..., 0], of[..., 0], stretches)
             errors = np.abs(seen[..., 0] - of[..., 0])
         else:
             errors = distances(seen[..., 1:], of[..., 1:])
@@ -204,7 +212,14 @@ def summarize(follows: str, seen: np.ndarray, states: list[list[world.State]]) -
         for name, values in figures.items()
     }
     if follows == "audio":
-        summary["kept"] = interval(figures["correlation"], lambda of: of[:, -1].mean() / of[:, 0].mean())
+        summary["kept"] = interval(figures["correlation"], kept)
+        half = num_clips // 2
+        halves = correlations(seen[..., 0], wanted[..., 0], [slice(0, max(half, 1)), slice(half, None)])
+        summary["kept_halves"] = {
+            **interval(halves, kept),
+            "first": halves[:, 0].mean(),
+            "second": halves[:, 1].mean(),
+        }
     return summary
 
 

@@ -144,6 +144,8 @@ def test_what_is_kept_is_the_correlation_of_the_last_five_clips_over_that_of_the
     last = np.mean([np.corrcoef(*pair)[0, 1] for pair in zip(seen[:, 49:, 0], wanted, strict=True)])
     assert figures["kept"]["value"] == pytest.approx(last) and 0.5 < last < 0.9
     assert figures["correlation"]["at"]["1"]["value"] == pytest.approx(1)
+    halves = figures["kept_halves"]
+    assert halves["first"] == pytest.approx(1) and last < halves["second"] == halves["value"] < 1
     assert figures["radius_error"]["at"]["1"]["value"] == pytest.approx(1)
 
 
