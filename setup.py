@@ -23,7 +23,7 @@ install_requires = [
 
 extras = {
     "color": ["color-matcher>=0.6"],
-    "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8"],
+    "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8", "pyloudnorm>=0.2"],
     "train": ["datasets>=4.0", "tensorboard>=2.15"],
     "deepspeed": ["deepspeed>=0.17"],
     "app": ["gradio>=6.0,<7"],

@@ -2,9 +2,10 @@
 
     python examples/demo.py --output_dir outputs/demo
 
-Writes `film.mp4`, which browsers play, and `contact_sheet.png` with a row for every clip. Then one prompt is
-told for 50 clips by svi-tiny as it is and with a LoRA that was trained by error recycling, from one image and with the
-same noise: `comparison.png`. At last, measured before, what error recycling does where it can be counted:
+Writes `film.mp4`, which browsers play, and `contact_sheet.png` with a row for every clip. Then one prompt is told for
+50 clips by svi-tiny as it is and with a LoRA that was trained by error recycling, from one image and with the same
+noise: `comparison.png`. A sprite follows a voice in `talk.mp4`, which has the sound; `talk.png` shows how loud that is
+and how large the sprite. At last, measured before, what error recycling does where it can be counted:
 `recycling.png`.
 """
 
@@ -13,6 +14,7 @@ import json
 import shutil
 from pathlib import Path
 
+import imageio
 import matplotlib
 import numpy as np
 import PIL.Image
@@ -20,7 +22,10 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline, save_video
-from svi_tiny import world
+from diffusers_svi.conditions.audio import open_audio
+from diffusers_svi.conditions.talk_pipeline import SVITalkPipeline
+from svi_tiny import voices, world
+from svi_tiny.tracker import radius_of, track
 
 
 matplotlib.use("Agg")
@@ -51,6 +56,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="Of the noise.")
     parser.add_argument("--compare_clips", type=int, default=50, help="Clips of the comparison; 0: none is made.")
     parser.add_argument("--compare_story", type=int, default=5, help="Which story's start it begins with.")
+    parser.add_argument("--talk_clips", type=int, default=4, help="Clips of the film that follows a voice; 0: none.")
     return parser.parse_args()
 
 
@@ -91,13 +97,17 @@ class Story:
         )
 
 
+def enlarged(frames: np.ndarray) -> np.ndarray:
+    """`(frames, height, width, 3)`, each pixel a square of `ENLARGED`."""
+    return frames.repeat(ENLARGED, 1).repeat(ENLARGED, 2)
+
+
 def make_film(pipe: SVIPipeline, args: argparse.Namespace) -> None:
     rows, film, sheet = [], args.output_dir / "film.mp4", args.output_dir / "contact_sheet.png"
     story = Story(args.story, args.num_clips, args.setting, args)
     for clip in story.tell(pipe, conditioning=SCHEMES[args.conditioning]):
         rows.append((f"{clip.index + 1}. {clip.prompt}", (clip.frames * 255).round().astype(np.uint8)))
-    enlarged = (frame.repeat(ENLARGED, 0).repeat(ENLARGED, 1) for _, frames in rows for frame in frames)
-    save_video(film, enlarged, world.FPS)
+    save_video(film, (frame for _, frames in rows for frame in enlarged(frames)), world.FPS)
     contact_sheet(rows, sheet)
     num_frames = sum(len(frames) for _, frames in rows)
     print(f"\n{num_frames} frames in {len(rows)} clips.\nFilm:          {film}\nContact sheet: {sheet}")
@@ -123,6 +133,54 @@ def compare(pipe: SVIPipeline, args: argparse.Namespace) -> None:
     print(f"Comparison:    {path}")
 
 
+def talk(args: argparse.Namespace) -> None:
+    """A film that follows a voice, with the sound, and a picture of both."""
+    sound, film, picture = (args.output_dir / name for name in ("voice.wav", "talk.mp4", "talk.png"))
+    voice = voices.make_voice(HELD_OUT_SEED, 0, 1 + 16 * args.talk_clips)
+    voices.write_voice(sound, voice)
+    states = voices.follow_voice(voices.sample_start(HELD_OUT_SEED, 0), voice)
+    pipe = SVITalkPipeline.from_pretrained(SVI_TINY / "model", audio_encoder=voices.make_ear())
+    pipe.load_lora_weights(SVI_TINY / "loras" / "talk.safetensors")
+    pipe.set_progress_bar_config(disable=True)
+    clips = pipe.stream(
+        image=PIL.Image.fromarray(world.render(states[0])),
+        prompts=voices.tell(states[0], "audio"),
+        audio=open_audio(sound, pipe.audio_encoder, world.FPS),
+        audio_guidance_scale=1.0,
+        height=world.SIZE,
+        width=world.SIZE,
+        num_frames=world.CLIP_FRAMES,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+    frames = np.concatenate([clip.frames for clip in tqdm(clips, "Following a voice", total=args.talk_clips)])
+    pixels = enlarged((frames * 255).round().astype(np.uint8))
+    # Of a film as it was made, `FilmWriter(..., audio=sound)` writes the sound too.
+    imageio.mimwrite(film, pixels, fps=world.FPS, codec="libx264", audio_path=str(sound), audio_codec="aac")
+    followed = show_voice(frames, states, picture)
+    print(f"Voice:         {film}, {picture}: loudness and size are correlated by {followed:.2f}")
+
+
+def show_voice(frames: np.ndarray, states: list[world.State], path: Path, columns: int = 16) -> float:
+    """Frames, and under them the radius that the loudness asks for and the one that is seen; their correlation."""
+    shape, light = states[0].sprite.shape, states[0].light
+    seen = np.array([radius_of(shape, frame.area) if frame.found else 0 for frame in track(frames, light)])
+    wanted = np.array([state.sprite.radius for state in states])
+    figure, (above, below) = plt.subplots(2, figsize=(12, 4.2), layout="constrained", height_ratios=(1, 2.6))
+    chosen = np.linspace(0, len(frames) - 1, columns).round().astype(int)
+    above.imshow(np.hstack(frames[chosen]), interpolation="nearest")
+    above.axis("off")
+    seconds = np.arange(len(frames)) / world.FPS
+    below.plot(seconds, wanted, color="C1", label="loudness, as a radius")
+    below.plot(seconds, seen, color="C0", label="radius that is seen")
+    below.set(xlabel="seconds", ylabel="pixels", xlim=(0, seconds[-1]))
+    below.legend(loc="lower right")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    return float(np.corrcoef(seen[1:], wanted[1:])[0, 1])
+
+
 def show_recycling(output_dir: Path) -> None:
     """The figures of `benchmarks/recycling.py` as they were committed."""
     figures = json.loads((RECYCLING / "recycling.json").read_text())["table"]
@@ -142,6 +200,8 @@ def main():
     make_film(pipe, args)
     if args.compare_clips:
         compare(pipe, args)
+    if args.talk_clips:
+        talk(args)
     show_recycling(args.output_dir)
 
 

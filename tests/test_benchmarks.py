@@ -51,6 +51,26 @@ def test_error_bank_with_residuals_of_a_model(run):
     assert results["median_nearest_distance"]["relative"] < results["median_nearest_distance"]["new_video"]
 
 
+def test_conditions(run, tmp_path):
+    """Figures are made of what each contestant makes, and films that are there are not made again."""
+    results = run("conditions", "--output_dir", tmp_path)
+    assert results == json.loads((tmp_path / "conditions.json").read_text())
+    assert {"command", "versions", "machine", "seed"} <= set(results) and results["films"] == 2
+    assert (tmp_path / "conditions.png").stat().st_size
+    for follows, figure in {"audio": "correlation", "pose": "distance"}.items():
+        assert set(results["results"][follows]) == {"error recycling", "control"}
+        for measured in results["results"][follows].values():
+            for name in (figure, f"{figure}_shuffled"):
+                of_films = [values for (values,) in measured[name]["films"]]
+                assert measured[name]["at"]["1"]["value"] == pytest.approx(sum(of_films) / 2, abs=1e-4)
+            assert 0.5 < measured["found"]["curve"][0] <= 1
+    chains = {path: path.stat().st_mtime_ns for path in (tmp_path / "chains").iterdir()}
+    assert len(chains) == 8 and all(path.suffix == ".json" for path in chains)
+    again = run("conditions", "--output_dir", tmp_path, "--follows", "audio")
+    assert again["results"] == {"audio": results["results"]["audio"]}
+    assert chains == {path: path.stat().st_mtime_ns for path in (tmp_path / "chains").iterdir()}
+
+
 def test_erft_step(run):
     results = run("erft_step")
     assert COMMON | {"step_ratio", "recycling_share", "plain_seconds", "erft_seconds"} <= set(results)

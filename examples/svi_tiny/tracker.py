@@ -38,7 +38,8 @@ class Observation:
         shape, colour, size (`str`): The nearest of each.
         x, y (`float`): Its position in pixels.
         rgb (`tuple[float, float, float]`): The sprite's colour in [0, 255], without that light.
-        radius (`float`): In pixels, from the area the sprite covers.
+        radius (`float`): In pixels, from the area the sprite covers, if that is the shape.
+        area (`float`): What it covers, in pixels.
         overlap (`float`): Intersection over union with the nearest sprite drawn there, in [0, 1].
     """
 
@@ -54,6 +55,7 @@ class Observation:
     y: float | None = None
     rgb: tuple[float, float, float] | None = None
     radius: float | None = None
+    area: float | None = None
     overlap: float | None = None
 
 
@@ -70,6 +72,11 @@ def displacement(first: Observation, last: Observation) -> tuple[float, float]:
     """How far the sprite moved from one observation to the other, in pixels, the short way around the torus."""
     dx, dy = last.x - first.x, last.y - first.y
     return (dx + SIZE / 2) % SIZE - SIZE / 2, (dy + SIZE / 2) % SIZE - SIZE / 2
+
+
+def radius_of(shape: str, area: float) -> float:
+    """Radius in pixels of a sprite that covers `area` pixels."""
+    return SIZES["large"] * float(np.sqrt(area / _drawn(shape, "large")[0]))
 
 
 def sprite_mask(state: State) -> np.ndarray:
@@ -113,6 +120,7 @@ def _observe(frame: np.ndarray, true_light: tuple[float, float, float] | None) -
         y=sprite.y,
         rgb=tuple((rgb * light / true_light).tolist()),
         radius=float(SIZES[sprite.size] * np.sqrt(alpha.sum() / _drawn(sprite.shape, sprite.size)[0])),
+        area=float(alpha.sum()),
         overlap=float(overlap),
     )
 

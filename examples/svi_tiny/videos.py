@@ -19,6 +19,7 @@ import os
 from pathlib import Path
 
 import imageio
+import numpy as np
 
 from .world import CLIP_FRAMES, FPS, TRAVEL_FRAMES, caption, film, render, sample_story
 
@@ -56,6 +57,20 @@ def parse_args():
         "--eight_lights", action="store_true", help="Films in one of eight lights, and not in any between."
     )
     return parser.parse_args()
+
+
+def write_video(path: Path, frames: np.ndarray) -> None:
+    """Write `(frames, SIZE, SIZE, 3)` uint8 as a video of the world's rate."""
+    # Full chroma and little loss: at 64 x 64 pixels the usual settings of a video file would be seen.
+    imageio.mimwrite(
+        path,
+        frames,
+        fps=FPS,
+        codec="libx264",
+        pixelformat="yuv444p",
+        macro_block_size=1,
+        output_params=["-crf", "8", "-threads", "1"],
+    )
 
 
 def write_videos(
@@ -110,16 +125,7 @@ def write_videos(
         if before is not None or setting == "consistent":
             captions = captions[-1:]
         name = f"{seed}-{index:06d}.mp4"
-        # Full chroma and little loss: at 64 x 64 pixels the usual settings of a video file would be seen.
-        imageio.mimwrite(
-            folder / name,
-            render(states),
-            fps=FPS,
-            codec="libx264",
-            pixelformat="yuv444p",
-            macro_block_size=1,
-            output_params=["-crf", "8", "-threads", "1"],
-        )
+        write_video(folder / name, render(states))
         rows.append([f"svi-tiny {seed}-{index}", "; then ".join(captions), "", "", name])
     file = folder / f"{folder.name}.csv"
     with open(file, "w", newline="", encoding="utf-8") as stream:

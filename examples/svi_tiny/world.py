@@ -44,7 +44,10 @@ TRAVEL_FRAMES = 12  # frames to enter, to leave, or to pan to another scene; an 
 
 @dataclass(frozen=True)
 class Sprite:
-    """A sprite on the screen. `progress` in [0, 1] is how far it has changed into `next_shape` or `next_colour`."""
+    """A sprite on the screen. `progress` in [0, 1] is how far it has changed into `next_shape` or `next_colour`.
+
+    `scale` is how large it is beside others of its size; no prompt tells, a voice may.
+    """
 
     shape: str
     colour: str
@@ -55,6 +58,12 @@ class Sprite:
     next_colour: str | None = None
     progress: float = 0.0
     wraps: bool = True
+    scale: float = 1.0
+
+    @property
+    def radius(self) -> float:
+        """In pixels."""
+        return SIZES[self.size] * self.scale
 
     @property
     def rgb(self) -> np.ndarray:
@@ -172,7 +181,7 @@ def _advance_sprite(sprite: Sprite | None, action: Action, frame: int, change: f
 
 def caption(state: State, action: Action) -> str:
     """The prompt of a clip that begins in `state` and shows `action`."""
-    scene = f"over {_a(state.scene)}"
+    scene = over(state)
     if action.motion == "enters":
         who = f"a {action.sprite.size} {action.sprite.colour} {action.sprite.shape}"
         text = f"{who} enters from the {_EDGES[action.side]} {scene}"
@@ -197,6 +206,11 @@ def caption(state: State, action: Action) -> str:
     elif action.scene is not None:
         text += f", the scene fades to {_a(action.scene)}"
     return text
+
+
+def over(state: State) -> str:
+    """Of a prompt, what it says of the scene."""
+    return f"over {_a(state.scene)}"
 
 
 def _a(noun: str) -> str:
@@ -257,9 +271,9 @@ def coverage(sprite: Sprite) -> np.ndarray:
     if sprite.wraps:
         dx, dy = (dx + SIZE / 2) % SIZE - SIZE / 2, (dy + SIZE / 2) % SIZE - SIZE / 2
     dx, dy = np.broadcast_arrays(dx, dy)
-    distance = _signed_distance(sprite.shape, SIZES[sprite.size], dx, dy)
+    distance = _signed_distance(sprite.shape, sprite.radius, dx, dy)
     if sprite.next_shape is not None:
-        other = _signed_distance(sprite.next_shape, SIZES[sprite.size], dx, dy)
+        other = _signed_distance(sprite.next_shape, sprite.radius, dx, dy)
         distance = distance + sprite.progress * (other - distance)
     return np.clip(0.5 - distance, 0.0, 1.0)
 
