@@ -649,7 +649,7 @@ def begin_talk(page: Page, server: Server, folder: Path) -> None:
     page.get_by_role("button", name="Advanced settings").click()
     for name, value in (("Frames a clip", 17), ("Steps a clip", 2), ("Guidance", 1), ("Frames a second", 16)):
         page.get_by_label(name).fill(str(value))
-    assert page.evaluate(NAMELESS) == []
+    page.wait_for_function(f"({NAMELESS})().length === 0")
     sound = page.locator("input[type=file]").nth(1)
     sound.set_input_files(folder / "notes.wav")
     page.get_by_text("The speech cannot be followed: `audio`='notes.wav' cannot be read as sound").wait_for()
@@ -687,9 +687,8 @@ def test_films_are_made_changed_stopped_killed_continued_and_downloaded(page, br
     talk.set_default_timeout(LIMIT * 1000)
     begin_talk(talk, server, tmp_path)
     talk.get_by_label("Clip 1 · done").wait_for()
-    expect(talk.get_by_label("Clip 3", exact=True)).to_have_value("")
     go_on.click()
-    expect(state_of(page)).to_have_text(re.compile("Waiting: 1 other film|Getting the model|Making clip"))
+    page.get_by_role("button", name="Stop").wait_for()
     server.stop()
     server.start()
 
