@@ -17,7 +17,7 @@ that in the first, aimed at 0.95 or more; in *halves*, that of the second half o
 chance in the voices touches less. Intervals are of 95%, by bootstrap over films.
 
 Writes `conditions.json` and `conditions.png`. Films are kept in the folder `chains` as they are done: a run that was
-interrupted, or has one more film or contestant, takes them there.
+interrupted, or has one more film or contestant, takes them there; and what is not measured again is kept.
 """
 
 import argparse
@@ -243,24 +243,26 @@ def plot(results: dict, path: Path) -> None:
 def main():
     args = parse_args()
     torch.set_grad_enabled(False)
-    results = {}
+    path = args.output_dir / "conditions.json"
+    told = json.loads(path.read_text()) if path.exists() else {}
     for follows in args.follows:
-        results[follows] = {}
         states = [truth(follows, index, args.num_clips) for index in range(args.num_films)]
-        for name, pipe in contestants(follows, args.lora_dir):
-            results[follows][name] = summarize(follows, films(pipe, name, follows, args), states)
-    told = {
-        **provenance(),
-        "seed": HELD_OUT_SEED,
-        "films": args.num_films,
-        "clips": args.num_clips,
-        "aim": {"kept": AIM},
-        "results": results,
-    }
-    write_json(told, args.output_dir / "conditions.json")
-    plot(results, args.output_dir / "conditions.png")
-    for follows, measured in results.items():
-        for name, summary in measured.items():
+        measured = {
+            name: summarize(follows, films(pipe, name, follows, args), states)
+            for name, pipe in contestants(follows, args.lora_dir)
+        }
+        told[follows] = {
+            **provenance(),
+            "seed": HELD_OUT_SEED,
+            "films": args.num_films,
+            "clips": args.num_clips,
+            "aim": {"kept": AIM},
+            "results": measured,
+        }
+    write_json(told, path)
+    plot({follows: of["results"] for follows, of in told.items()}, args.output_dir / "conditions.png")
+    for follows in args.follows:
+        for name, summary in told[follows]["results"].items():
             for figure, values in summary.items():
                 of = values.get("at", {"last over first": values})
                 row = "  ".join(
