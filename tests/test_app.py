@@ -647,7 +647,11 @@ def begin_talk(page: Page, server: Server, folder: Path) -> None:
     page.get_by_role("option", name="talk", exact=True).click()
     page.get_by_text("Speech: what the film follows, and its sound").wait_for()
     page.get_by_role("button", name="Advanced settings").click()
-    for name, value in (("Frames a clip", 17), ("Steps a clip", 2), ("Guidance", 1), ("Frames a second", 16)):
+    numbers = {"Frames a clip": (81, 17), "Steps a clip": (50, 2), "Guidance": (2, 1), "Frames a second": (25, 16)}
+    for name, (published, _) in numbers.items():
+        # What is filled in before would be written over.
+        expect(page.get_by_label(name)).to_have_value(str(published), timeout=LIMIT * 1000)
+    for name, (_, value) in numbers.items():
         page.get_by_label(name).fill(str(value))
     page.wait_for_function(f"({NAMELESS})().length === 0")
     sound = page.locator("input[type=file]").nth(1)
