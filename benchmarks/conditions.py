@@ -240,9 +240,9 @@ def plot(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
+@torch.no_grad()
 def main():
     args = parse_args()
-    torch.set_grad_enabled(False)
     path = args.output_dir / "conditions.json"
     told = json.loads(path.read_text()) if path.exists() else {}
     for follows in args.follows:

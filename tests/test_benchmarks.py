@@ -188,19 +188,20 @@ def test_the_run_for_a_gpu_completes_on_a_cpu_and_keeps_what_is_done(monkeypatch
 
     def call() -> dict:
         monkeypatch.setattr(
-            sys, "argv", ["on_a_gpu.py", "--tiny", "--parts", "fast50", "erft", f"--output_dir={tmp_path}"]
+            sys, "argv", ["on_a_gpu.py", "--tiny", "--parts", "sides", "erft", f"--output_dir={tmp_path}"]
         )
         gpu.main()
         return json.loads((tmp_path / "gpu.json").read_text())
 
     results = call()
     assert {"date", "command", "versions", "machine", "aims"} <= set(results)
-    fast, erft = (results["parts"][name] for name in ("fast50-tiny", "erft-tiny"))
-    assert fast["sides"]["num_inference_steps"] == 50 and erft["preset"] == "quick"
-    figures = fast["sides"]["figures"]["tiny"]
-    assert results["summary"]["fast50-tiny"] == {
+    sides, erft = (results["parts"][name] for name in ("sides-tiny", "erft-tiny"))
+    assert sides["sides"]["num_inference_steps"] == 4 and erft["preset"] == "quick"
+    figures = sides["sides"]["figures"]["tiny"]
+    assert results["summary"]["sides-tiny"] == {
         "frames a second": figures["frames_a_second"]["SVIPipeline"],
         "share of the ceiling": figures["share_of_ceiling"]["SVIPipeline"],
+        "over by hand": figures["ratio"]["total"]["median"],
     }
     assert results["summary"]["erft-tiny"]["over plain"] == erft["step_ratio"]
     assert call() == results
