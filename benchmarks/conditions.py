@@ -36,8 +36,8 @@ from tqdm.auto import tqdm
 
 from diffusers_svi.conditions.audio import open_audio
 from diffusers_svi.conditions.condition_pipeline import ConditionPipeline
-from diffusers_svi.conditions.dance_pipeline import SVIDancePipeline
-from diffusers_svi.conditions.talk_pipeline import SVITalkPipeline
+from diffusers_svi.conditions.following import PIPELINES
+from diffusers_svi.files import written_whole
 from diffusers_svi.training.cache import fingerprint
 from svi_tiny import voices
 from svi_tiny.tracker import radius_of, track
@@ -48,7 +48,6 @@ import matplotlib.pyplot as plt
 
 
 LORAS = Path(SVI_TINY).parent / "loras"
-PIPELINES = {"audio": SVITalkPipeline, "pose": SVIDancePipeline}
 NAMES = {"audio": "talk", "pose": "dance"}
 # Frames of a clip that the one before has not told, and how many of them are looked at: every second.
 NEW, EVERY = world.CLIP_FRAMES - 1, 2
@@ -90,9 +89,10 @@ def contestants(follows: str, folder: Path) -> Iterator[tuple[str, ConditionPipe
         yield name, pipe
 
 
-def make_film(pipe: ConditionPipeline, follows: str, index: int, args, progress: tqdm) -> list[list[float]]:
+def make_film(
+    pipe: ConditionPipeline, follows: str, index: int, states: list[world.State], args, progress: tqdm
+) -> list[list[float]]:
     """Radius, x and y of the sprite in every second frame, the radius 0 and no place where it is not found."""
-    states = truth(follows, index, args.num_clips)
     start = states[0]
     if follows == "audio":
         voice = voices.make_voice(HELD_OUT_SEED, index, 1 + NEW * args.num_clips).astype(np.float32)
@@ -128,20 +128,20 @@ def truth(follows: str, index: int, num_clips: int) -> list[world.State]:
     return voices.follow_path(start, HELD_OUT_SEED, index, num_frames)
 
 
-def films(pipe: ConditionPipeline, name: str, follows: str, args) -> np.ndarray:
+def films(pipe: ConditionPipeline, name: str, follows: str, states: list[list[world.State]], args) -> np.ndarray:
     """What is seen of all films, `(films, 1 + NEW / EVERY * clips, 3)`."""
     weights, seen = digest(pipe), []
     with tqdm(total=args.num_films * args.num_clips, desc=f"{follows}, {name}") as progress:
-        for index in range(args.num_films):
+        for index, wanted in enumerate(states):
             key = fingerprint(weights, args.num_clips, args.num_inference_steps)
             path = args.output_dir / "chains" / f"{follows}-{name.replace(' ', '_')}-{index}-{key[:12]}.json"
             if path.exists():
                 progress.update(args.num_clips)
             else:
-                figures = make_film(pipe, follows, index, args, progress)
+                figures = make_film(pipe, follows, index, wanted, args, progress)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.with_suffix(".part").write_text(json.dumps(figures))
-                path.with_suffix(".part").replace(path)
+                with written_whole(path) as unfinished:
+                    unfinished.write_text(json.dumps(figures))
             seen.append(json.loads(path.read_text()))
     return np.array(seen)
 
@@ -248,7 +248,7 @@ def main():
     for follows in args.follows:
         states = [truth(follows, index, args.num_clips) for index in range(args.num_films)]
         measured = {
-            name: summarize(follows, films(pipe, name, follows, args), states)
+            name: summarize(follows, films(pipe, name, follows, states, args), states)
             for name, pipe in contestants(follows, args.lora_dir)
         }
         told[follows] = {

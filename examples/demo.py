@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import imageio
 import matplotlib
@@ -60,6 +61,18 @@ def parse_args():
     return parser.parse_args()
 
 
+def clip_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How svi-tiny makes the clips of a film."""
+    return {
+        "height": world.SIZE,
+        "width": world.SIZE,
+        "num_frames": world.CLIP_FRAMES,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": 1.0,
+        "generator": torch.Generator().manual_seed(args.seed),
+    }
+
+
 def contact_sheet(rows: list[tuple[str, np.ndarray]], path: Path, columns: int = 6) -> None:
     """One row of frames for every clip, under its prompt."""
     figure, axes = plt.subplots(len(rows), figsize=(columns * 1.5, len(rows) * 1.75), squeeze=False, layout="tight")
@@ -84,17 +97,7 @@ class Story:
         self.args = args
 
     def tell(self, pipe: SVIPipeline, **options):
-        return pipe.stream(
-            image=self.image,
-            prompts=self.prompts,
-            height=world.SIZE,
-            width=world.SIZE,
-            num_frames=world.CLIP_FRAMES,
-            num_inference_steps=self.args.num_inference_steps,
-            guidance_scale=1.0,
-            generator=torch.Generator().manual_seed(self.args.seed),
-            **options,
-        )
+        return pipe.stream(image=self.image, prompts=self.prompts, **clip_options(self.args), **options)
 
 
 def enlarged(frames: np.ndarray) -> np.ndarray:
@@ -147,12 +150,7 @@ def talk(args: argparse.Namespace) -> None:
         prompts=voices.tell(states[0], "audio"),
         audio=open_audio(sound, pipe.audio_encoder, world.FPS),
         audio_guidance_scale=1.0,
-        height=world.SIZE,
-        width=world.SIZE,
-        num_frames=world.CLIP_FRAMES,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=1.0,
-        generator=torch.Generator().manual_seed(args.seed),
+        **clip_options(args),
     )
     frames = np.concatenate([clip.frames for clip in tqdm(clips, "Following a voice", total=args.talk_clips)])
     pixels = enlarged((frames * 255).round().astype(np.uint8))

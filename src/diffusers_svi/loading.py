@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import get_device
 
 from .checks import check_choice
 from .conditions.audio_encoder import load_audio_encoder, read_audio_encoder
+from .conditions.converters import TRANSFORMERS
 from .conditions.following import PIPELINES
 from .lora_file import read_lora
 from .lora_layers import EXPERTS
@@ -205,7 +206,7 @@ def _check_modules(
 ) -> None:
     """Raise a `ValueError` unless the model with this index, or the LoRA, has what films follow `follows` with."""
     _, kept = index.get("transformer") or (None, None)
-    if kept == PIPELINES[follows]._kind.__name__:
+    if kept == TRANSFORMERS[follows].__name__:
         return
     if lora in (None, "none") or read_lora(str(lora), weight_name).condition != follows:
         raise ValueError(

@@ -56,7 +56,7 @@ _CONDITIONS = (
     (r"svi[-_]dance", "pose", r"(?:^|\.)(?:dwpose_embedding|randomref_embedding_pose)\."),
 )
 # What such films are made with.
-_PIPELINES = {"audio": "SVITalkPipeline", "pose": "SVIDancePipeline"}
+PIPELINE_NAMES = {"audio": "SVITalkPipeline", "pose": "SVIDancePipeline"}
 
 # What the published LoRAs train, in every block.
 TARGET_MODULES = [
@@ -140,7 +140,7 @@ def read_lora(
     origin, condition = fetched.source, _condition(name, modules)
     if CONDITION_KEY in metadata:
         condition = metadata[CONDITION_KEY]
-        check_choice(CONDITION_KEY, condition, tuple(_PIPELINES))
+        check_choice(CONDITION_KEY, condition, tuple(PIPELINE_NAMES))
     return LoraFile(state_dict, adapter_metadata, conditioning, expert, clip_resize, name, origin, condition, modules)
 
 
@@ -149,7 +149,7 @@ def check_condition(lora: LoraFile, condition: str | None = None) -> None:
     if lora.condition not in (None, condition):
         raise ValueError(
             f"The LoRA {lora.name!r} is for films that follow {lora.condition}, for which a model has modules of "
-            f"its own: load it with `{_PIPELINES[lora.condition]}`."
+            f"its own: load it with `{PIPELINE_NAMES[lora.condition]}`."
         )
 
 
@@ -183,7 +183,7 @@ def lora_metadata(
         check_choice("clip_resize", clip_resize, CLIP_RESIZES)
         metadata[CLIP_RESIZE_KEY] = clip_resize
     if condition is not None:
-        check_choice("condition", condition, tuple(_PIPELINES))
+        check_choice("condition", condition, tuple(PIPELINE_NAMES))
         metadata[CONDITION_KEY] = condition
     return metadata
 

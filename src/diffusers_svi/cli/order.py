@@ -38,9 +38,9 @@ TYPED = "-"
 ADAPTER = "default_0"
 LOADING = ("model", "lora", "device", "dtype", "offload", "vae_tiling", "attention_backend", "quantize")
 FILE = ("codec", "crf", "pixel_format", "audio", "background")
-# Those whose defaults are the pipeline's.
 # Those that are of use to some films alone, by what these follow.
 FOLLOWING = {"audio": ("audio_guidance_scale", "audio_encoder"), "pose": ("pose", "loop_pose")}
+# Those whose defaults are the pipeline's.
 SETTINGS = ("height", "width", "resize_mode", "guidance_scale_2", "max_sequence_length", "color_match")
 
 

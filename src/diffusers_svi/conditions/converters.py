@@ -101,6 +101,7 @@ def pose_config(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return {"pose_dim": weights["pose_embedder.layers.0.weight"].shape[0]}
 
 
+TRANSFORMERS: dict[str, type[Any]] = {"audio": SVITalkTransformer3DModel, "pose": SVIDanceTransformer3DModel}
 # For each kind of model: the converter, the sizes of its modules, and what their names in it begin with.
 _KINDS: dict[type, tuple[Any, Any, str]] = {
     SVITalkTransformer3DModel: (convert_audio, audio_config, "audio_"),

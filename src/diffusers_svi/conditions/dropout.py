@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checks import check_probability
-from .windows import pose_pictures, windows_of
+from .windows import WINDOW, pose_pictures, windows_of
 
 
 # Shares of samples without audio or pose, and of samples without image.
@@ -39,7 +39,7 @@ class ConditionDropout:
     """
 
     kind: str
-    window: int = 5
+    window: int = WINDOW
     p_no_condition: float = 0.0
     p_no_image: float = 0.0
 

@@ -10,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from ..lora_file import without_modules
 from ..weights_file import fetch_weights
 from .converters import (
+    TRANSFORMERS,
     audio_config,
     convert_audio,
     convert_pose,
@@ -18,16 +19,15 @@ from .converters import (
     published_modules,
     with_modules,
 )
-from .dance_transformer import SVIDanceTransformer3DModel
 from .talk_pipeline import MULTITALK, MULTITALK_FILE
 from .talk_transformer import SVITalkTransformer3DModel
+from .windows import WINDOW
 
 
-KINDS: dict[str, type[Any]] = {"audio": SVITalkTransformer3DModel, "pose": SVIDanceTransformer3DModel}
-# Those that fresh modules may be made in, with what they are if nothing is said; the audio's own follows its encoder.
-SIZES: dict[str, dict[str, int]] = {
-    "audio": {"audio_window": 5, "audio_hidden_dim": 512, "audio_tokens": 32, "audio_token_dim": 768},
-    "pose": {"pose_dim": 16},
+# Those that fresh modules may be made in, as published if nothing is said; `audio_dim` follows the encoder.
+SIZES: dict[str, tuple[str, ...]] = {
+    "audio": ("audio_window", "audio_hidden_dim", "audio_tokens", "audio_token_dim"),
+    "pose": ("pose_dim",),
 }
 INIT = "init"
 
@@ -58,9 +58,9 @@ class TrainedModules:
         in_lora: dict[str, torch.Tensor] | None = None,
         cache_dir: str | None = None,
     ):
-        self.condition, self.kind, sizes = condition, KINDS[condition], dict(sizes or {})
+        self.kind, sizes = TRANSFORMERS[condition], dict(sizes or {})
         has_own = base.get("_class_name") == self.kind.__name__
-        if not has_own and base.get("_class_name") in {kind.__name__ for kind in KINDS.values()}:
+        if not has_own and base.get("_class_name") in {kind.__name__ for kind in TRANSFORMERS.values()}:
             raise ValueError(f"`--condition {condition}`: this model has modules for another, {base['_class_name']}.")
         # What the base is loaded as.
         self.base_kind: type[WanTransformer3DModel] = self.kind if has_own else WanTransformer3DModel
@@ -71,7 +71,7 @@ class TrainedModules:
                 raise ValueError(f"`--module_sizes`: {name!r} is none of {', '.join(SIZES[condition])}.")
             if size < 1 or (name == "audio_window" and size % 2 == 0):
                 raise ValueError(f"`--module_sizes`: {name!r} must be {_wanted(name)}, got {size}.")
-        self._sizes = {**SIZES[condition], **sizes}
+        self._sizes = sizes
         self._is_fresh, self._weights = source == INIT, None
         if source is not None and source != INIT:
             self._weights = read_modules(source, cache_dir)
@@ -90,17 +90,12 @@ class TrainedModules:
     @property
     def window(self) -> int:
         """Rows of audio that a frame hears."""
-        return self._sizes.get("audio_window", 5)
+        return self._sizes.get("audio_window", WINDOW)
 
     @property
     def row_values(self) -> int | None:
         """How many numbers a row of audio must have; any, for fresh modules."""
         return self._sizes.get("audio_dim")
-
-    @property
-    def are_fresh(self) -> bool:
-        """Whether they have not been trained yet."""
-        return self._is_fresh
 
     def put_on(self, transformer: WanTransformer3DModel, row_values: int | None = None) -> WanTransformer3DModel:
         """The transformer with the modules. `row_values` is how many numbers a row of audio has."""

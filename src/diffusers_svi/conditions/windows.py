@@ -10,6 +10,10 @@ from ..wan import TEMPORAL_FACTOR
 from .rows import Rows
 
 
+# Rows of audio that a frame hears, as published.
+WINDOW = 5
+
+
 def first_frame(state: ChainState) -> int:
     """The film frame that the first frame of the clip after `state` is, told again or not."""
     scheme = state.conditioning
@@ -50,7 +54,7 @@ def film_rows(rows: Rows, first: int, count: int, loop: bool = False) -> torch.T
     return torch.cat(pieces)
 
 
-def audio_windows(features: Rows, first: int, num_frames: int, window: int = 5) -> torch.Tensor:
+def audio_windows(features: Rows, first: int, num_frames: int, window: int = WINDOW) -> torch.Tensor:
     """What each frame of a clip hears: the rows around its own.
 
     Args:
@@ -65,12 +69,12 @@ def audio_windows(features: Rows, first: int, num_frames: int, window: int = 5) 
     return windows_of(heard_rows(features, first, num_frames, window), window)
 
 
-def heard_rows(features: Rows, first: int, num_frames: int, window: int = 5) -> torch.Tensor:
+def heard_rows(features: Rows, first: int, num_frames: int, window: int = WINDOW) -> torch.Tensor:
     """The rows that the frames of a clip hear together, `(num_frames + window - 1, layers, channels)`."""
     return film_rows(features, first - window // 2, num_frames + window - 1)
 
 
-def windows_of(rows: torch.Tensor, window: int = 5) -> torch.Tensor:
+def windows_of(rows: torch.Tensor, window: int = WINDOW) -> torch.Tensor:
     """What each frame hears, out of the rows that [`heard_rows`] gave: `(num_frames, window, layers, channels)`."""
     return rows[torch.arange(len(rows)).unfold(0, window, 1)]
 

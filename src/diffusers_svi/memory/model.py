@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from ..checks import check_choice
-from ..conditions.following import PIPELINES
+from ..conditions.converters import TRANSFORMERS
 from ..lora_file import TARGET_MODULES
 from ..published import PublishedModel, published_model
 
@@ -136,7 +136,7 @@ def model_shapes(model: str | os.PathLike, follows: str | None = None) -> ModelS
         parts, name = _loaded_parts(index, model), os.fspath(model)
         expand_timesteps, size = bool(index.get("expand_timesteps")), (81, 480, 832)
     if follows is not None and "transformer" in parts:
-        parts["transformer"] = _with_modules(parts["transformer"], PIPELINES[follows]._kind)
+        parts["transformer"] = _with_modules(parts["transformer"], TRANSFORMERS[follows])
     return shapes_of(name, parts, expand_timesteps, size)
 
 

@@ -1,4 +1,4 @@
-"""`read_captions`: the lists of videos and captions that folders hold, in CSV, also as Excel writes it, and JSONL."""
+"""`read_list`: the lists of videos and captions that folders hold, in CSV, also as Excel writes it, and JSONL."""
 
 import codecs
 import csv
@@ -38,7 +38,7 @@ class Listed(NamedTuple):
 def read_captions(
     folder: str | os.PathLike, video_column: str | None = None, caption_column: str | None = None
 ) -> list[tuple[Path, str | None]]:
-    """The videos that a folder's CSV or JSONL file lists, with their captions: as [`read_list`], of which see."""
+    """The videos that a folder's CSV or JSONL file lists, with their captions: as [`read_list`], which see."""
     return [(listed.video, listed.caption) for listed in read_list(folder, video_column, caption_column)]
 
 

@@ -12,17 +12,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..checks import check_choice
 from ..conditioning import Scheme, scheme_from_dict
 from ..files import written_whole
-from ..lora_file import EXPERTS
+from ..lora_file import EXPERTS, PIPELINE_NAMES
 
 
-# For films that follow something: their pipeline, what it is given, and what saves it.
+# For films that follow something: what their pipeline is given, and what saves them.
 _FOLLOWING = {
-    "audio": (
-        "SVITalkPipeline",
-        'audio=open_audio("speech.wav", encoder, fps={fps})',
-        ', audio="speech.wav"',
-    ),
-    "pose": ("SVIDancePipeline", 'pose="dance.mp4"', ""),
+    "audio": ('audio=open_audio("speech.wav", encoder, fps={fps})', ', audio="speech.wav"'),
+    "pose": ('pose="dance.mp4"', ""),
 }
 # Settings that the example of the card takes from the table.
 _OF_EXAMPLE = ("height", "width", "num_frames", "fps", "flow_shift")
@@ -157,7 +153,7 @@ def _following(lora: TrainedLora) -> str:
     """What else is to be told where films follow audio or poses."""
     if lora.condition is None:
         return ""
-    name, source = _FOLLOWING[lora.condition][0], lora.settings.get("condition_modules")
+    name, source = PIPELINE_NAMES[lora.condition], lora.settings.get("condition_modules")
     modules = "Those lie in the file too." if lora.has_modules else f"They are those of `{source or lora.base_model}`."
     return f"\nIts films follow {lora.condition}, for which `{name}` gives the model modules. {modules}"
 
@@ -168,8 +164,9 @@ def _example(repo_id: str, loras: list[TrainedLora]) -> str:
     files += [f'weight_name_2="{weight_name(lora.expert)}"' for lora in loras[1:]]
     files += ["load_into_transformer_2=True"] if [lora.expert for lora in loras] == ["low"] else []
     condition, imports, loaded = loras[-1].condition, "", ""
-    name, follows, saved = ("SVIPipeline", "", "") if condition is None else _FOLLOWING[condition]
+    name, follows, saved = "SVIPipeline", "", ""
     if condition is not None:
+        name, (follows, saved) = PIPELINE_NAMES[condition], _FOLLOWING[condition]
         follows = f"\n    {follows.format(fps=settings['fps'])},"
     if condition == "audio":
         imports = """
