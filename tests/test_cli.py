@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import PIL.Image
 import pytest
+from huggingface_hub import constants
 
 from diffusers_svi import PixelMotion
 from diffusers_svi.film import read_clips
@@ -181,7 +182,8 @@ def test_nothing_is_made_on_trial(run_command, tmp_path):
         ({"model": "missing", "offload": "none"}, "missing"),
     ],
 )
-def test_what_is_wrong_is_told_in_a_line(run_command, tmp_path, options, message):
+def test_what_is_wrong_is_told_in_a_line(run_command, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # nothing is waited for
     PIL.Image.new("RGB", (64, 1)).save(tmp_path / "thin.png")
     status, _, errors = run_command(*generate(**options))
     assert status == 1 and message in errors and "Traceback" not in errors

@@ -23,7 +23,7 @@ from small_videos import write_numbered, write_rows
 from test_audio import make_model, speech, write
 from test_dance import make_dwpose
 from test_talk import make_multitalk
-from test_train_erft import LORA, SCRIPT, assert_same, command, failed, train
+from test_train_erft import LORA, SCRIPT, assert_same, command, failed, train, under_deepspeed
 
 
 PIPELINES = {"talk": SVITalkPipeline, "dance": SVIDancePipeline}
@@ -250,16 +250,9 @@ def test_mistakes_are_told_before_anything_is_encoded(models, tmp_path, train_er
 
 
 def test_modules_under_deepspeed(models, tmp_path):
-    """ZeRO-2 in one process trains modules too, and goes on from a checkpoint."""
-    config = SCRIPT.parent / "accelerate_configs" / "deepspeed_zero2.yaml"
-    settings = (f"--config_file={config}", "--num_processes=1", "--mixed_precision=no", "--main_process_port=0")
-    launcher = {"launcher": ("-m", "accelerate.commands.launch", *settings), "use_cpu": False}
-    options = options_of(models, "talk", checkpointing_steps=1, max_train_steps=2)
-    train(models / "i2v", tmp_path / "straight", **options, **launcher)
-    shutil.copytree(tmp_path / "straight/checkpoint-1", tmp_path / "again/checkpoint-1")
-    train(models / "i2v", tmp_path / "again", resume_from_checkpoint="latest", **options, **launcher)
-    assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
-    assert read_lora(tmp_path / "again", LORA).modules["blocks.1.audio_cross_attn.proj.weight"].any()
+    """ZeRO-2, with a LoRA and modules."""
+    lora = under_deepspeed(2, models / "i2v", tmp_path, **options_of(models, "talk"))
+    assert len(lora.state_dict) == 40 and lora.modules["blocks.1.audio_cross_attn.proj.weight"].any()
 
 
 def test_two_processes_train_the_same_modules(models, tmp_path):

@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conftest import load_script, make_components, make_transformer, quiet, seeded
 from diffusers_svi import HeldLatents, LatentMotion, PixelMotion, SVIPipeline
-from diffusers_svi.lora_file import read_lora
+from diffusers_svi.lora_file import LoraFile, read_lora
 from diffusers_svi.training.environment import own_folder
 from diffusers_svi.training.model_card import weight_name
 from small_videos import write_numbered, write_rows
@@ -83,10 +84,17 @@ def command(model: Path, output_dir: Path, launcher: tuple[str, ...] = (), **opt
     return [sys.executable, *launcher, str(SCRIPT), *arguments]
 
 
-def train(model: Path, output_dir: Path, launcher: tuple[str, ...] = (), use_cpu: bool = True, **options) -> str:
+def train(
+    model: Path,
+    output_dir: Path,
+    launcher: tuple[str, ...] = (),
+    use_cpu: bool = True,
+    num_processes: int = 1,
+    **options,
+) -> str:
     """Run the script and return what it told."""
     if not launcher:
-        status, told = run_forked(command(model, output_dir, **options)[1:])
+        status, told = run_forked(command(model, output_dir, **options)[1:], num_processes)
         assert status == 0, told[-4000:]
         return told
     # accelerate gives DeepSpeed up where it is told to use the CPU; without a GPU it has no other choice anyway.
@@ -103,21 +111,37 @@ def failed(model: Path, output_dir: Path, **options) -> str:
     return told
 
 
-def run_forked(arguments: list[str]) -> tuple[int, str]:
-    """Exit status and output of the script in a process of its own, which need not import everything once more."""
+def run_forked(arguments: list[str], num_processes: int = 1) -> tuple[int, str]:
+    """Exit status and output of the script in processes of its own, which need not import everything once more."""
     with tempfile.TemporaryFile("w+") as output:
-        script = get_context("fork").Process(target=run_script, args=(arguments, output.fileno()))
-        script.start()
-        script.join()
+        ranks = [
+            get_context("fork").Process(target=run_script, args=(arguments, output.fileno(), environment))
+            for environment in as_launched(num_processes)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
         output.seek(0)
-        return script.exitcode, output.read()
+        return max(rank.exitcode for rank in ranks), output.read()
 
 
-def run_script(arguments: list[str], output: int) -> None:
+def as_launched(num_processes: int) -> list[dict[str, str]]:
+    """What `torchrun` tells each process."""
+    if num_processes == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    return [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(num_processes))]
+
+
+def run_script(arguments: list[str], output: int, environment: dict[str, str]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - closed by the end of the process
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    os.environ.update(environment)
     # As in a process that has just begun.
     logging.getLogger().handlers.clear()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -318,8 +342,7 @@ def test_two_processes(models, shapes, tmp_path, mode):
     The sharded bank, whose errors travel between the processes, is one of three: both have one bucket at a time. So it
     is with blocks on the CPU, and one of the processes makes the film.
     """
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    options = {"launcher": launcher, "bank_mode": mode, "samples_per_video": 2, "buffer_warmup_iter": 2}
+    options = {"num_processes": 2, "bank_mode": mode, "samples_per_video": 2, "buffer_warmup_iter": 2}
     options |= {"latent_cache_dir": tmp_path / "cache", "checkpointing_steps": 2}
     banks = [""]
     if mode == "sharded":
@@ -432,44 +455,48 @@ def test_both_experts_are_what_each_is_alone(models, tmp_path, train_erft):
     assert steps == {"high": [1, 2, 5, 6, 9], "low": [3, 4, 7, 8, 10]}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed(models, tmp_path, stage):
-    """ZeRO in one process, by the configurations in examples/: it trains, and goes on from a checkpoint."""
+def under_deepspeed(stage: int, model: Path, folder: Path, **options) -> LoraFile:
+    """ZeRO in one process, by the configuration in examples/: it trains, and goes on from a checkpoint bit for bit."""
     config = ROOT / "examples" / "accelerate_configs" / f"deepspeed_zero{stage}.yaml"
     settings = (f"--config_file={config}", "--num_processes=1", "--mixed_precision=no", "--main_process_port=0")
-    options = {"launcher": ("-m", "accelerate.commands.launch", *settings), "use_cpu": False}
-    options |= {"latent_cache_dir": tmp_path / "cache", "checkpointing_steps": 1}
-    train(models / "i2v", tmp_path / "straight", max_train_steps=2, **options)
-    shutil.copytree(tmp_path / "straight/checkpoint-1", tmp_path / "again/checkpoint-1")
-    train(models / "i2v", tmp_path / "again", max_train_steps=2, resume_from_checkpoint="latest", **options)
-    assert_same(tmp_path / "straight" / LORA, tmp_path / "again" / LORA)
-    straight, again = tmp_path / "straight" / "checkpoint-2", tmp_path / "again" / "checkpoint-2"
+    options |= {"launcher": ("-m", "accelerate.commands.launch", *settings), "use_cpu": False}
+    options |= {"latent_cache_dir": folder / "cache", "checkpointing_steps": 1, "max_train_steps": 2}
+    train(model, folder / "straight", **options)
+    shutil.copytree(folder / "straight/checkpoint-1", folder / "again/checkpoint-1")
+    train(model, folder / "again", resume_from_checkpoint="latest", **options)
+    assert_same(folder / "straight" / LORA, folder / "again" / LORA)
+    straight, again = folder / "straight" / "checkpoint-2", folder / "again" / "checkpoint-2"
     assert_same(straight / "bank-0.safetensors", again / "bank-0.safetensors")
-    assert len(read_lora(tmp_path / "again", LORA).state_dict) == 40
     assert (again / "pytorch_model").is_dir()  # what only DeepSpeed writes
+    return read_lora(folder / "again", LORA)
 
 
-def test_both_experts_are_refused_by_deepspeed(models, tmp_path):
+def test_deepspeed(models, tmp_path):
+    """ZeRO-3; ZeRO-2 is in test_train_conditions.py, with modules."""
+    assert len(under_deepspeed(3, models / "i2v", tmp_path).state_dict) == 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "a14b",
+            {"preset": "pro", "expert": "both"},
+            "`--expert both` is not for DeepSpeed, of which accelerate has one engine in a process",
+        ),
+        (
+            "i2v",
+            {"group_offload": True, "gradient_checkpointing": True},
+            "or give ZeRO-3 `offload_param_device: cpu` instead.",
+        ),
+    ],
+)
+def test_what_does_not_go_with_deepspeed_is_told_first(models, tmp_path, monkeypatch, kind, options, message):
     """Before anything is loaded: `accelerate launch` tells of it by these."""
-    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    finished = subprocess.run(
-        command(models / "a14b", tmp_path, preset="pro", expert="both"),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert finished.returncode == 1
-    assert "`--expert both` is not for DeepSpeed, of which accelerate has one engine in a process" in finished.stderr
-
-
-def test_what_does_not_go_with_deepspeed_is_told_first(models, tmp_path, monkeypatch):
     settings = {"USE_CPU": "false", "USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"}
     for name, value in settings.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    told = failed(models / "i2v", tmp_path / "run", group_offload=True, gradient_checkpointing=True)
-    assert told.rstrip().endswith("or give ZeRO-3 `offload_param_device: cpu` instead."), told[-500:]
+    assert message in failed(models / kind, tmp_path / "run", **options)[-500:]
     assert not (tmp_path / "run" / "cache").exists()
 
 

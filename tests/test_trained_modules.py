@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -96,7 +97,8 @@ def test_modules_come_from_a_file_a_lora_or_the_base(tmp_path):
         ("pose", BASE, {"source": "none.safetensors"}, "No condition module could be read"),
     ],
 )
-def test_modules_that_cannot_be_had_are_told(condition, base, given, message):
+def test_modules_that_cannot_be_had_are_told(monkeypatch, condition, base, given, message):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # nothing is waited for
     with pytest.raises(ValueError, match=message):
         TrainedModules(condition, base, **given)
 
