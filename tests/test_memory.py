@@ -1,6 +1,7 @@
 """The memory plan: its formulas against what diffusers' own modules allocate at the true shapes, and by hand."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,6 +169,34 @@ def test_optimizer_and_bank_by_hand(shapes):
     assert plan.phases[-2].parts["base"] == few["base"] and plan.host["base"] == base
 
 
+def test_what_two_experts_and_several_buckets_need(shapes):
+    size = {"num_frames": 49, "height": 480, "width": 832}
+    one, shape = Training(**size), (16, 13, 60, 104)
+    lora = 613_416_960
+    base, quantized = (shapes[A14B].weights["transformer"].num_bytes(BF16, form) for form in ("none", "8bit"))
+    for options, weights, on_the_gpu in (
+        ({}, base, 0),
+        ({"quantize_base": "8bit"}, quantized, quantized + 4 * lora),
+        ({"group_offload": True}, base, base - 2 * 40 * (8 * 5120**2 + 2 * 5120 * 13824) + 4 * lora),
+    ):
+        alone, pair = (
+            training_memory(shapes[A14B], replace(one, **options, both_experts=both)) for both in (False, True)
+        )
+        parts = dict(pair.phases[-1].parts)
+        assert parts.pop("the other expert", 0) == on_the_gpu and parts == alone.phases[-1].parts
+        assert pair.host["the other expert"] == weights + 12 * lora - on_the_gpu
+        assert pair.host["error bank"] == 2 * alone.host["error bank"] == 2 * one.bank.num_bytes(shape)
+
+    # Activations of the longest; a bank of each.
+    longest = Training(**{**size, "num_frames": 81})
+    both = training_memory(shapes[A14B], replace(one, more_buckets=((81, 480, 832),)))
+    wanted = training_memory(shapes[A14B], longest)
+    assert both.phases == wanted.phases != training_memory(shapes[A14B], one).phases
+    assert both.host["error bank"] == one.bank.num_bytes(shape) + wanted.host["error bank"]
+    with pytest.raises(ValueError, match="`both_experts`: .* has one transformer only"):
+        training_memory(shapes[W21], replace(one, both_experts=True))
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -178,6 +207,7 @@ def test_optimizer_and_bank_by_hand(shapes):
         ({"quantize_base": "8bit", "group_offload": True}, "`group_offload` needs gradient checkpointing"),
         ({"gradient_checkpointing": False, "group_offload": True}, "`group_offload` needs gradient checkpointing"),
         ({"zero": 2, "mixed_precision": "no"}, "DeepSpeed is planned for in bf16 only"),
+        ({"zero": 2, "both_experts": True}, "`both_experts` goes without DeepSpeed, got `zero`=2"),
         ({"rank": 0}, "rank"),
     ],
 )

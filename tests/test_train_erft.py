@@ -123,7 +123,7 @@ def run_forked(arguments: list[str], num_processes: int = 1) -> tuple[int, str]:
         for rank in ranks:
             rank.join()
         output.seek(0)
-        return max(rank.exitcode for rank in ranks), output.read()
+        return next((rank.exitcode for rank in ranks if rank.exitcode), 0), output.read()
 
 
 def as_launched(num_processes: int) -> list[dict[str, str]]:

@@ -65,11 +65,13 @@ def of_training(model: "ModelShapes", options: Mapping[str, Any]) -> None:
     from ..erft import BankConfig
     from ..memory import CARDS, Training, training_memory
 
-    frames, height, width = _clip_size(model, options, 81)
+    (frames, height, width), *more = _bucket_sizes(model, options)
     training = Training(
         num_frames=frames,
         height=height,
         width=width,
+        more_buckets=tuple(more),
+        both_experts=options["both_experts"],
         rank=options["rank"],
         batch_size=options["train_batch_size"],
         mixed_precision="no" if options["dtype"] == "float32" else "bf16",
@@ -83,14 +85,16 @@ def of_training(model: "ModelShapes", options: Mapping[str, Any]) -> None:
     )
     cards = options["card"] or CARDS
     click.echo(f"model    {model.name}, LoRA of rank {training.rank}, {training.num_processes} processes")
-    click.echo(f"memory   GB on each GPU, {frames} frames of {height} x {width}, batch of {training.batch_size}")
+    told = ", ".join(f"{frames} frames of {height} x {width}" for frames, height, width in training.sizes)
+    click.echo(f"memory   GB on each GPU, {told}, batch of {training.batch_size}")
+    has_zero = training.mixed_precision == "bf16" and not training.both_experts
     whole = replace(training, quantize_base="none", group_offload=False)
     quantized = replace(whole, zero=min(training.zero, 2))
     ways = {
         "as asked": training,
         "no checkpointing": replace(training, gradient_checkpointing=False, group_offload=False),
-        "ZeRO-2": replace(whole, zero=2) if training.mixed_precision == "bf16" else None,
-        "ZeRO-3": replace(whole, zero=3) if training.mixed_precision == "bf16" else None,
+        "ZeRO-2": replace(whole, zero=2) if has_zero else None,
+        "ZeRO-3": replace(whole, zero=3) if has_zero else None,
         "blocks on the CPU": replace(whole, zero=0, gradient_checkpointing=True, group_offload=True),
         "8-bit base": replace(quantized, quantize_base="8bit"),
         "4-bit base": replace(quantized, quantize_base="4bit"),
@@ -124,6 +128,22 @@ def _clip_size(model: "ModelShapes", options: Mapping[str, Any], num_frames: int
     size = {"num_frames": frames, "height": height, "width": width}
     check_settings({**size, "num_inference_steps": 1, "guidance_scale": 1.0})
     return frames, height, width
+
+
+def _bucket_sizes(model: "ModelShapes", options: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Of the clips that are trained on, each `(num_frames, height, width)`."""
+    from ..training.buckets import read_buckets
+
+    if options["buckets"] is None:
+        return [_clip_size(model, options, 81)]
+    for name in ("height", "width"):
+        if options[name] is not None:
+            raise click.UsageError(f"Give one of `--{name}` and `--buckets`.")
+    sizes = []
+    for bucket in read_buckets(options["buckets"].split(), options["num_frames"] or 81):
+        width, height, frames = map(int, bucket.split("x"))
+        sizes.append(_clip_size(model, {"num_frames": frames, "height": height, "width": width}, frames))
+    return sizes
 
 
 def _table(first: str, plans: "Mapping[str, Plan]", cards: Iterable[float]) -> None:

@@ -165,6 +165,8 @@ TRAINING = [
     option("Training", "--processes", type=int, default=1, show_default=True, help="One a GPU."),
     option("Training", "--rank", type=int, default=128, show_default=True, help="Of the LoRA."),
     option("Training", "--train_batch_size", type=int, default=1, show_default=True, help="Samples a process."),
+    option("Training", "--buckets", help='Several sizes of clips: "832x480 480x832 624x624x49".'),
+    option("Training", "--both_experts", is_flag=True, help="Of Wan 2.2 A14B, in turns: the trainer's --expert both."),
     option("Training", "--no_checkpointing", is_flag=True, help="Without gradient checkpointing."),
     option("Training", "--quantize_base", type=click.Choice(("8bit", "4bit", "int8", "fp8")), help="Of the base."),
     option("Training", "--group_offload", is_flag=True, help="Keep the blocks of the base on the CPU, but two."),

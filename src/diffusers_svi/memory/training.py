@@ -26,6 +26,8 @@ class Training:
 
     Args:
         num_frames, height, width (`int`): Of a clip.
+        more_buckets (`tuple`, *optional*): Sizes of other clips, each `(num_frames, height, width)`.
+        both_experts (`bool`, defaults to `False`): Train both experts in turns, the idle one on the CPU.
         rank (`int`, defaults to 128): Of the LoRA.
         batch_size (`int`, defaults to 1): Samples a step and process.
         mixed_precision (`str`, defaults to `"bf16"`): Or "no": all in float32.
@@ -44,6 +46,8 @@ class Training:
     num_frames: int
     height: int
     width: int
+    more_buckets: tuple[tuple[int, int, int], ...] = ()
+    both_experts: bool = False
     rank: int = 128
     batch_size: int = 1
     mixed_precision: str = "bf16"
@@ -74,6 +78,13 @@ class Training:
             raise ValueError(
                 "`group_offload` needs gradient checkpointing, and goes neither with DeepSpeed nor a quantized base."
             )
+        if self.both_experts and self.zero:
+            raise ValueError(f"`both_experts` goes without DeepSpeed, got `zero`={self.zero}. Plan for one of them.")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int, int], ...]:
+        """Of the clips of every bucket, each `(num_frames, height, width)`."""
+        return ((self.num_frames, self.height, self.width), *self.more_buckets)
 
 
 def training_memory(model: ModelShapes, training: Training) -> Plan:
@@ -87,40 +98,60 @@ def training_memory(model: ModelShapes, training: Training) -> Plan:
       averages; and a bucket of `REDUCE_BUCKET` values;
     - with ZeRO-3 `16 P / n`, the base dealt out too, and `MAX_LIVE` weights at most put together at a time.
 
-    The bank is in the machine's memory, one a process. Every process loads the base in the machine's memory.
+    In the machine's memory every process has a bank for each bucket and expert, and loads the base. There lie base,
+    LoRA and averages of the expert whose turn it is not; but its LoRA stays on the GPU with a quantized base, and with
+    what is outside of the blocks where these are on the CPU.
+
+    Raises:
+        ValueError: for two experts of a model that has one.
     """
-    size = (training.num_frames, training.height, training.width)
+    if training.both_experts and not all(name in model.weights for name in EXPERTS):
+        raise ValueError(f"`both_experts`: {model.name} has one transformer only. Leave it out.")
     dtype = torch.bfloat16 if training.mixed_precision == "bf16" else torch.float32
     weights = next(model.weights[name] for name in EXPERTS if name in model.weights)
     lora, n = weights.lora_count(training.rank), training.num_processes
     base = weights.num_bytes(dtype, training.quantize_base)
+    outside_blocks = base - weights.in_blocks * dtype.itemsize  # unless it is quantized
     precision = "float32" if dtype == torch.float32 else "half" if training.zero else "autocast"
-    tokens = tokens_of(model, *size, dtype.itemsize, training.batch_size)
     layers = model.transformer["num_layers"]
-    parts = {
-        **_states(lora, training),
-        "activations": training_peak(tokens, layers, training.rank, precision, training.gradient_checkpointing),
-    }
+    peaks = [
+        training_peak(
+            tokens_of(model, *size, dtype.itemsize, training.batch_size),
+            layers,
+            training.rank,
+            precision,
+            training.gradient_checkpointing,
+        )
+        for size in training.sizes
+    ]
+    parts = {**_states(lora, training), "activations": max(peaks)}
     if training.zero == 3:
         parts["base"], parts["weights put together"] = base // n, 2 * min(MAX_LIVE, weights.count)
     elif training.group_offload:
-        parts["base"] = base - round(weights.in_blocks * dtype.itemsize * (1 - min(2, layers) / layers))
+        parts["base"] = outside_blocks + (base - outside_blocks) * min(2, layers) // layers
     else:
         parts["base"] = base
     if training.quantize_base != "none":
         parts["a layer unpacked"] = weights.largest_linear * dtype.itemsize
     if precision == "autocast":
         parts["LoRA in bfloat16"] = 2 * lora
-    parts["latents and prompts"] = 12 * FLOAT * training.batch_size * math.prod(model.latent_shape(*size))
+    shapes = [model.latent_shape(*size) for size in training.sizes]
+    parts["latents and prompts"] = 12 * FLOAT * training.batch_size * max(map(math.prod, shapes))
+    stays = 0  # on the GPU, of the expert whose turn it is not
+    if training.both_experts and (training.group_offload or training.quantize_base != "none"):
+        stays = FLOAT * lora + (outside_blocks if training.group_offload else base)
+        parts["the other expert"] = stays
     phases = [] if training.is_cached else [_encoding(model, training, dtype)]
     # Only ZeRO-3 changes the LoRA's type before it is on the GPU.
     loaded = parts["LoRA"] if training.zero == 3 else FLOAT * lora
     phases += [Phase("load", {"base": parts["base"], "LoRA": loaded}), Phase("step", parts)]
-    bank = training.bank.num_bytes(model.latent_shape(*size))
+    bank = sum(training.bank.num_bytes(shape) for shape in shapes) * (1 + training.both_experts)
     host = {
         "base" if training.group_offload else "base, while it is loaded": n * base,
         "error bank" if n == 1 else f"error banks of {n} processes": 0 if training.bank.path else n * bank,
     }
+    if training.both_experts:
+        host["the other expert"] = n * (base + 3 * FLOAT * lora - stays)
     return Plan(tuple(phases), host)
 
 
@@ -139,13 +170,13 @@ def _states(lora: int, training: Training) -> dict[str, int]:
 
 def _encoding(model: ModelShapes, training: Training, dtype: torch.dtype) -> Phase:
     """All encoders are on the GPU, the image encoder in float32 as the VAE."""
-    size = (training.num_frames, training.height, training.width)
     there = {
         name: model.weights[name].num_bytes(torch.float32 if name != "text_encoder" else dtype)
         for name in ("text_encoder", "image_encoder", "vae")
         if name in model.weights
     }
-    peaks = [encode_peak(model.vae, *size), text_peak(model.text_encoder, MAX_TOKENS, dtype.itemsize)]
+    peaks = [encode_peak(model.vae, *size) for size in training.sizes]
+    peaks.append(text_peak(model.text_encoder, MAX_TOKENS, dtype.itemsize))
     if model.image_encoder is not None:
         peaks.append(image_peak(model.image_encoder, FLOAT))
     return Phase("encode", {**there, "activations": max(peaks)})
