@@ -41,6 +41,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from diffusers_svi import NEGATIVE_PROMPT, HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
 from diffusers_svi.conditioning import Scheme
+from diffusers_svi.conditions.audio_encoder import revision_of
 from diffusers_svi.conditions.dropout import PUBLISHED_SHARES, ConditionDropout, blank
 from diffusers_svi.conditions.following import PIPELINES
 from diffusers_svi.conditions.rows import ROW_FILES, Rows
@@ -584,7 +585,8 @@ def find_condition(
     encoder = folder / "audio_encoder" if (folder / "audio_encoder").is_dir() else None
     if args.audio_encoder:
         encoder = Path(args.audio_encoder)
-        encoder = encoder if encoder.is_dir() else download_model(args.audio_encoder, None, args.cache_dir)
+        if not encoder.is_dir():
+            encoder = download_model(args.audio_encoder, revision_of(args.audio_encoder), args.cache_dir)
     return TrainedCondition(
         args.condition,
         base,

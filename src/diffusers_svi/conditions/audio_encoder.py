@@ -18,6 +18,11 @@ from .rows import ROW_FILES
 ENCODER, REVISION = "TencentGameMate/chinese-wav2vec2-base", "refs/pr/1"
 
 
+def revision_of(name: str) -> str:
+    """What is read of a repository of the Hub: "main", but of the published encoder's where its safetensors are."""
+    return REVISION if name == ENCODER else "main"
+
+
 def load_audio_encoder(source: str | os.PathLike | None = None) -> dict[str, Any]:
     """The components of [`SVITalkPipeline`] that hear.
 
@@ -31,7 +36,8 @@ def load_audio_encoder(source: str | os.PathLike | None = None) -> dict[str, Any
     Raises:
         OSError, ValueError: if it cannot be read, or has no safetensors.
     """
-    name, revision = (ENCODER, REVISION) if source is None else (os.fspath(source), "main")
+    name = ENCODER if source is None else os.fspath(source)
+    revision = revision_of(name)
     has_extractor = not os.path.isdir(name) or Path(name, "preprocessor_config.json").exists()
     return {
         "audio_encoder": read_audio_encoder(name, revision=revision),
