@@ -29,7 +29,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    get_int_from_env,
+    set_seed,
+)
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import free_memory
@@ -658,7 +664,7 @@ def make_banks(
     `taken` bytes are those of the other expert's banks.
     """
     grids = shifted_sigmas(args.num_grids, args.flow_shift)
-    rank = accelerator.process_index
+    rank, on_this_machine = accelerator.process_index, get_int_from_env(["LOCAL_WORLD_SIZE"], 1)
     config = BankConfig(
         num_grids=args.num_grids,
         capacity=args.bank_capacity,
@@ -670,13 +676,14 @@ def make_banks(
     )
     if args.bank_mode == "sharded" and accelerator.num_processes > 1:
         own = len(range(rank, args.num_grids, accelerator.num_processes))
+        configs = config.shared_by(error_shapes, own, taken, on_this_machine)
         return [
             ShardedErrorBank(shape, grids, config_of_shape, accelerator.device)
-            for shape, config_of_shape in zip(error_shapes, config.shared_by(error_shapes, own, taken), strict=True)
+            for shape, config_of_shape in zip(error_shapes, configs, strict=True)
         ]
     # An expert never meets the grids of the other.
     reached = nearest_grid(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids).unique().tolist()
-    configs = config.shared_by(error_shapes, len(reached), taken)
+    configs = config.shared_by(error_shapes, len(reached), taken, on_this_machine)
     return [
         ErrorBank(shape, grids, config_of_shape, owned=reached)
         for shape, config_of_shape in zip(error_shapes, configs, strict=True)

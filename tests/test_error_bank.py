@@ -1,6 +1,8 @@
 """The replay memory: what it holds, what it forgets, what it takes."""
 
 import os
+import shutil
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -230,6 +232,8 @@ def test_a_bank_leaves_room_for_what_others_will_take(tmp_path):
     config.shared_by([SHAPE])
     with pytest.raises(ValueError, match="What would fit: a `capacity` of at most"):
         config.shared_by([SHAPE], taken=free // 2)
+    with pytest.raises(ValueError, match="free for each of 2 processes. What would fit: a `capacity` of at most"):
+        config.shared_by([SHAPE], num_processes=2)
 
 
 def test_a_bank_the_machine_has_no_room_for_is_refused():
@@ -263,5 +267,8 @@ def test_the_file_of_an_earlier_run_counts_as_room(tmp_path):
     """A run that goes on writes over it."""
     (tmp_path / "bank").write_bytes(os.urandom(2**26))
     (tmp_path / "bank.scales").write_bytes(os.urandom(2**25))
-    (other, _), (free, _) = (BankConfig(path=str(tmp_path / name))._free_bytes() for name in ("other", "bank"))
-    assert free - other > 2**26 + 2**24
+    capacity = (shutil.disk_usage(tmp_path).free + 2**25) // (2 * 768 + 4 * 256)
+    config = BankConfig(num_grids=1, capacity=capacity, path=str(tmp_path / "bank"))
+    assert config.fitted(SHAPE).capacity == capacity
+    with pytest.raises(ValueError, match="What would fit: a `capacity` of at most"):
+        replace(config, path=str(tmp_path / "other")).fitted(SHAPE)

@@ -455,6 +455,12 @@ def test_both_experts_are_what_each_is_alone(models, tmp_path, train_erft):
     assert steps == {"high": [1, 2, 5, 6, 9], "low": [3, 4, 7, 8, 10]}
 
 
+def test_every_process_of_a_machine_looks_at_its_share_of_the_memory(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**6))  # as `torchrun` tells it
+    told = failed(models / "i2v", tmp_path / "run", max_train_steps=1)
+    assert "free for each of 1000000 processes. What would fit: " in told, told[-500:]
+
+
 def under_deepspeed(stage: int, model: Path, folder: Path, **options) -> LoraFile:
     """ZeRO in one process, by the configuration in examples/: it trains, and goes on from a checkpoint bit for bit."""
     config = ROOT / "examples" / "accelerate_configs" / f"deepspeed_zero{stage}.yaml"

@@ -76,13 +76,17 @@ class BankConfig:
         return self.shared_by([error_shape], num_grids)[0]
 
     def shared_by(
-        self, error_shapes: Sequence[tuple[int, ...]], num_grids: int | None = None, taken: int = 0
+        self,
+        error_shapes: Sequence[tuple[int, ...]],
+        num_grids: int | None = None,
+        taken: int = 0,
+        num_processes: int = 1,
     ) -> list["BankConfig"]:
         """As [`fitted`], for a bank of each of `error_shapes`: together they keep to budget and machine.
 
         All have the same capacity, for that is what a bank is worth; those of large errors take more. With several,
         each has a file of its own, `<path>-<shape>`. So many bytes as are `taken` are for others, if they are not yet
-        in use.
+        in use; and of `num_processes` on this machine each has its share of the room.
         """
         num_grids = self.num_grids if num_grids is None else num_grids
         row = sum(replace(self, capacity=1).num_bytes(shape, num_grids) for shape in error_shapes)
@@ -94,15 +98,16 @@ class BankConfig:
                 f"{row} bytes in {self.dtype}."
             )
         configs = [replace(self, path=path) for path in self._paths(error_shapes)]
-        free, where = configs[0]._free_bytes()
-        free += sum(config._taken_bytes() for config in configs[1:]) - taken
+        free, where = self._free_bytes()
+        free = free // num_processes + sum(config._taken_bytes() for config in configs) - taken
         if capacity * row > free:
             smaller = f"a `capacity` of at most {free // row}" if free >= row else "fewer `num_grids`"
             banks = "banks" if len(error_shapes) > 1 else "bank"
             shapes = " and ".join(str(tuple(shape)) for shape in error_shapes)
+            each = f" for each of {num_processes} processes" if num_processes > 1 else ""
             raise ValueError(
                 f"The error {banks} would take {_gigabytes(capacity * row)} ({num_grids} grids of {capacity} errors "
-                f"{shapes} in {self.dtype}), but {where} has {_gigabytes(free)} free. What would fit: "
+                f"{shapes} in {self.dtype}), but {where} has {_gigabytes(free)} free{each}. What would fit: "
                 f"{smaller}, a smaller `dtype`, or a `path` on a larger disk."
             )
         return [replace(config, capacity=capacity, byte_budget=None) for config in configs]
@@ -117,7 +122,7 @@ class BankConfig:
             return psutil.virtual_memory().available, "memory"
         folder = Path(self.path).absolute().parent
         folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        return shutil.disk_usage(folder).free + self._taken_bytes(), f"the disk of {os.fspath(self.path)!r}"
+        return shutil.disk_usage(folder).free, f"the disk of {os.fspath(self.path)!r}"
 
     def _taken_bytes(self) -> int:
         """Of the files of an earlier run, which are written over."""
