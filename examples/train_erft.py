@@ -234,7 +234,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--buckets", nargs="+", help=text)
     add("--center_crop", action="store_true", help="Take the largest crop, from the middle, instead of a random one.")
     add("--random_flip", action="store_true", help="Mirror half of the samples. Do captions tell left from right?")
-    text = "Frames a second: videos are resampled to them, films have them. 16 if not given, 24 for ti2v-5b; or none."
+    text = "Frames a second: videos are resampled to them, films have them. 16 if not given, 24 for ti2v-5b, 25 for talk; or none."
     add("--fps", type=frame_rate, help=text)
     add("--samples_per_video", type=int, default=1, help="Each with a start, crop and reference of its own.")
     text = "Stop if a larger share of the videos is too short, unreadable or without caption."
