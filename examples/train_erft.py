@@ -47,7 +47,6 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from diffusers_svi import NEGATIVE_PROMPT, HeldLatents, LatentMotion, PixelMotion, SVIEulerScheduler, SVIPipeline
 from diffusers_svi.conditioning import Scheme
-from diffusers_svi.conditions.audio_encoder import revision_of
 from diffusers_svi.conditions.dropout import PUBLISHED_SHARES, ConditionDropout, blank
 from diffusers_svi.conditions.following import PIPELINES
 from diffusers_svi.conditions.rows import ROW_FILES, Rows
@@ -65,9 +64,10 @@ from diffusers_svi.erft import (
     restorative_velocity,
     self_error,
 )
-from diffusers_svi.erft.bank import nearest_grid
+from diffusers_svi.erft.bank import reached_grids
 from diffusers_svi.flow import interpolate, shifted_sigmas
 from diffusers_svi.lora_file import EXPERTS, read_lora, save_lora
+from diffusers_svi.published import audio_encoder_revision
 from diffusers_svi.training.average import MovingAverage, all_applied
 from diffusers_svi.training.block_offload import BlockOffload
 from diffusers_svi.training.buckets import (
@@ -124,6 +124,8 @@ STEPS_TO_TELL = 10
 LORA_NAME = "pytorch_lora_weights.safetensors"
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+# How launchers tell how many processes are on this machine: torchrun, DeepSpeed, MPI.
+LOCAL_PROCESSES = ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"]
 # What a preset sets; an option given on the command line wins.
 SHOT = {
     "conditioning": "pixel",
@@ -234,7 +236,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--buckets", nargs="+", help=text)
     add("--center_crop", action="store_true", help="Take the largest crop, from the middle, instead of a random one.")
     add("--random_flip", action="store_true", help="Mirror half of the samples. Do captions tell left from right?")
-    text = "Frames a second: videos are resampled to them, films have them. 16 if not given, 24 for ti2v-5b, 25 for talk; or none."
+    text = (
+        "Frames a second: videos are resampled to them, films have them. 16 if not given, 24 for ti2v-5b, 25 for talk; "
+        "or none."
+    )
     add("--fps", type=frame_rate, help=text)
     add("--samples_per_video", type=int, default=1, help="Each with a start, crop and reference of its own.")
     text = "Stop if a larger share of the videos is too short, unreadable or without caption."
@@ -468,6 +473,10 @@ def check_args(args: argparse.Namespace) -> None:
             f"`--reference`={args.reference}: the anchor of `--conditioning {args.conditioning}` comes from before "
             "the clip, as at inference. Use `--reference before`."
         )
+    for name in ("num_motion_frames", "padding"):
+        value = getattr(args, name)
+        if args.conditioning != "pixel" and value != PRESETS[args.preset][name]:
+            raise ValueError(f"`--{name}`={value} is for `--conditioning pixel`, got {args.conditioning}.")
     if (args.validation_prompt is None) != (args.validation_image is None):
         raise ValueError("A validation film needs both `--validation_prompt` and `--validation_image`.")
     image = args.validation_image
@@ -592,7 +601,7 @@ def find_condition(
     if args.audio_encoder:
         encoder = Path(args.audio_encoder)
         if not encoder.is_dir():
-            encoder = download_model(args.audio_encoder, revision_of(args.audio_encoder), args.cache_dir)
+            encoder = download_model(args.audio_encoder, audio_encoder_revision(args.audio_encoder), args.cache_dir)
     return TrainedCondition(
         args.condition,
         base,
@@ -664,7 +673,7 @@ def make_banks(
     `taken` bytes are those of the other expert's banks.
     """
     grids = shifted_sigmas(args.num_grids, args.flow_shift)
-    rank, on_this_machine = accelerator.process_index, get_int_from_env(["LOCAL_WORLD_SIZE"], 1)
+    rank, on_this_machine = accelerator.process_index, get_int_from_env(LOCAL_PROCESSES, 1)
     config = BankConfig(
         num_grids=args.num_grids,
         capacity=args.bank_capacity,
@@ -682,7 +691,7 @@ def make_banks(
             for shape, config_of_shape in zip(error_shapes, configs, strict=True)
         ]
     # An expert never meets the grids of the other.
-    reached = nearest_grid(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids).unique().tolist()
+    reached = reached_grids(shifted_sigmas(TRAIN_TIMESTEPS, args.flow_shift)[timesteps], grids)
     configs = config.shared_by(error_shapes, len(reached), taken, on_this_machine)
     return [
         ErrorBank(shape, grids, config_of_shape, owned=reached)
@@ -1082,7 +1091,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         scheme,
         cache,
         lambda: load_pipeline(args, folder, accelerator, transformer=None, transformer_2=None),
-        fingerprint_encoders(folder) + (" tiled" if args.enable_tiling else ""),
+        fingerprint_encoders(folder) + f" {args.variant}" * bool(args.variant) + " tiled" * args.enable_tiling,
         text_dtype=weight_dtype,
         max_sequence_length=args.max_sequence_length,
         first_clips=args.p_motion < 1,
@@ -1115,8 +1124,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         transformer.enable_gradient_checkpointing()
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     num_parameters = sum(parameter.numel() for parameter in parameters)
+    blocks = None
     if args.group_offload:
-        BlockOffload(transformer, accelerator.device)
+        blocks = BlockOffload(transformer, accelerator.device)
     elif zero_stage(accelerator) == 3:
         deal_out(transformer, accelerator, weight_dtype)
     elif args.quantize_base not in BITSANDBYTES:
@@ -1244,9 +1254,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         pair.transformers[subfolder], pair.steps[args.expert] = model, global_step
         pair.samples, pair.trackers = samples, accelerator.trackers
         pair.recyclers.append(recycler)
-        # Not every quantized base can be moved, and blocks that come and go are away already.
+        if blocks:
+            pair.blocks.append(blocks)
+        # Not every quantized base can be moved, and of one in blocks only these are.
         model_to_move = None if args.quantize_base or args.group_offload else model
-        bring_back = put_by(model_to_move, optimizer.optimizer)
+        bring_back = put_by(model_to_move, optimizer.optimizer, blocks)
         yield global_step
         bring_back()
 
@@ -1282,6 +1294,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
             if pair and model_to_move:
                 for other in others.values():
                     other.to("cpu")
+            for offload in pair.blocks if pair else []:
+                offload.put_away()
             free_memory()
         for other in others.values():
             other.train()
@@ -1368,7 +1382,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         # Here, so that no worker waits meanwhile with batches it has read.
         if turn_is_over():
             checkpoints.finish()
-            bring_back = put_by(model_to_move, optimizer.optimizer)
+            bring_back = put_by(model_to_move, optimizer.optimizer, blocks)
             yield global_step
             bring_back()
     progress.close()
@@ -1390,7 +1404,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
     if pair:
         pair.finished.add(args.expert)
         if len(pair.finished) < len(pair.args):
-            put_by(model_to_move, optimizer.optimizer)
+            put_by(model_to_move, optimizer.optimizer, blocks)
             return
     if args.validation_prompt and film_step != global_step:
         validation = validate()

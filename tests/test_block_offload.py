@@ -6,6 +6,7 @@ from peft import LoraConfig
 
 from conftest import make_transformer
 from diffusers_svi.training.block_offload import BlockOffload
+from diffusers_svi.training.turns import put_by
 
 
 CPU = torch.device("cpu")
@@ -94,6 +95,16 @@ def test_weights_that_are_away_keep_shape_type_and_device(offloaded):
         is_away = name.startswith("blocks.") and not one.requires_grad
         assert is_away == bool(one.isnan().all())
     assert offload.on_device == set()
+
+
+def test_blocks_of_a_training_that_waits_are_away(offloaded):
+    transformer, offload = offloaded
+    prediction, _ = step(transformer)
+    assert offload.on_device == {0, 1}
+    put_by(None, torch.optim.AdamW(p for p in transformer.parameters() if p.requires_grad), offload)
+    weights = [p for block in transformer.blocks for p in block.parameters() if not p.requires_grad]
+    assert offload.on_device == set() and all(weight.isnan().all() for weight in weights)
+    assert torch.equal(step(transformer)[0], prediction)
 
 
 def test_one_block(offloaded):

@@ -71,7 +71,7 @@ class ChainState:
     def told_again(self) -> torch.Tensor:
         """The frames that the next clip tells again, of a scheme that trims tails: `(1, 3, K, height, width)` uint8.
 
-        None where nothing goes on.
+        K is 0 where nothing goes on, and for other schemes.
         """
         if self.frames is None or self.conditioning.trims != "tail":
             return torch.empty(1, 3, 0, *self.image.shape[-2:], dtype=torch.uint8)

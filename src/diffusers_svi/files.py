@@ -23,14 +23,14 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             mode = os.fstat(file.fileno()).st_mode
         yield unfinished
         unfinished.chmod(mode)
-        _sync(unfinished)
+        sync(unfinished)
         os.replace(unfinished, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until `path` is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

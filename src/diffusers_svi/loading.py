@@ -77,7 +77,7 @@ def load_pipeline(
     if preset.follows is not None:
         index = kind.load_config(source)
         _check_modules(preset.follows, index, source, lora, weight_name)
-        components = _hearing(index, source, audio_encoder) if preset.follows == "audio" else {}
+        components = _hearing(index, source, None, audio_encoder) if preset.follows == "audio" else {}
     pipe = _base(source, None, device, dtype, quantize, kind, components)
     pipe.scheduler = SVIEulerScheduler.from_config(pipe.scheduler.config, shift=preset.shift)
     if lora not in (None, "none"):
@@ -120,7 +120,7 @@ def load_recipe(
     follows = next((name for name in PIPELINES if name in film["settings"]), None)
     kind, components = SVIPipeline if follows is None else PIPELINES[follows], {}
     if follows == "audio":
-        components = _hearing(kind.load_config(source, revision=revision), source, audio_encoder)
+        components = _hearing(kind.load_config(source, revision=revision), source, revision, audio_encoder)
     pipe = _base(source, revision, device, told["dtype"] if dtype is None else dtype, quantize, kind, components)
     scheduler = dict(film["scheduler"])
     pipe.scheduler = _scheduler(scheduler.pop("class")).from_config(scheduler)
@@ -215,11 +215,14 @@ def _check_modules(
         )
 
 
-def _hearing(index: Mapping[str, Any], source: str | Path, audio_encoder: str | Path | None) -> dict[str, Any]:
+def _hearing(
+    index: Mapping[str, Any], source: str | Path, revision: str | None, audio_encoder: str | Path | None
+) -> dict[str, Any]:
     """The components that hear: those asked for, or the model's own, or else the published ones."""
     _, kept = index.get("audio_encoder") or (None, None)
     if audio_encoder is None and kept is not None:
-        return {"audio_encoder": read_audio_encoder(str(source), subfolder="audio_encoder")}
+        where = {"subfolder": "audio_encoder", "revision": revision or "main"}
+        return {"audio_encoder": read_audio_encoder(str(source), **where)}
     return load_audio_encoder(audio_encoder)
 
 

@@ -11,6 +11,9 @@ from typing import Any
 from .presets import WAN_21, WAN_21_720P, WAN_22, WAN_22_5B
 
 
+# What MultiTalk's modules hear with, and where its repository has the weights as safetensors.
+# source: MultiTalk's README
+AUDIO_ENCODER, _SAFETENSORS = "TencentGameMate/chinese-wav2vec2-base", "refs/pr/1"
 # source: scripts/convert_wan_to_diffusers.py of diffusers, "Wan2.2-I2V-14B-720p"
 _A14B = {
     "patch_size": (1, 2, 2),
@@ -125,3 +128,8 @@ def published_model(name: str | os.PathLike) -> PublishedModel | None:
     short = asked.lower()
     found = PUBLISHED.get(ALIASES.get(short, short))
     return found or next((model for model in PUBLISHED.values() if model.name == asked), None)
+
+
+def audio_encoder_revision(name: str) -> str:
+    """Of which revision of a repository an audio encoder is read: "main", but for the published one."""
+    return _SAFETENSORS if name == AUDIO_ENCODER else "main"

@@ -8,19 +8,10 @@ from typing import Any
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
+from ..published import AUDIO_ENCODER, audio_encoder_revision
 from ..training.run_arguments import fingerprint_model
 from .audio import AudioFeatures, GivenFeatures, open_audio
 from .rows import ROW_FILES
-
-
-# As published for MultiTalk, and where its repository has the weights as safetensors.
-# source: MultiTalk's README
-ENCODER, REVISION = "TencentGameMate/chinese-wav2vec2-base", "refs/pr/1"
-
-
-def revision_of(name: str) -> str:
-    """What is read of a repository of the Hub: "main", but of the published encoder's where its safetensors are."""
-    return REVISION if name == ENCODER else "main"
 
 
 def load_audio_encoder(source: str | os.PathLike | None = None) -> dict[str, Any]:
@@ -36,8 +27,8 @@ def load_audio_encoder(source: str | os.PathLike | None = None) -> dict[str, Any
     Raises:
         OSError, ValueError: if it cannot be read, or has no safetensors.
     """
-    name = ENCODER if source is None else os.fspath(source)
-    revision = revision_of(name)
+    name = AUDIO_ENCODER if source is None else os.fspath(source)
+    revision = audio_encoder_revision(name)
     has_extractor = not os.path.isdir(name) or Path(name, "preprocessor_config.json").exists()
     return {
         "audio_encoder": read_audio_encoder(name, revision=revision),

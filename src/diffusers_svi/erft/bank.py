@@ -283,6 +283,11 @@ def nearest_grid(sigmas: torch.Tensor, grid_sigmas: torch.Tensor) -> torch.Tenso
     return (sigmas.double().cpu().unsqueeze(1) - grid_sigmas.double()).abs().argmin(dim=1)
 
 
+def reached_grids(sigmas: torch.Tensor, grid_sigmas: torch.Tensor) -> list[int]:
+    """The grids that errors at any of `sigmas` `(n,)` go to."""
+    return nearest_grid(sigmas, grid_sigmas).unique().tolist()
+
+
 def shape_name(shape: tuple[int, ...]) -> str:
     """Of errors, in names of files: "16x21x60x104"."""
     return "x".join(map(str, shape))

@@ -80,6 +80,7 @@ class ModelShapes:
         image_encoder (`dict`, *optional*): Where there is one.
         expand_timesteps (`bool`): Whether every token has a timestep of its own (TI2V-5B).
         size (`tuple[int, int, int]`): Frames, height and width of the clips that it was made for.
+        boundary (`float`, *optional*): The noise level at which the low-noise expert takes over, of two.
     """
 
     name: str
@@ -90,6 +91,7 @@ class ModelShapes:
     image_encoder: Mapping[str, Any] | None
     expand_timesteps: bool
     size: tuple[int, int, int]
+    boundary: float | None = None
 
     @property
     def width(self) -> int:
@@ -131,13 +133,15 @@ def model_shapes(model: str | os.PathLike, follows: str | None = None) -> ModelS
     if known is not None:
         parts, name = _published_parts(known), known.name
         expand_timesteps, size = known.expand_timesteps, (known.num_frames, known.height, known.width)
+        boundary = known.boundary_ratio
     else:
         index = DiffusionPipeline.load_config(model)
         parts, name = _loaded_parts(index, model), os.fspath(model)
         expand_timesteps, size = bool(index.get("expand_timesteps")), (81, 480, 832)
+        boundary = index.get("boundary_ratio")
     if follows is not None and "transformer" in parts:
         parts["transformer"] = _with_modules(parts["transformer"], TRANSFORMERS[follows])
-    return shapes_of(name, parts, expand_timesteps, size)
+    return shapes_of(name, parts, expand_timesteps, size, boundary)
 
 
 def _with_modules(transformer: Any, kind: type[Any]) -> torch.nn.Module:
@@ -150,7 +154,11 @@ def _with_modules(transformer: Any, kind: type[Any]) -> torch.nn.Module:
 
 
 def shapes_of(
-    name: str, parts: Mapping[str, torch.nn.Module], expand_timesteps: bool, size: tuple[int, int, int]
+    name: str,
+    parts: Mapping[str, torch.nn.Module],
+    expand_timesteps: bool,
+    size: tuple[int, int, int],
+    boundary: float | None = None,
 ) -> ModelShapes:
     """The shapes of a model whose parts are at hand, under their names in the pipeline; the others as in
     [`ModelShapes`].
@@ -172,6 +180,7 @@ def shapes_of(
         image_encoder=configs.get("image_encoder"),
         expand_timesteps=expand_timesteps,
         size=size,
+        boundary=boundary,
     )
 
 

@@ -7,6 +7,8 @@ import torch
 
 from ..checks import check_choice, check_count
 from ..erft import BankConfig
+from ..erft.bank import reached_grids
+from ..flow import shifted_sigmas
 from ..inputs import MAX_TOKENS
 from ..lora_layers import EXPERTS
 from .activations import FLOAT, encode_peak, image_peak, text_peak, training_peak
@@ -17,6 +19,8 @@ from .phases import Phase, Plan
 
 # source: DeepSpeed's defaults, in values: `reduce_bucket_size`, and `stage3_max_live_parameters`
 REDUCE_BUCKET, MAX_LIVE = int(5e8), int(1e9)
+# source: the trainer's noise levels, and its `--flow_shift` if none is given
+TIMESTEPS, SHIFT = 1000, 5.0
 QUANTIZED_BASES = ("none", "8bit", "4bit", "int8", "fp8")
 
 
@@ -98,9 +102,10 @@ def training_memory(model: ModelShapes, training: Training) -> Plan:
       averages; and a bucket of `REDUCE_BUCKET` values;
     - with ZeRO-3 `16 P / n`, the base dealt out too, and `MAX_LIVE` weights at most put together at a time.
 
-    In the machine's memory every process has a bank for each bucket and expert, and loads the base. There lie base,
-    LoRA and averages of the expert whose turn it is not; but its LoRA stays on the GPU with a quantized base, and with
-    what is outside of the blocks where these are on the CPU.
+    In the machine's memory every process has a bank for each bucket and expert, of the grids that the expert reaches (of
+    one expert: of that which reaches more), and loads the base. There lie base, LoRA and averages of the expert whose
+    turn it is not; but its LoRA stays on the GPU with a quantized base, and with what is outside of the blocks where
+    these are on the CPU.
 
     Raises:
         ValueError: for two experts of a model that has one.
@@ -145,7 +150,7 @@ def training_memory(model: ModelShapes, training: Training) -> Plan:
     # Only ZeRO-3 changes the LoRA's type before it is on the GPU.
     loaded = parts["LoRA"] if training.zero == 3 else FLOAT * lora
     phases += [Phase("load", {"base": parts["base"], "LoRA": loaded}), Phase("step", parts)]
-    bank = sum(training.bank.num_bytes(shape) for shape in shapes) * (1 + training.both_experts)
+    bank = sum(training.bank.num_bytes(shape, _num_grids(model, training)) for shape in shapes)
     host = {
         "base" if training.group_offload else "base, while it is loaded": n * base,
         "error bank" if n == 1 else f"error banks of {n} processes": 0 if training.bank.path else n * bank,
@@ -153,6 +158,16 @@ def training_memory(model: ModelShapes, training: Training) -> Plan:
     if training.both_experts:
         host["the other expert"] = n * (base + 3 * FLOAT * lora - stays)
     return Plan(tuple(phases), host)
+
+
+def _num_grids(model: ModelShapes, training: Training) -> int:
+    """Of the banks of a clip's shape: an expert never meets the grids of the other."""
+    if model.boundary is None:
+        return training.bank.num_grids
+    sigmas, grids = shifted_sigmas(TIMESTEPS, SHIFT), shifted_sigmas(training.bank.num_grids, SHIFT)
+    is_high = sigmas >= model.boundary
+    of_experts = [len(reached_grids(sigmas[side], grids)) for side in (is_high, ~is_high)]
+    return sum(of_experts) if training.both_experts else max(of_experts)
 
 
 def _states(lora: int, training: Training) -> dict[str, int]:

@@ -51,16 +51,20 @@ class BlockOffload:
         """Before block `index` computes."""
         # Forward 0, 1, ..., backward ..., 1, 0: the first block is followed by the second in both.
         following = index - 1 if 0 < index <= self._last else index + 1
-        for other in self.on_device - {index, following}:
-            for parameter, absent in zip(self._frozen[other], self._absent[other], strict=True):
-                parameter.data = absent
-        self.on_device &= {index, following}
+        self.put_away(self.on_device - {index, following})
         self._fetch(index)
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
         if following < len(self._frozen):
             self._fetch(following)
         self._last = index
+
+    def put_away(self, indices: set[int] | None = None) -> None:
+        """Take blocks off the device, all that are there if none are named."""
+        for index in self.on_device if indices is None else indices:
+            for parameter, absent in zip(self._frozen[index], self._absent[index], strict=True):
+                parameter.data = absent
+        self.on_device = set() if indices is None else self.on_device - indices
 
     def _fetch(self, index: int) -> None:
         if index in self.on_device:

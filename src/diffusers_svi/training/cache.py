@@ -11,6 +11,8 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..files import sync
+
 
 def fingerprint(*parts: object) -> str:
     """SHA-256, 64 hexadecimal digits, of `parts`: bytes, or anything that JSON can hold (the order of keys is not)."""
@@ -50,6 +52,7 @@ class TensorCache:
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(tensors, unfinished)
+            sync(unfinished)  # else a power cut could leave nothing under its name
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)

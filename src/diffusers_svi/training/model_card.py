@@ -13,6 +13,7 @@ from ..checks import check_choice
 from ..conditioning import Scheme, scheme_from_dict
 from ..files import written_whole
 from ..lora_file import EXPERTS, PIPELINE_NAMES
+from ..published import audio_encoder_revision
 
 
 # For films that follow something: what their pipeline is given, and what saves them.
@@ -172,9 +173,12 @@ def _example(repo_id: str, loras: list[TrainedLora]) -> str:
         imports = """
 from diffusers_svi.conditions.audio import open_audio
 from transformers import Wav2Vec2Model"""
+        encoder = settings.get("audio_encoder") or "wav2vec2"
+        revision = audio_encoder_revision(encoder)
+        where = "" if revision == "main" else f', revision="{revision}", use_safetensors=True'
         loaded = f"""
 # that it was trained with
-encoder = Wav2Vec2Model.from_pretrained({json.dumps(settings.get("audio_encoder") or "wav2vec2")})"""
+encoder = Wav2Vec2Model.from_pretrained({json.dumps(encoder)}{where})"""
         source = settings.get("condition_modules")
         if not loras[-1].has_modules and source:
             files.append(f"audio_modules={json.dumps(source)}")

@@ -4,6 +4,8 @@ import math
 import os
 from collections.abc import Mapping
 
+from ..inputs import MAX_TOKENS
+
 
 COUNTS = (
     *("rank", "train_batch_size", "gradient_accumulation_steps", "samples_per_video", "checkpointing_steps"),
@@ -54,6 +56,8 @@ def _outside(name: str, value: float) -> str | None:
         return "must be a finite number"
     if name in COUNTS and value < 1:
         return "must be at least 1"
+    if name == "max_sequence_length" and value > MAX_TOKENS:
+        return f"must be at most {MAX_TOKENS}"
     if name in NOT_NEGATIVE and value < 0:
         return "must not be negative"
     if name in POSITIVE and value <= 0:
@@ -90,6 +94,10 @@ def check_combinations(values: Mapping[str, object]) -> None:
             f"`--lr_warmup_steps`={values['lr_warmup_steps']} needs another `--lr_scheduler` than constant, such as "
             "constant_with_warmup."
         )
+    if values["init_lora_weight_name"] and not values["init_lora"]:
+        raise ValueError(
+            f"`--init_lora_weight_name`={values['init_lora_weight_name']} is a file of `--init_lora`: give that too."
+        )
     if values["init_lora_weight_name"] and values["expert"] == "both":
         raise ValueError(
             f"`--init_lora_weight_name`={values['init_lora_weight_name']} is for one expert: for `--expert both` the "
@@ -99,6 +107,13 @@ def check_combinations(values: Mapping[str, object]) -> None:
         raise ValueError(f"`--ema_decay`={values['ema_decay']} does nothing without `--use_ema`.")
     if values["validation_steps"] and values["validation_epochs"]:
         raise ValueError("Give one of `--validation_steps` and `--validation_epochs`, got both.")
+    for name in ("validation_steps", "validation_epochs", "num_validation_clips"):
+        if values[name] and not values["validation_prompt"]:
+            raise ValueError(f"`--{name}`={values[name]} does nothing without `--validation_prompt`.")
+    usual_slots: dict[str, object] = {"num_motion_latents": 1, "img_slots": "motion"}
+    for name, value in usual_slots.items():
+        if values[name] != value and values["conditioning"] == "pixel":
+            raise ValueError(f"`--{name}`={values[name]} is for `--conditioning latent` or `held`, got pixel.")
     if values["group_offload"]:
         if not values["gradient_checkpointing"]:
             raise ValueError(

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..files import written_whole
 from .cache import fingerprint
 from .samples import Samples
 
@@ -22,7 +23,7 @@ FIXED = (
     *("init_lora", "init_lora_weight_name"),
     *("condition", "condition_modules", "module_sizes", "train_condition_modules", "p_no_condition", "p_no_image"),
     *("height", "width", "num_frames", "buckets", "fps", "center_crop", "random_flip", "samples_per_video"),
-    *("enable_tiling",),
+    *("enable_tiling", "variant"),
     *("proportion_empty_prompts", "max_sequence_length", "seed"),
     *("objective", "errors", "p_vid", "vid_sigmas", "p_img", "p_noi", "p_clean"),
     *("n_img", "img_slots", "img_sigmas", "img_scale", "error_modulate_factor"),
@@ -44,7 +45,7 @@ APPLIED = (
 TOLD = ("max_grad_norm", "gradient_checkpointing", "compile", "allow_tf32", "max_skipped_share")
 # They name models and data, which are compared by `compare_content`.
 COMPARED = (
-    *("pretrained_model_name_or_path", "revision", "variant"),
+    *("pretrained_model_name_or_path", "revision"),
     *("train_data_dir", "dataset_name", "dataset_config_name", "video_column", "caption_column"),
     *("condition_column", "audio_encoder"),
 )
@@ -149,7 +150,8 @@ def check_steps(done: int, max_train_steps: int | None) -> None:
 
 def write_run(file: Path, run: dict[str, Any]) -> None:
     """Keep beside a finished LoRA what it was trained with."""
-    file.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    with written_whole(file) as unfinished:
+        unfinished.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
 def read_run(file: Path) -> dict[str, Any] | None:

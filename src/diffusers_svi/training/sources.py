@@ -117,14 +117,14 @@ class Skipped:
     def __len__(self) -> int:
         return len(self.too_short) + len(self.unreadable) + len(self.without_caption)
 
-    def describe(self, num_names: int = NUM_NAMES) -> str:
+    def describe(self) -> str:
         """Counts, and the first names of each kind."""
         kinds = {"too short": self.too_short, "unreadable": self.unreadable, "without caption": self.without_caption}
         parts = []
         for kind, names in kinds.items():
             if names:
-                more = f"; and {len(names) - num_names} more" if len(names) > num_names else ""
-                parts.append(f" {len(names)} {kind}: {'; '.join(names[:num_names])}{more}.")
+                more = f"; and {len(names) - NUM_NAMES} more" if len(names) > NUM_NAMES else ""
+                parts.append(f" {len(names)} {kind}: {'; '.join(names[:NUM_NAMES])}{more}.")
         return f"{len(self)} of {self.total} videos are not used.{''.join(parts)}"
 
 

@@ -18,6 +18,7 @@ from diffusers.training_utils import free_memory
 
 from ..erft import ErrorRecycler
 from .average import MovingAverage
+from .block_offload import BlockOffload
 from .samples import Samples
 
 
@@ -33,6 +34,7 @@ class Pair:
         finished (`set[str]`): Experts that have done all.
         samples (`Samples`, *optional*): What both are trained on, once the first has found it.
         averages (`list[MovingAverage]`): Of what each trains, where it has one.
+        blocks (`list[BlockOffload]`): Of each, where its blocks are on the CPU.
         trackers (`list[GeneralTracker]`): Of the run.
     """
 
@@ -43,6 +45,7 @@ class Pair:
     finished: set[str] = field(default_factory=set)
     samples: Samples | None = None
     averages: list[MovingAverage] = field(default_factory=list)
+    blocks: list[BlockOffload] = field(default_factory=list)
     trackers: list[GeneralTracker] = field(default_factory=list)
 
     def others(self, component: str) -> dict[str, torch.nn.Module]:
@@ -63,8 +66,10 @@ def take_turns(runs: dict[str, Iterator[int]]) -> None:
         states[name] = _random_states()
 
 
-def put_by(model: torch.nn.Module | None, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Move a model, if one is given, and the state of its optimizer to the CPU.
+def put_by(
+    model: torch.nn.Module | None, optimizer: torch.optim.Optimizer, blocks: BlockOffload | None = None
+) -> Callable[[], None]:
+    """Move a model, if one is given, and the state of its optimizer to the CPU, and blocks that come and go.
 
     Returns:
         What brings each of them back to where it was.
@@ -76,6 +81,9 @@ def put_by(model: torch.nn.Module | None, optimizer: torch.optim.Optimizer) -> C
         for name, value in state.items()
         if isinstance(value, torch.Tensor)
     ]
+
+    if blocks is not None:
+        blocks.put_away()
 
     def move(is_back: bool) -> None:
         if model is not None:
