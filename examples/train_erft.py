@@ -237,8 +237,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--center_crop", action="store_true", help="Take the largest crop, from the middle, instead of a random one.")
     add("--random_flip", action="store_true", help="Mirror half of the samples. Do captions tell left from right?")
     text = (
-        "Frames a second: videos are resampled to them, films have them. 16 if not given, 24 for ti2v-5b, 25 for talk; "
-        "or none."
+        "Frames a second: videos are resampled to them, films have them. 16 if not given, 24 for ti2v-5b, 25 for "
+        "talk; or none."
     )
     add("--fps", type=frame_rate, help=text)
     add("--samples_per_video", type=int, default=1, help="Each with a start, crop and reference of its own.")

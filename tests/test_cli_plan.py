@@ -83,9 +83,27 @@ def test_the_memory_of_two_experts_and_of_buckets_is_told(run_command):
     bank = sum(BankConfig().num_bytes((16, frames, 60, 104), 19 + 32) for frames in (21, 13))
     assert f"error bank {bank / 1e9:.1f} GB, the other expert 36.0 GB" in told and "ZeRO" not in told, told
     for options, message in {
-        ("--buckets", "832x480", "--height", 480): "Give one of `--height` and `--buckets`",
+        ("--buckets", "832x480", "--height", 480): "`--height`=480 is not for `--buckets`",
+        ("--buckets", "832x480x49", "--num_frames", 33): "`--num_frames`=33 would do nothing",
         ("--buckets", "832"): "`--buckets`: give width x height",
-        ("--buckets", "832x481"): "`--height` must be a multiple of 16, got 481",
+        ("--buckets", "832x481"): "`--buckets`: width and height must be multiples of 16, got 832x481x81.",
+        ("--processes", 0): "--processes",
+        ("--quantize", "fp8"): "`--quantize` does nothing with `--train`: leave it out.",
+        (
+            "--model",
+            "wan2.2-ti2v-5b",
+            "--height",
+            720,
+        ): "`--height` must be a multiple of 32 for Wan-AI/Wan2.2-TI2V-5B",
     }.items():
         status, _, errors = run_command("plan", "--train", *options)
-        assert status in (1, 2) and message in errors, errors
+        assert status == 1 and message in errors, errors
+
+
+def test_options_of_a_training_run_are_for_one(run_command):
+    status, told, errors = run_command("plan", "--model", "wan2.2-i2v-a14b", "--both_experts")
+    assert status == 1 and "`--both_experts` does nothing without `--train`: leave it out." in errors
+    status, told, _ = run_command("plan", "--preset", "none", "--model", "wan2.1-i2v-14b")
+    assert status == 0 and "32760 tokens\n" in told
+    status, told, _ = run_command("plan", "--preset", "film", "--model", "wan2.1-i2v-14b", "--rank", 64)
+    assert status == 0 and "32760 tokens, LoRA of rank 64\n" in told

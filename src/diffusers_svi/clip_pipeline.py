@@ -13,10 +13,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .caches import check_caches, steps_told
 from .chain import ChainState
-from .inputs import MAX_TOKENS, latent_shape
+from .inputs import latent_shape
 from .lora_layers import experts_of
 from .pixels import squash, to_pil, to_uint8
-from .wan import encode_video, pipeline_condition
+from .wan import MAX_TOKENS, encode_video, pipeline_condition
 
 
 # Held while a pipeline is asked whether it is at work.

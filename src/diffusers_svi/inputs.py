@@ -28,14 +28,12 @@ from .pixels import CLIP_RESIZES
 from .resume import first_state, refuse_changes
 from .specs import check_guidance, check_negative, check_prompts
 from .start_image import RESIZE_MODES, film_size, read_image, to_pixels
-from .wan import num_latent_frames
+from .wan import MAX_TOKENS, num_latent_frames
 
 
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-# What Wan was trained with.
-MAX_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,10 @@ class Preset:
     num_frames: int = 81
     follows: str | None = None
 
+    def has_lora(self, lora: str | None) -> bool:
+        """Whether films have a LoRA where `lora` is asked for: another one, "none", or that of the preset."""
+        return (lora or self.lora or "none") != "none"
+
 
 def _a14b(kind: str, guidance_scale: float = 5.0) -> Preset:
     high, low = (_EXPERT.format(expert=expert, kind=kind) for expert in ("high", "low"))

@@ -17,6 +17,8 @@ from diffusers.utils.torch_utils import get_module_execution_device
 
 # Frames of a latent frame after the first. Every Wan VAE encodes in groups of four frames.
 TEMPORAL_FACTOR = 4
+# Of a prompt: what Wan was trained with.
+MAX_TOKENS = 512
 
 
 def num_latent_frames(num_frames: int) -> int:

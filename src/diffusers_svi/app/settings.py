@@ -6,12 +6,12 @@ from typing import Any
 from ..checks import check_choice, check_count, check_number
 from ..color import check_color_match
 from ..conditions.talk_pipeline import AUDIO_GUIDANCE
-from ..inputs import MAX_TOKENS
 from ..noise import MAX_SEED
 from ..presets import PRESETS, SEED_STEP
 from ..prompts import NEGATIVE_PROMPT
 from ..start_image import RESIZE_MODES
 from ..video import frame_rate
+from ..wan import MAX_TOKENS
 
 
 # What a page takes: larger than any model makes today, and small enough for a server to survive it.

@@ -19,7 +19,8 @@ from ..presets import SEED_STEP
 from ..recipe import Recipe, read_recipe
 from ..specs import check_clip
 from .making import journal_of
-from .order import FILE, LOADING, SETTINGS, Order, check_finalize, check_settings, read_prompts
+from .options import LOADING
+from .order import FILE, SETTINGS, Order, check_finalize, check_settings, read_prompts
 
 
 # Of a recipe's settings, those that a call takes as they are.
@@ -170,7 +171,7 @@ def _order(path: Path, options: Mapping[str, Any], recipe: Recipe, **fields: Any
     settings |= {**new, "ignore_state_settings": bool(new)}
     check_settings(settings)
     settings |= {"conditioning": scheme_from_dict(recipe.film["scheme"]), "ignore_lora_conditioning": True}
-    loading = {name: options[name] for name in LOADING if name != "lora"}
+    loading = {name: options[name] for name in LOADING if not name.startswith("lora")}
     check_loading(**{name: loading[name] for name in ("dtype", "offload", "attention_backend", "quantize")})
     check_finalize(options["finalize"], fields["out"])
     form = {name: options[name] for name in ("fps", *FILE) if options.get(name) is not None}

@@ -7,7 +7,19 @@ from typing import Any
 import click
 
 from ..presets import PRESETS
-from .options import HEARING, MACHINE, MODEL, PATH, SEED, SETTINGS, GroupedCommand, option, with_options
+from .options import (
+    HEARING,
+    LOADING,
+    MACHINE,
+    MODEL,
+    PATH,
+    SEED,
+    SETTINGS,
+    GroupedCommand,
+    loading_of,
+    option,
+    with_options,
+)
 
 
 EXAMPLES = """
@@ -29,7 +41,6 @@ SIZE = [
     option("Settings", "--num_frames", type=int, help="Frames of a clip, 1 + 4n; the preset's if not given."),
     option("Settings", "--fps", type=float, help="Frames a second; the preset's if not given."),
 ]
-LOADING = ("model", "lora", "device", "dtype", "offload", "vae_tiling", "attention_backend", "quantize")
 
 
 @click.command(cls=GroupedCommand, epilog=EXAMPLES)
@@ -41,12 +52,11 @@ def app(folder: Path, host: str, port: int, open_browser: bool, preset: str, **o
         raise click.ClickException('The page needs Gradio: pip install "diffusers_svi[app]"')
     from ..app.serve import serve
     from ..app.settings import Settings
-    from ..loading import check_loading, load_pipeline
+    from ..loading import load_pipeline
     from ..pipeline import SVIPipeline
 
-    loading = {name: options.pop(name) for name in LOADING}
-    loading |= {name: options.pop(f"lora_{name}") for name in ("weight_name", "weight_name_2")}
-    check_loading(**{name: value for name, value in loading.items() if name not in ("model", "device", "vae_tiling")})
+    loading = loading_of(options)
+    options = {name: value for name, value in options.items() if name not in LOADING}
     audio_encoder = options.pop("audio_encoder")
     own = loading["model"] is not None or loading["lora"] is not None
 

@@ -13,13 +13,14 @@ from ..correction.kinds import OWN, all_errors
 from ..correction.measurement import measure
 from ..correction.report import check_plot, plot, table, verdict
 from ..correction.samples import Sample
-from ..loading import check_loading, load_pipeline
+from ..loading import load_pipeline
 from ..noise import MAX_SEED
 from ..presets import PRESETS, SEED_STEP
 from ..specs import check_clip
 from ..stories import load_stories
 from ..training.environment import own_folder
-from .order import LOADING, film_settings, open_image
+from .options import loading_of
+from .order import film_settings, open_image
 
 
 FILE, PICTURE = "correction.json", "correction.png"
@@ -44,12 +45,10 @@ def run(options: Mapping[str, Any]) -> None:
     for sample in samples:
         sample.check(settings["num_frames"])
     errors = all_errors(options["kinds"], options["sizes"])
-    has_lora = (options["lora"] or family.lora or "none") != "none"
+    has_lora = family.has_lora(options["lora"])
     if options["without_base"] and not has_lora:
         raise click.UsageError("`--without_base` leaves nothing to measure: there is no LoRA.")
-    loading = {name: options[name] for name in LOADING}
-    loading |= {name: options[f"lora_{name}"] for name in ("weight_name", "weight_name_2")}
-    check_loading(**{name: value for name, value in loading.items() if name not in ("model", "device", "vae_tiling")})
+    loading = loading_of(options)
     if not options["without_plot"]:
         check_plot()
     figures = Figures(folder / FILE, "diffusers-svi " + shlex.join(sys.argv[1:]))

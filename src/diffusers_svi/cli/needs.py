@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..presets import QUANTIZATIONS
+from ..presets import QUANTIZATIONS, Preset
 
 
 if TYPE_CHECKING:
     from ..memory import Clip, ModelShapes, Plan
 
 
+# Of clips that are trained on.
+NUM_FRAMES = 81
 FORMS_TRIED = ("fp8", "Q8_0", "Q4_K")
 _NOTE = (
     "Computed from shapes; of 14B on one card a clip took 2% more, a training step 9% less. A card fits if 1.5 GB are "
@@ -20,7 +22,7 @@ _NOTE = (
 )
 
 
-def of_clips(model: "ModelShapes", options: Mapping[str, Any], num_frames: int) -> None:
+def of_clips(model: "ModelShapes", options: Mapping[str, Any], family: Preset) -> None:
     """Tell what the clips of a film need, in every way of offloading."""
     import torch
 
@@ -29,7 +31,7 @@ def of_clips(model: "ModelShapes", options: Mapping[str, Any], num_frames: int) 
 
     if options["gguf"] is not None and options["quantize"] != "none":
         raise click.UsageError("Give one of `--gguf` and `--quantize`.")
-    frames, height, width = _clip_size(model, options, num_frames)
+    frames, height, width = _clip_size(model, options, family.num_frames)
     dtype = options["dtype"] or "bfloat16"
     clip = Clip(
         num_frames=frames,
@@ -38,7 +40,7 @@ def of_clips(model: "ModelShapes", options: Mapping[str, Any], num_frames: int) 
         dtype=getattr(torch, dtype),
         form=options["gguf"] or options["quantize"],
         vae_tiling=options["vae_tiling"],
-        lora_rank=0 if options["lora"] == "none" else options["rank"],
+        lora_rank=options["rank"] if family.has_lora(options["lora"]) else 0,
         attention=options["attention"],
     )
     cards = options["card"] or CARDS
@@ -127,22 +129,27 @@ def _clip_size(model: "ModelShapes", options: Mapping[str, Any], num_frames: int
     height, width = options["height"] or model.size[1], options["width"] or model.size[2]
     size = {"num_frames": frames, "height": height, "width": width}
     check_settings({**size, "num_inference_steps": 1, "guidance_scale": 1.0})
+    for name in ("height", "width"):
+        if size[name] % model.step:
+            raise ValueError(f"`--{name}` must be a multiple of {model.step} for {model.name}, got {size[name]}.")
     return frames, height, width
 
 
 def _bucket_sizes(model: "ModelShapes", options: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     """Of the clips that are trained on, each `(num_frames, height, width)`."""
     from ..training.buckets import read_buckets
+    from ..training.ranges import check_buckets
 
     if options["buckets"] is None:
-        return [_clip_size(model, options, 81)]
-    for name in ("height", "width"):
-        if options[name] is not None:
-            raise click.UsageError(f"Give one of `--{name}` and `--buckets`.")
+        return [_clip_size(model, options, NUM_FRAMES)]
+    buckets = options["buckets"].split()
+    check_buckets({**options, "buckets": buckets})
     sizes = []
-    for bucket in read_buckets(options["buckets"].split(), options["num_frames"] or 81):
+    for bucket in read_buckets(buckets, options["num_frames"] or NUM_FRAMES):
         width, height, frames = map(int, bucket.split("x"))
-        sizes.append(_clip_size(model, {"num_frames": frames, "height": height, "width": width}, frames))
+        if width % model.step or height % model.step:
+            raise ValueError(f"`--buckets`: width and height must be multiples of {model.step}, got {bucket}.")
+        sizes.append((frames, height, width))
     return sizes
 
 

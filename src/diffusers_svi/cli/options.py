@@ -1,6 +1,6 @@
 """The options of the commands, in groups, and how `--help` shows them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,24 @@ class GroupedOption(click.Option):
     def __init__(self, *args: Any, group: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.group = group
+
+
+# Options of MODEL and MACHINE that are arguments of `load_pipeline`, and which.
+LOADING = {
+    **{name: name for name in ("model", "lora", "device", "dtype", "offload")},
+    **{name: name for name in ("vae_tiling", "attention_backend", "quantize")},
+    "lora_weight_name": "weight_name",
+    "lora_weight_name_2": "weight_name_2",
+}
+
+
+def loading_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `load_pipeline` out of `options`. Raises a `ValueError` for what no model can be loaded with."""
+    from ..loading import check_loading
+
+    loading = {argument: options[name] for name, argument in LOADING.items()}
+    check_loading(**{name: value for name, value in loading.items() if name not in ("model", "device", "vae_tiling")})
+    return loading
 
 
 class GroupedCommand(click.Command):
@@ -162,9 +180,16 @@ CARD = [
 TRAINING = [
     option("Training", "--train", is_flag=True, help="Plan a run of examples/train_erft.py instead of a film."),
     option("Training", "--zero", type=click.Choice(("0", "2", "3")), default="0", help="DeepSpeed's stage; 0: none."),
-    option("Training", "--processes", type=int, default=1, show_default=True, help="One a GPU."),
-    option("Training", "--rank", type=int, default=128, show_default=True, help="Of the LoRA."),
-    option("Training", "--train_batch_size", type=int, default=1, show_default=True, help="Samples a process."),
+    option("Training", "--processes", type=click.IntRange(1), default=1, show_default=True, help="One a GPU."),
+    option("Training", "--rank", type=click.IntRange(1), default=128, show_default=True, help="Of the LoRA."),
+    option(
+        "Training",
+        "--train_batch_size",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Samples a process.",
+    ),
     option("Training", "--buckets", help='Several sizes of clips: "832x480 480x832 624x624x49".'),
     option("Training", "--both_experts", is_flag=True, help="Of Wan 2.2 A14B, in turns: the trainer's --expert both."),
     option("Training", "--no_checkpointing", is_flag=True, help="Without gradient checkpointing."),
@@ -172,7 +197,9 @@ TRAINING = [
     option("Training", "--group_offload", is_flag=True, help="Keep the blocks of the base on the CPU, but two."),
     option("Training", "--cached", is_flag=True, help="The cache is full: no encoder is loaded."),
     option("Training", "--bank_dtype", type=click.Choice(("float32", "bfloat16", "int8")), default="bfloat16"),
-    option("Training", "--bank_capacity", type=int, default=500, show_default=True, help="Errors a grid."),
+    option(
+        "Training", "--bank_capacity", type=click.IntRange(1), default=500, show_default=True, help="Errors a grid."
+    ),
 ]
 DRY_RUN = [
     option("Other", "--dry_run", is_flag=True, help="Check everything, tell what would be made, and load no model."),

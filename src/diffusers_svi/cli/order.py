@@ -19,8 +19,7 @@ from ..conditioning import Scheme
 from ..conditions.following import CALLED, Following
 from ..conditions.talk_pipeline import AUDIO_GUIDANCE
 from ..film import FilmWriter
-from ..inputs import MAX_TOKENS
-from ..loading import check_loading, load_pipeline
+from ..loading import load_pipeline
 from ..lora_file import published_condition
 from ..noise import MAX_SEED
 from ..pipeline import SVIPipeline
@@ -30,13 +29,14 @@ from ..prompts import NEGATIVE_PROMPT, load_prompts
 from ..source_video import open_source_video
 from ..specs import check_clip, check_guidance
 from ..start_image import RESIZE_MODES, read_image
+from ..wan import MAX_TOKENS
+from .options import loading_of
 
 
 # Of `--prompts`: they are typed, or come through a pipe, while the film is made.
 TYPED = "-"
 # Of the LoRA that `load_pipeline` loads.
 ADAPTER = "default_0"
-LOADING = ("model", "lora", "device", "dtype", "offload", "vae_tiling", "attention_backend", "quantize")
 FILE = ("codec", "crf", "pixel_format", "audio", "background")
 # Those that are of use to some films alone, by what these follow.
 FOLLOWING = {"audio": ("audio_guidance_scale", "audio_encoder"), "pose": ("pose", "loop_pose")}
@@ -122,11 +122,9 @@ def order(options: Mapping[str, Any], told: list[ClipSpec] | None = None) -> Ord
     settings = film_settings(family, options)
     if options["continue_from"] is not None:
         _check_video(options["continue_from"], settings, fps)
-    has_lora = (options["lora"] or family.lora or "none") != "none"
+    has_lora = family.has_lora(options["lora"])
     prompts = told or read_prompts(options, settings, fps, [ADAPTER] if has_lora else [])
-    loading = {name: options[name] for name in LOADING}
-    loading |= {name: options[f"lora_{name}"] for name in ("weight_name", "weight_name_2")}
-    check_loading(**{name: value for name, value in loading.items() if name not in ("model", "device", "vae_tiling")})
+    loading = loading_of(options)
     if family.follows == "audio":
         loading["audio_encoder"] = options["audio_encoder"]
     ends = follows is not None and not follows.loops

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..presets import PRESETS, Preset
 from .needs import readable_size
@@ -35,6 +36,8 @@ diffusers-svi plan --model wan2.1-i2v-14b --quantize fp8 --offload group --vae_t
 diffusers-svi plan --model wan2.2-i2v-a14b --gguf Q4_K --card 12
 diffusers-svi plan --model wan2.1-i2v-14b --train --zero 2 --processes 8 --bank_dtype int8
 """
+# What counts for a film and for a training run.
+OF_BOTH = ("train", "rank", "preset", "model", "height", "width", "num_frames", "dtype", "card")
 MEASURE = [
     option("What is made", "--image", help="Its start image, for `--measure`."),
     option("Other", "--measure", is_flag=True, help="Load the model and make one clip, to tell the time of the film."),
@@ -43,7 +46,8 @@ MEASURE = [
 
 @click.command(cls=GroupedCommand, epilog=EXAMPLES)
 @with_options(CLIPS, FOLLOWED, MODEL, HEARING, SIZE, SETTINGS, SEED, FILE, SOUND, MACHINE, CARD, TRAINING, MEASURE)
-def plan(measure: bool, **options: Any) -> None:
+@click.pass_context
+def plan(context: click.Context, measure: bool, **options: Any) -> None:
     """Tell frames, seconds and memory of a film, and with --measure the time that it takes; with --train the memory
     of a training run.
 
@@ -55,6 +59,7 @@ def plan(measure: bool, **options: Any) -> None:
     from .order import check_followed
 
     family = PRESETS[options["preset"]]
+    _refuse_unused(context, options["train"])
     check_followed(family, options)
     model = options["model"] or family.model
     try:
@@ -73,17 +78,30 @@ def plan(measure: bool, **options: Any) -> None:
     if shapes is None:
         click.echo(f"memory   {unknown}")
     else:
-        of_clips(shapes, options, family.num_frames)
+        of_clips(shapes, options, family)
+
+
+def _refuse_unused(context: click.Context, train: bool) -> None:
+    """Raise a `click.UsageError` for an option that is of no use to what is planned: a training run, or a film."""
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) != ParameterSource.DEFAULT
+        of_training = getattr(parameter, "group", "") == "Training"
+        used = of_training or parameter.name in OF_BOTH if train else not of_training or parameter.name in OF_BOTH
+        if given and not used:
+            where = "with `--train`" if train else "without `--train`"
+            raise click.UsageError(f"`{parameter.opts[0]}` does nothing {where}: leave it out.")
 
 
 def _film(family: Preset, measure: bool, options: dict[str, Any]) -> None:
     """What the film will be, and with `measure` what a clip of it takes."""
     from ..conditioning import PixelMotion
+    from ..pieces import LOSSLESS
     from ..plan import scheme_of
     from .order import order
 
     with tempfile.TemporaryDirectory() as folder:
-        given = {**options, "out": Path(folder, "clip.mp4"), "continue_from": None, "finalize": None}
+        suffix = ".mkv" if options["codec"] in LOSSLESS else ".mp4"
+        given = {**options, "out": Path(folder, f"clip{suffix}"), "continue_from": None, "finalize": None}
         if not options["prompt_list"] and not options["prompt_file"]:
             ends = family.follows is not None and not options["loop_pose"]
             if (options["num_clips"] is None and not ends) or measure:
@@ -96,8 +114,7 @@ def _film(family: Preset, measure: bool, options: dict[str, Any]) -> None:
         if measure and film.image is None:
             raise click.UsageError("Give `--image`: a clip is made to measure its time.")
         scheme = scheme_of(family, options["lora"])
-        is_plain = (options["lora"] or family.lora or "none") == "none"
-        known = PixelMotion() if is_plain else scheme
+        known = scheme if family.has_lora(options["lora"]) else PixelMotion()
         num_frames = film.settings["num_frames"]
         if known is None:
             frames = f"at most {film.num_clips * num_frames} frames, as this LoRA's scheme is known once it is loaded"
@@ -116,10 +133,10 @@ def _measure(film: Any, num_clips: int) -> None:
 
     from .making import followed
 
-    pipe = film.load()
-    began = time.monotonic()
     settings = {**film.settings, "image": film.image, "prompts": film.prompts[:1], "num_clips": 1}
     with film.writer() as writer:
+        pipe = film.load()
+        began = time.monotonic()
         for clip in pipe.stream(**settings, seeds=film.seeds, **followed(film, pipe, None)):
             writer.append(clip)
     each, size = time.monotonic() - began, film.out.stat().st_size

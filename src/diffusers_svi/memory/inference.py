@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..checks import check_choice
-from ..inputs import MAX_TOKENS
 from ..lora_layers import EXPERTS
+from ..wan import MAX_TOKENS
 from .activations import (
     ATTENTION_COPIES,
     FLOAT,

@@ -98,6 +98,11 @@ class ModelShapes:
         """Channels of the transformer's tokens."""
         return int(self.transformer["num_attention_heads"] * self.transformer["attention_head_dim"])
 
+    @property
+    def step(self) -> int:
+        """Of which height and width are multiples, in pixels."""
+        return int(self.vae["scale_factor_spatial"] * self.transformer["patch_size"][1])
+
     def num_bytes(self, dtype: torch.dtype) -> dict[str, int]:
         """Bytes of the weights of every part as they are loaded, in `dtype`, but the VAE in float32."""
         return {name: weights.num_bytes(self.dtype_of(name, dtype)) for name, weights in self.weights.items()}

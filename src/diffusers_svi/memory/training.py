@@ -9,8 +9,8 @@ from ..checks import check_choice, check_count
 from ..erft import BankConfig
 from ..erft.bank import reached_grids
 from ..flow import shifted_sigmas
-from ..inputs import MAX_TOKENS
 from ..lora_layers import EXPERTS
+from ..wan import MAX_TOKENS
 from .activations import FLOAT, encode_peak, image_peak, text_peak, training_peak
 from .inference import tokens_of
 from .model import ModelShapes
@@ -102,10 +102,10 @@ def training_memory(model: ModelShapes, training: Training) -> Plan:
       averages; and a bucket of `REDUCE_BUCKET` values;
     - with ZeRO-3 `16 P / n`, the base dealt out too, and `MAX_LIVE` weights at most put together at a time.
 
-    In the machine's memory every process has a bank for each bucket and expert, of the grids that the expert reaches (of
-    one expert: of that which reaches more), and loads the base. There lie base, LoRA and averages of the expert whose
-    turn it is not; but its LoRA stays on the GPU with a quantized base, and with what is outside of the blocks where
-    these are on the CPU.
+    In the machine's memory every process has a bank for each bucket and expert, of the grids that the expert reaches
+    (of one expert: of that which reaches more), and loads the base. There lie base, LoRA and averages of the expert
+    whose turn it is not; but its LoRA stays on the GPU with a quantized base, and with what is outside of the blocks
+    where these are on the CPU.
 
     Raises:
         ValueError: for two experts of a model that has one.

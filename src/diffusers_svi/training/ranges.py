@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 
-from ..inputs import MAX_TOKENS
+from ..wan import MAX_TOKENS
 
 
 COUNTS = (
