@@ -200,6 +200,18 @@ def test_a_bank_that_cannot_be_written_is_told_by_the_next_poll(tmp_path, accele
     assert [path.name for path in run.all()] == ["checkpoint-3"]
 
 
+def test_a_checkpoint_without_the_bank_of_a_process_is_told(tmp_path, accelerator):
+    """Which is on the disk of another machine, say."""
+    run = make_run(tmp_path, accelerator)
+    run.save(3)
+    run._writers[0].wait()
+    (tmp_path / "checkpoint-3.unfinished" / "bank-0.safetensors").unlink()
+    with pytest.raises(
+        RuntimeError, match="banks of other processes are not there. Is `--output_dir` the same folder"
+    ):
+        run.finish()
+
+
 def test_a_run_that_must_end_finishes_what_it_has_begun(tmp_path, accelerator):
     run = make_run(tmp_path, accelerator)
     assert run.newest() == f"There is no good checkpoint in {tmp_path}."

@@ -67,6 +67,10 @@ def test_a_process_by_itself_loads_a_model_once_and_leaves_out_what_is_done(run_
             [{"out": "one.mp4", "prompt": "a cat"}, {"out": "./one.mp4", "prompt": "a dog"}],
             "line 2: another line makes",
         ),
+        (
+            [{"out": "one.mp4", "prompt": "a cat", "finalize": "two.mp4"}, {"out": "two.mp4", "prompt": "a dog"}],
+            "line 2: another line makes 'two.mp4' as well.",
+        ),
         ([{"out": "one.mp4", "prompt": "a cat"}, {"out": "two.mp4", "prompt": " "}], "line 2: `prompts[0]` is empty"),
         ([{"out": "one.mp4", "prompt": "a cat"}, {"out": "two.avi", "prompt": "a cat"}], "line 2: `path.suffix`"),
         ([], "holds no films"),

@@ -32,15 +32,16 @@ def prompts(film: Path) -> list[str]:
 class Terminal:
     """The command in a terminal of its own: what is typed into it, and what it shows."""
 
-    def __init__(self, folder: Path, *arguments: object):
+    def __init__(self, folder: Path, *arguments: object, program: list[str] | None = None):
         self.process, self.master = pty.fork()
         if not self.process:
             os.chdir(folder)
-            os.execve(sys.executable, command(*arguments), {**environment(), "TERM": "xterm", "COLUMNS": "200"})
+            own = {"TERM": "xterm", "COLUMNS": "200", "PYTHONIOENCODING": "utf-8:strict"}
+            os.execve(sys.executable, program or command(*arguments), {**environment(), **own})
         self.shown = ""
 
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
+    def type(self, text: str | bytes) -> None:
+        os.write(self.master, text.encode() if isinstance(text, str) else text)
 
     def wait_for(self, pattern: str) -> str:
         """What is shown from now on until the pattern comes."""
@@ -52,7 +53,7 @@ class Terminal:
             except OSError:  # the other end is closed
                 more = b""
             assert more, f"{pattern!r} did not come: {self.shown}"
-            self.shown += more.decode()
+            self.shown += more.decode(errors="replace")
         told, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return told
 
@@ -132,6 +133,15 @@ def test_prompts_come_through_a_pipe_and_a_killed_film_goes_on_with_new_ones(tmp
     used = ["a red circle moves left", "it turns blue", "it turns blue", "it turns red"]
     assert prompts(tmp_path / "film.mp4") == used
     assert [spec.prompt for spec in Journal(journal).entries] == used
+
+
+def test_what_is_no_text_is_told(tmp_path):
+    script = "from diffusers_svi.cli.typed import Typed\nwith Typed(repeats=False) as typed: print(list(typed))"
+    terminal = Terminal(tmp_path, program=[sys.executable, "-c", script])
+    terminal.wait_for(re.escape(ASKED))
+    terminal.type(b"\xff\n")
+    terminal.wait_for("ValueError: A prompt that was typed is no text in UTF-8")
+    assert terminal.close() == 1
 
 
 def test_an_input_without_a_prompt_makes_nothing(run_command, tmp_path, monkeypatch):

@@ -352,6 +352,22 @@ def test_a_clip_whose_state_could_not_be_written_can_be_appended_again(tmp_path,
     assert (tmp_path / "film.mp4").read_bytes() == whole
 
 
+@pytest.mark.parametrize("done", [1, 2])
+def test_a_state_that_cannot_be_written_leaves_the_film_as_it_was(done, tmp_path):
+    """Those who come later find the frames that the next clip would have told again."""
+    before = write(tmp_path / "film.mp4", make_clips(PixelMotion(5), done))
+    # The writer meets a folder where its file is to be.
+    unwritable = tmp_path / "film.mp4.state.unfinished"
+    with FilmWriter(tmp_path / "film.mp4", fps=8) as film:
+        unwritable.mkdir()
+        with pytest.raises(OSError, match="unfinished"):
+            film.append(make_clips(PixelMotion(5), 3)[done])
+    assert (tmp_path / "film.mp4").read_bytes() == before
+    unwritable.rmdir()
+    whole = write(tmp_path / "whole.mp4", make_clips(PixelMotion(5), 3))
+    assert write(tmp_path / "film.mp4", make_clips(PixelMotion(5), 3, first=done)) == whole
+
+
 def test_how_its_clips_were_made_stands_in_the_film(tmp_path):
     write(tmp_path / "film.mp4", make_clips(PixelMotion(5), 3))
     clips = read_clips(tmp_path / "film.mp4")

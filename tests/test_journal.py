@@ -143,6 +143,7 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path, cut):
 def test_what_a_film_has_is_taken_from_it_where_the_journal_lacks_it(tmp_path):
     path = tmp_path / "journal"
     made = [ClipSpec("a cat wakes", seed=0), ClipSpec("it jumps", seed=42)]
+    assert prompts(Journal(path, made).entries) == ["a cat wakes", "it jumps"] and not path.exists()
     assert prompts(Journal(path, made).prompts(["it sleeps"])) == ["a cat wakes", "it jumps", "it sleeps"]
     assert lines(path)[1] == {"prompt": "it jumps", "seed": 42}
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
 
 
@@ -28,6 +29,16 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_end(file: RawIOBase, place: int, content: bytes) -> None:
+    """Make `content` what stands in an unbuffered `file` from `place` on, on disk."""
+    file.truncate(place)
+    file.seek(place)
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:

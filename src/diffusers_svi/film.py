@@ -90,12 +90,15 @@ class FilmWriter:
             raise ValueError(
                 f"`path`={str(self.path)!r} is being written by another run. Wait for it or stop it."
             ) from error
+        self._sound = None
         try:
-            self._sound = None if audio is None else Sound(audio)
-            if self._sound is not None:
+            if audio is not None:
+                self._sound = Sound(audio)
                 self._form = replace(self._form, audio=self._sound.digest)
             self._file = GrowingFile(self.path, asdict(self._form))
         except BaseException:
+            if self._sound is not None:
+                self._sound.close()
             self._lock.release()
             raise
         self._thread = ThreadPoolExecutor(1, "film") if background else None

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .chain import ChainState, read_notes
-from .files import written_whole
+from .files import write_end, written_whole
 
 
 RECORD_KEY = "film"
@@ -80,8 +79,13 @@ class GrowingFile:
             # So that what is written from now on can be told from a file of somebody else's.
             with written_whole(self.state_path) as unfinished:
                 save_file({}, unfinished, metadata={RECORD_KEY: json.dumps(asdict(self.record))})
-        _replace_end(self.path, record.size - len(content), content)
-        state.save(self.state_path, {RECORD_KEY: json.dumps(asdict(record))})
+        place = record.size - len(content)
+        before = _replace_end(self.path, place, content)
+        try:
+            state.save(self.state_path, {RECORD_KEY: json.dumps(asdict(record))})
+        except Exception:
+            _replace_end(self.path, place, before)
+            raise
         self.record, self.state = record, state
 
     def _take_up(self) -> None:
@@ -138,23 +142,19 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _replace_end(path: Path, place: int, content: bytes) -> None:
-    """Make `content` what stands in the file from `place` on, on disk; where that fails, what stood there remains."""
+def _replace_end(path: Path, place: int, content: bytes) -> bytes:
+    """Make `content` what stands in the file from `place` on, on disk; where that fails, what stood there remains.
+
+    Returns:
+        `bytes`: What stood there.
+    """
     # Without a buffer: what cannot be written is not tried once more when the file is closed.
     with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file:
         file.seek(place)
         before = file.read()
         try:
-            _write_end(file, place, content)
+            write_end(file, place, content)
         except OSError:
-            _write_end(file, place, before)
+            write_end(file, place, before)
             raise
-
-
-def _write_end(file: RawIOBase, place: int, content: bytes) -> None:
-    file.truncate(place)
-    file.seek(place)
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left) :]
-    os.fsync(file.fileno())
+    return before

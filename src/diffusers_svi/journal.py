@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .clips import ClipSpec, one_per_clip
+from .files import write_end
 from .specs import check_clip, one_by_one
 
 
@@ -23,7 +24,8 @@ class Journal:
     Args:
         path: Of the file; it need not exist.
         clips (`Sequence[ClipSpec]`, *optional*):
-            The clips that the film has already: what the journal lacks of them is taken from here.
+            The clips that the film has already: what the journal lacks of them is taken from here, and written down
+            with the next clip that is begun.
 
     Raises:
         ValueError: if the file is no journal, is damaged, or is that of another film than the one of `clips`.
@@ -33,6 +35,8 @@ class Journal:
     def __init__(self, path: str | os.PathLike, clips: Sequence[ClipSpec] | None = None):
         self.path = Path(path)
         self._entries, self._size = self._read()
+        # Of clips that were made without a journal: they are written down with the next one.
+        self._unwritten: list[ClipSpec] = []
         if clips is not None:
             self._check(clips)
 
@@ -62,7 +66,7 @@ class Journal:
         for index, item in enumerate(one_per_clip(chain(self._entries[:written], following), num_clips)):
             spec = check_clip(item, index)
             if index >= written:
-                self._write([spec])
+                self._write(spec)
             yield spec
 
     def _repeated(self, new: Iterable[Any]) -> Iterator[Any]:
@@ -73,19 +77,15 @@ class Journal:
                 *_, item = one_per_clip([last], 2)
             yield item
 
-    def _write(self, specs: Iterable[ClipSpec]) -> None:
-        specs = list(specs)
-        content = b"".join(json.dumps(spec.to_dict(), ensure_ascii=False).encode() + b"\n" for spec in specs)
+    def _write(self, spec: ClipSpec) -> None:
+        specs = [*self._unwritten, spec]
+        content = b"".join(json.dumps(one.to_dict(), ensure_ascii=False).encode() + b"\n" for one in specs)
         # Without a buffer: what cannot be written is not tried once more when the file is closed.
         with open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0) as file:
-            file.truncate(self._size)
-            file.seek(self._size)
-            left = memoryview(content)
-            while left:
-                left = left[file.write(left) :]
-            os.fsync(file.fileno())
+            write_end(file, self._size, content)
         self._size += len(content)
-        self._entries += specs
+        self._entries.append(spec)
+        self._unwritten = []
 
     def _read(self) -> tuple[list[ClipSpec], int]:
         """The clips in the file, and how long it is without a last line that was cut off."""
@@ -117,5 +117,5 @@ class Journal:
                 f"`path`={str(self.path)!r} is the journal of another film: clip {place} of it is "
                 f"{self._entries[place].prompt!r}, but that of the film {made}. Delete it, or choose another film."
             )
-        if missing := clips[len(self._entries) :]:
-            self._write(missing)
+        self._unwritten = list(clips[len(self._entries) :])
+        self._entries += self._unwritten

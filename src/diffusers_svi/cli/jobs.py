@@ -91,9 +91,10 @@ def _read(path: Path, command: click.Command, options: Mapping[str, Any]) -> tup
             film = order({**options, **_options(command, line)})
             if film.prompts is None:
                 raise ValueError(f"prompts cannot be typed ({TYPED!r}) for several films.")
-            if film.out.resolve() in outs:
-                raise ValueError(f"another line makes {str(film.out)!r} as well.")
-            outs.add(film.out.resolve())
+            for made in filter(None, (film.out, film.finalize)):
+                if made.resolve() in outs:
+                    raise ValueError(f"another line makes {str(made)!r} as well.")
+                outs.add(made.resolve())
             films.append((number, film))
         except (click.ClickException, ValueError, OSError) as error:
             problems.append(_told(path, number, error))

@@ -38,7 +38,7 @@ class Typed:
     def __init__(self, repeats: bool):
         self._repeats = repeats
         self.watched = readline is not None and sys.stdin.isatty() and sys.stdout.isatty()
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str | EOFError | UnicodeDecodeError] = queue.SimpleQueue()
         self._reading = self.watched
 
     def __enter__(self) -> "Typed":
@@ -59,7 +59,7 @@ class Typed:
             unused.append(self._lines.get())
         click.echo()
         for line in unused:
-            if line:
+            if isinstance(line, str) and line:
                 click.echo(f"Not used: {line}")
 
     def __iter__(self) -> Iterator[str]:
@@ -83,19 +83,20 @@ class Typed:
 
     def _read(self) -> None:
         """In a thread of its own, to the end of the input."""
-        while True:
+        while self._reading:
             try:
                 self._lines.put(input(SIGN).strip())
-            except EOFError:
+            except (EOFError, UnicodeDecodeError) as error:
                 self._reading = False
-                self._lines.put(None)
-                return
+                self._lines.put(error)
 
     def _typed(self) -> Iterator[str]:
         while True:
             if self._lines.empty():
                 self.tell(ASKED)
             line = self._lines.get()
-            if line is None:
+            if isinstance(line, UnicodeDecodeError):
+                raise ValueError(f"A prompt that was typed is no text in UTF-8 ({line}). The same command goes on.")
+            if isinstance(line, EOFError):
                 return
             yield line

@@ -180,6 +180,10 @@ class Checkpoints:
         self._join()
         self.accelerator.wait_for_everyone()
         self.poll()
+        if self._unfinished is not None and self.accelerator.is_main_process:
+            raise self._failure(
+                OSError("banks of other processes are not there. Is `--output_dir` the same folder for all of them?")
+            )
         self.accelerator.wait_for_everyone()
         self._unfinished = None
 
