@@ -459,6 +459,12 @@ def check_args(args: argparse.Namespace) -> None:
     if bool(args.train_data_dir) == bool(args.dataset_name):
         given = "both" if args.train_data_dir else "none"
         raise ValueError(f"Give one of `--train_data_dir` and `--dataset_name`, got {given}.")
+    if args.dataset_config_name and args.train_data_dir:
+        raise ValueError(f"`--dataset_config_name`={args.dataset_config_name} is for `--dataset_name`: leave it out.")
+    if args.revision and os.path.isdir(args.pretrained_model_name_or_path):
+        raise ValueError(
+            f"`--revision`={args.revision} is of a repository, but `--pretrained_model_name_or_path` is a folder."
+        )
     check_ranges(vars(args))
     check_combinations(vars(args))
     check_condition_options(vars(args))
@@ -898,13 +904,12 @@ def log_validation(
 def save_model_card(
     args: argparse.Namespace, scheme: Scheme, repo_id: str, validation: tuple[Path, dict[str, list[float]]] | None
 ) -> None:
-    recycled = args.p_clean < 1 and (args.p_vid or args.p_img or args.p_noi)
     film, figures = validation or (None, None)
     lora = TrainedLora(
         base_model=args.pretrained_model_name_or_path,
         scheme=scheme,
         method="by error recycling"
-        if recycled
+        if make_injection(args).draws(banked=True)
         else "by plain tuning on clean conditions, the control of error recycling",
         settings={name: getattr(args, name) for name in CARD_SETTINGS}
         | {

@@ -83,6 +83,8 @@ def test_a_number_out_of_its_range_is_refused(name, value, wanted):
         (["--validation_epochs=2"], "`--validation_epochs`=2 does nothing without `--validation_prompt`."),
         (["--num_validation_clips=2"], "`--num_validation_clips`=2 does nothing without `--validation_prompt`."),
         (["--init_lora_weight_name=a"], "`--init_lora_weight_name`=a is a file of `--init_lora`: give that too."),
+        (["--dataset_config_name=a"], "`--dataset_config_name`=a is for `--dataset_name`: leave it out."),
+        (["--pretrained_model_name_or_path=.", "--revision=a"], "`--revision`=a is of a repository, but"),
         (["--num_motion_latents=2"], "`--num_motion_latents`=2 is for `--conditioning latent` or `held`, got pixel."),
         (["--img_slots=all"], "`--img_slots`=all is for `--conditioning latent` or `held`, got pixel."),
         (["--preset=pro", "--num_motion_frames=5"], "`--num_motion_frames`=5 is for `--conditioning pixel`, got lat"),

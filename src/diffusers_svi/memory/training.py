@@ -10,6 +10,7 @@ from ..erft import BankConfig
 from ..erft.bank import reached_grids
 from ..flow import shifted_sigmas
 from ..lora_layers import EXPERTS
+from ..training.quantized import QUANTIZATIONS
 from ..wan import MAX_TOKENS
 from .activations import FLOAT, encode_peak, image_peak, text_peak, training_peak
 from .inference import tokens_of
@@ -21,7 +22,7 @@ from .phases import Phase, Plan
 REDUCE_BUCKET, MAX_LIVE = int(5e8), int(1e9)
 # source: the trainer's noise levels, and its `--flow_shift` if none is given
 TIMESTEPS, SHIFT = 1000, 5.0
-QUANTIZED_BASES = ("none", "8bit", "4bit", "int8", "fp8")
+QUANTIZED_BASES = ("none", *QUANTIZATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
