@@ -237,9 +237,9 @@ def killed(path: Path, clips: list[Clip], moment: str, background: bool = False)
 
     match moment:
         case "before it is written":
-            growing._write_end = die
+            growing.write_end = die
         case "in the middle of it":
-            growing._write_end = half
+            growing.write_end = half
         case "before the state is written":
             growing.ChainState.save = die
         case "while the state is written":
