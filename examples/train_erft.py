@@ -1096,7 +1096,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, pair: Pair | None 
         scheme,
         cache,
         lambda: load_pipeline(args, folder, accelerator, transformer=None, transformer_2=None),
-        fingerprint_encoders(folder) + f" {args.variant}" * bool(args.variant) + " tiled" * args.enable_tiling,
+        " ".join(filter(None, (fingerprint_encoders(folder), args.variant, args.enable_tiling and "tiled"))),
         text_dtype=weight_dtype,
         max_sequence_length=args.max_sequence_length,
         first_clips=args.p_motion < 1,

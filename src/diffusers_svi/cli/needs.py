@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..presets import QUANTIZATIONS, Preset
+from ..presets import PRESETS, QUANTIZATIONS, Preset
 
 
 if TYPE_CHECKING:
     from ..memory import Clip, ModelShapes, Plan
 
 
-# Of clips that are trained on.
-NUM_FRAMES = 81
 FORMS_TRIED = ("fp8", "Q8_0", "Q4_K")
 _NOTE = (
     "Computed from shapes; of 14B on one card a clip took 2% more, a training step 9% less. A card fits if 1.5 GB are "
@@ -140,12 +138,13 @@ def _bucket_sizes(model: "ModelShapes", options: Mapping[str, Any]) -> list[tupl
     from ..training.buckets import read_buckets
     from ..training.ranges import check_buckets
 
+    num_frames = PRESETS[options["preset"]].num_frames
     if options["buckets"] is None:
-        return [_clip_size(model, options, NUM_FRAMES)]
+        return [_clip_size(model, options, num_frames)]
     buckets = options["buckets"].split()
     check_buckets({**options, "buckets": buckets})
     sizes = []
-    for bucket in read_buckets(buckets, options["num_frames"] or NUM_FRAMES):
+    for bucket in read_buckets(buckets, options["num_frames"] or num_frames):
         width, height, frames = map(int, bucket.split("x"))
         if width % model.step or height % model.step:
             raise ValueError(f"`--buckets`: width and height must be multiples of {model.step}, got {bucket}.")

@@ -22,10 +22,10 @@ class GroupedOption(click.Option):
         self.group = group
 
 
+_SAME = ("model", "lora", "device", "dtype", "offload", "vae_tiling", "attention_backend", "quantize")
 # Options of MODEL and MACHINE that are arguments of `load_pipeline`, and which.
 LOADING = {
-    **{name: name for name in ("model", "lora", "device", "dtype", "offload")},
-    **{name: name for name in ("vae_tiling", "attention_backend", "quantize")},
+    **{name: name for name in _SAME},
     "lora_weight_name": "weight_name",
     "lora_weight_name_2": "weight_name_2",
 }

@@ -86,8 +86,7 @@ def _refuse_unused(context: click.Context, train: bool) -> None:
     for parameter in context.command.params:
         given = context.get_parameter_source(str(parameter.name)) != ParameterSource.DEFAULT
         of_training = getattr(parameter, "group", "") == "Training"
-        used = of_training or parameter.name in OF_BOTH if train else not of_training or parameter.name in OF_BOTH
-        if given and not used:
+        if given and of_training != train and parameter.name not in OF_BOTH:
             where = "with `--train`" if train else "without `--train`"
             raise click.UsageError(f"`{parameter.opts[0]}` does nothing {where}: leave it out.")
 

@@ -10,6 +10,7 @@ from ..erft import BankConfig
 from ..erft.bank import reached_grids
 from ..flow import shifted_sigmas
 from ..lora_layers import EXPERTS
+from ..presets import Preset
 from ..training.quantized import QUANTIZATIONS
 from ..wan import MAX_TOKENS
 from .activations import FLOAT, encode_peak, image_peak, text_peak, training_peak
@@ -20,8 +21,8 @@ from .phases import Phase, Plan
 
 # source: DeepSpeed's defaults, in values: `reduce_bucket_size`, and `stage3_max_live_parameters`
 REDUCE_BUCKET, MAX_LIVE = int(5e8), int(1e9)
-# source: the trainer's noise levels, and its `--flow_shift` if none is given
-TIMESTEPS, SHIFT = 1000, 5.0
+# source: the trainer's noise levels; its `--flow_shift`, if none is given, is that of the presets
+TIMESTEPS, SHIFT = 1000, Preset.shift
 QUANTIZED_BASES = ("none", *QUANTIZATIONS)
 
 
@@ -151,7 +152,8 @@ def training_memory(model: ModelShapes, training: Training) -> Plan:
     # Only ZeRO-3 changes the LoRA's type before it is on the GPU.
     loaded = parts["LoRA"] if training.zero == 3 else FLOAT * lora
     phases += [Phase("load", {"base": parts["base"], "LoRA": loaded}), Phase("step", parts)]
-    bank = sum(training.bank.num_bytes(shape, _num_grids(model, training)) for shape in shapes)
+    num_grids = _num_grids(model, training)
+    bank = sum(training.bank.num_bytes(shape, num_grids) for shape in shapes)
     host = {
         "base" if training.group_offload else "base, while it is loaded": n * base,
         "error bank" if n == 1 else f"error banks of {n} processes": 0 if training.bank.path else n * bank,

@@ -61,10 +61,11 @@ class BlockOffload:
 
     def put_away(self, indices: set[int] | None = None) -> None:
         """Take blocks off the device, all that are there if none are named."""
-        for index in self.on_device if indices is None else indices:
+        indices = set(self.on_device) if indices is None else indices
+        for index in indices:
             for parameter, absent in zip(self._frozen[index], self._absent[index], strict=True):
                 parameter.data = absent
-        self.on_device = set() if indices is None else self.on_device - indices
+        self.on_device -= indices
 
     def _fetch(self, index: int) -> None:
         if index in self.on_device:
