@@ -23,7 +23,7 @@ install_requires = [
 
 extras = {
     "color": ["color-matcher>=0.6"],
-    "demo": ["imageio>=2.34", "imageio-ffmpeg>=0.5", "matplotlib>=3.8", "pyloudnorm>=0.2"],
+    "demo": ["matplotlib>=3.8", "pyloudnorm>=0.2"],
     "train": ["datasets>=4.0", "tensorboard>=2.15"],
     "deepspeed": ["deepspeed>=0.17"],
     "app": ["gradio>=6.0,<7"],
@@ -35,6 +35,7 @@ extras = {
         "scipy>=1.15",
         "bitsandbytes>=0.45",
         "gguf>=0.10",
+        "imageio-ffmpeg>=0.5",
         "optimum-quanto>=0.2.6",
         "playwright>=1.50",
         "prodigyopt>=1.0",

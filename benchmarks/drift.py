@@ -41,7 +41,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import imageio
 import matplotlib
 import numpy as np
 import PIL.Image
@@ -60,6 +59,7 @@ from diffusers_svi.prompts import load_prompts
 from diffusers_svi.stories import Story
 from diffusers_svi.training.cache import fingerprint
 from diffusers_svi.training.quality import drift_figures, sharpness
+from diffusers_svi.video import encode_frames, frame_rate, to_8_bits
 from svi_tiny.tracker import displacement, track
 
 
@@ -344,8 +344,7 @@ def digest(pipe: SVIPipeline) -> str:
 def save_clip(frames: np.ndarray, path: Path, args) -> None:
     """`frames` `(frames, height, width, 3)` in [0, 1] as a video with little loss."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels, fps = (frames * 255).round().astype(np.uint8), fps_of(args)
-    imageio.mimwrite(path, pixels, fps=fps, codec="libx264", output_params=["-crf", "8"])
+    encode_frames(path, map(to_8_bits, frames), frame_rate(fps_of(args)), crf=8)
 
 
 def fps_of(args) -> int:
@@ -443,7 +442,7 @@ def compare(rows: dict[str, np.ndarray], path: Path) -> None:
     """Last frames `(chains, clips, height, width, 3)` of everyone side by side, at clips 1, 10, 25, 50."""
     chains, num_clips, height, width, _ = next(iter(rows.values())).shape
     chosen = [clip - 1 for clip in sorted({1, 10, 25, 50, num_clips}) if clip <= num_clips]
-    size = (1.6 * len(chosen) * len(rows), 1.6 * chains * height / width + 0.4)
+    size = (1.6 * len(chosen) * len(rows), 1.6 * chains * height / width + 0.8)
     figure, axes = plt.subplots(1, len(rows), figsize=size, squeeze=False, layout="constrained")
     for axis, (name, frames) in zip(axes[0], rows.items(), strict=True):
         axis.imshow(grid(frames[:, chosen]))

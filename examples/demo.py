@@ -15,7 +15,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import imageio
 import matplotlib
 import numpy as np
 import PIL.Image
@@ -155,7 +154,7 @@ def talk(args: argparse.Namespace) -> None:
     frames = np.concatenate([clip.frames for clip in tqdm(clips, "Following a voice", total=args.talk_clips)])
     pixels = enlarged((frames * 255).round().astype(np.uint8))
     # Of a film as it was made, `FilmWriter(..., audio=sound)` writes the sound too.
-    imageio.mimwrite(film, pixels, fps=world.FPS, codec="libx264", audio_path=str(sound), audio_codec="aac")
+    save_video(film, pixels, world.FPS, audio=sound)
     followed = show_voice(frames, states, picture)
     print(f"Voice:         {film}, {picture}: loudness and size are correlated by {followed:.2f}")
 

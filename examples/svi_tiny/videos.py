@@ -16,10 +16,12 @@ by its own action alone, and the frames before it that a scheme asks for:
 import argparse
 import csv
 import os
+from fractions import Fraction
 from pathlib import Path
 
-import imageio
 import numpy as np
+
+from diffusers_svi.video import encode_frames
 
 from .world import CLIP_FRAMES, FPS, TRAVEL_FRAMES, caption, film, render, sample_story
 
@@ -62,15 +64,7 @@ def parse_args():
 def write_video(path: Path, frames: np.ndarray) -> None:
     """Write `(frames, SIZE, SIZE, 3)` uint8 as a video of the world's rate."""
     # Full chroma and little loss: at 64 x 64 pixels the usual settings of a video file would be seen.
-    imageio.mimwrite(
-        path,
-        frames,
-        fps=FPS,
-        codec="libx264",
-        pixelformat="yuv444p",
-        macro_block_size=1,
-        output_params=["-crf", "8", "-threads", "1"],
-    )
+    encode_frames(path, frames, Fraction(FPS), crf=8, pixel_format="yuv444p")
 
 
 def write_videos(
