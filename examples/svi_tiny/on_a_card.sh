@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A larger svi-tiny, from nothing to figures, on one GPU and in parts. It has not been run on a card yet.
+# A larger svi-tiny, from nothing to figures, on one GPU and in parts.
 #
 #     examples/svi_tiny/on_a_card.sh [STAGE...]
 #
@@ -12,12 +12,16 @@
 #                 there it saves time, and a LoRA goes on where it was instead of from its beginning
 #
 # Settings, from the environment: OUT, MINUTES, SIZE (card; or tenth, ten steps of everything on a CPU, to see that it
-# runs), PYTHON.
+# runs), SHARE (of the card's steps, clips, chains and images, 1 for all: a try), PYTHON.
 set -euo pipefail
-OUT=${OUT:-outputs/card} MINUTES=${MINUTES:-9} SIZE=${SIZE:-card} PYTHON=${PYTHON:-python}
+OUT=${OUT:-outputs/card} MINUTES=${MINUTES:-9} SIZE=${SIZE:-card} SHARE=${SHARE:-1} PYTHON=${PYTHON:-python}
 
 if [[ ! $MINUTES =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
     echo "MINUTES is a number, got $MINUTES." >&2
+    exit 1
+fi
+if [[ ! $SHARE =~ ^(1|0?\.[0-9]*[1-9][0-9]*)$ ]]; then
+    echo "SHARE is above 0 and at most 1, got $SHARE." >&2
     exit 1
 fi
 if (($# == 0)); then set -- vae transformer loras drift correction; fi
@@ -34,16 +38,21 @@ export PYTHONPATH=examples${PYTHONPATH:+:$PYTHONPATH}
 keep=$OUT/keep again=$OUT/again model=$OUT/keep/model results=$OUT/keep/results
 limit=$(awk -v minutes="$MINUTES" 'BEGIN { print int(60 * minutes) }')
 
+share_of() { # COUNT LEAST
+    awk -v count="$1" -v least="$2" -v share="$SHARE" 'BEGIN { n = int(share * count + 0.5); print (n < least ? least : n) }'
+}
+
 case $SIZE in
 card)
     precision=bf16 device=cuda workers=$(nproc) optimizer=muon
-    vae=(--max_train_steps 5000 --train_batch_size 32 --checkpointing_steps 500)
-    transformer=(--max_train_steps 20000 --train_batch_size 64 --checkpointing_steps 1000 --validation_steps 2000
-        --num_clips 32768)
-    video_folders=8 videos_a_folder=64
-    plain_steps=3000 rounds=4 round_steps=2500 lora=(--train_batch_size 16 --checkpointing_steps 250)
-    drift=(--num_chains 16 --num_clips 50)
-    images=16 correction=()
+    vae=(--max_train_steps "$(share_of 5000 1)" --train_batch_size 32 --checkpointing_steps 500)
+    transformer=(--max_train_steps "$(share_of 20000 1)" --train_batch_size 64 --checkpointing_steps 1000
+        --validation_steps 2000 --num_clips "$(share_of 32768 64)")
+    video_folders=8 videos_a_folder=$(share_of 64 2)
+    plain_steps=$(share_of 3000 1) rounds=$(share_of 4 1)
+    round_steps=$(($(share_of 10000 1) / rounds)) lora=(--train_batch_size 16 --checkpointing_steps 250)
+    drift=(--num_chains "$(share_of 16 2)" --num_clips 50)
+    images=$(share_of 16 2) correction=()
     ;;
 tenth)
     precision=no device=cpu workers=0 optimizer=adamw # Muon is in bfloat16, which few CPUs are quick at
@@ -87,6 +96,17 @@ tell_size() {
     if ((bytes > 60000000)); then echo "WARNING: that is more than 60 MB." >&2; fi
 }
 
+at_once() { # COMMAND ARGUMENT...: with each argument, all at the same time; its status is that of one that failed.
+    local command=$1 argument pid running=() status=0
+    shift
+    for argument in "$@"; do
+        "$command" "$argument" &
+        running+=($!)
+    done
+    for pid in "${running[@]}"; do wait "$pid" || status=$?; done
+    return "$status"
+}
+
 pause() { # WHERE: the end of a part.
     echo "Stopped after $((SECONDS / 60)) min $((SECONDS % 60)) s: $1. The same command goes on from there."
     tell_size
@@ -97,6 +117,7 @@ step() { # NAME RESULT COMMAND...: unless its result is there. Where the time is
     local name=$1 result=$2 status=0
     shift 2
     if [[ -e $result ]]; then return; fi
+    local begun=$SECONDS
     if ((started && $(left) == 0)); then pause "next is $name"; fi
     started=1
     echo "== $name"
@@ -109,7 +130,7 @@ step() { # NAME RESULT COMMAND...: unless its result is there. Where the time is
     status=$?
     set -e
     case $status in
-    0) ;;
+    0) echo "$name: $((SECONDS - begun)) s" ;;
     75 | 124) pause "within $name" ;; # by itself; by `timeout`
     *)
         echo "$name failed, with status $status." >&2
@@ -131,14 +152,15 @@ train() { # vae|transformer OPTION...: checkpoints are of weights alone, 16 bits
 
 # 2. LoRAs: a plain one learns the scheme; from it the control goes on plainly, and the other with recycled errors
 
+make_folder() { # SEED: 0 trained svi-tiny, 1 measures it.
+    within_time "$PYTHON" -m svi_tiny.videos --output_dir "$again/making/$1" --seed "$1" \
+        --num_videos "$videos_a_folder" --setting consistent
+}
+
 make_videos() {
-    local folders=() folder pid
-    for ((folder = 10; folder < 10 + video_folders; folder++)); do # also their seeds: 0 trained svi-tiny, 1 measures it
-        within_time "$PYTHON" -m svi_tiny.videos --output_dir "$again/making/$folder" --seed "$folder" \
-            --num_videos "$videos_a_folder" --setting consistent &
-        folders+=($!)
-    done
-    for pid in "${folders[@]}"; do wait "$pid"; done
+    local seeds
+    mapfile -t seeds < <(seq 10 $((9 + video_folders)))
+    at_once make_folder "${seeds[@]}"
     mv "$again/making" "$again/world"
 }
 
@@ -159,58 +181,72 @@ train_lora() { # NAME STEPS OPTION...
 
 # Error recycling as published, but with one latent frame of errors, since a clip has five, and a small bank, which does
 # as well. Each round is short enough for one part and begins with an empty bank and optimizer.
-train_round() { # control|erft ROUND
-    local kind=$1 round=$2 from=plain options=(--preset none)
+train_next() { # control|erft: the next round of one that has not done `round`.
+    local kind=$1 from=plain options=(--preset none)
+    if [[ -e $keep/loras/$kind-$round.safetensors ]]; then return; fi
     if [[ $kind == erft ]]; then options=(--preset shot --n_img 1 --bank_capacity 8); fi
     if ((round > 1)); then from=$kind-$((round - 1)); fi
     if ((round == rounds)); then options+=(--lr_scheduler cosine); else options+=(--lr_scheduler constant_with_warmup); fi
     train_lora "$kind-$round" "$round_steps" --init_lora "$keep/loras/$from.safetensors" --learning_rate 6e-4 \
         "${options[@]}"
+    if ((round > 1)); then rm "$keep/loras/$from.safetensors"; fi
 }
 
-rounds_done() { # control|erft: the number in the name of its last LoRA, or 0.
-    local round=$rounds
-    while ((round > 0)) && [[ ! -e $keep/loras/$1-$round.safetensors ]]; do round=$((round - 1)); done
-    echo "$round"
+train_round() {
+    at_once train_next control erft
+    touch "$keep/round-$round"
 }
 
 make_loras() {
-    local round kind
-    if (($(rounds_done control) == rounds && $(rounds_done erft) == rounds)); then return; fi
+    local round
+    if [[ -e $keep/round-$rounds ]]; then return; fi
     step "videos for the LoRAs" "$again/world" make_videos
     step "plain LoRA" "$keep/loras/plain.safetensors" \
         train_lora plain "$plain_steps" --preset none --learning_rate 1e-3 --lr_scheduler cosine
     for ((round = 1; round <= rounds; round++)); do
-        for kind in control erft; do
-            if (($(rounds_done $kind) >= round)); then continue; fi
-            step "$kind LoRA, round $round of $rounds" "$keep/loras/$kind-$round.safetensors" train_round $kind $round
-            rm -f "$keep/loras/$kind-$((round - 1)).safetensors"
-        done
+        step "control and ERFT LoRA, round $round of $rounds" "$keep/round-$round" train_round
     done
     rm "$keep/loras/plain.safetensors"
 }
 
 # 3. Figures
 
-measure_drift() { # Chains that are done stay in its folder.
+drift_of() { # OPTION...: chains that are done stay in its folder.
     within_time "$PYTHON" benchmarks/drift.py --model_dir "$model" --device "$device" --settings consistent \
-        --contestants base --lora "control=$keep/loras/control-$rounds.safetensors" \
-        "erft=$keep/loras/erft-$rounds.safetensors" --output_dir "$keep/drift" "${drift[@]}"
+        "${drift[@]}" --output_dir "$keep/drift" "$@"
+}
+
+drift_alone() { # base|control|erft: its chains are there when all are compared.
+    local who=(--contestants)
+    if [[ $1 == base ]]; then who+=(base); else who+=(--lora "$1=$keep/loras/$1-$rounds.safetensors"); fi
+    drift_of "${who[@]}"
+}
+
+measure_drift() {
+    if [[ $device == cuda ]]; then at_once drift_alone base control erft; fi # one would leave most of it idle
+    drift_of --contestants base --lora "control=$keep/loras/control-$rounds.safetensors" \
+        "erft=$keep/loras/erft-$rounds.safetensors"
     mkdir -p "$results/drift"
     mv "$keep/drift/"*.png "$results/drift"
     mv "$keep/drift/drift.json" "$results/drift"
 }
 
-measure_correction() { # control|erft: of one LoRA beside the base. Its plot is the last that is written.
+correction_of() { # control|erft: of one LoRA beside the base.
     local prompts prompt image given=()
-    "$PYTHON" -m svi_tiny.stills --output_dir "$again/stills" --num_images "$images"
     mapfile -t prompts <"$again/stills/prompts.txt"
     for image in "$again/stills/"*.png; do given+=(--image "$image"); done
     for prompt in "${prompts[@]}"; do given+=(--prompt "$prompt"); done
     within_time "$PYTHON" -m diffusers_svi correct --model "$model" --lora "$keep/loras/$1-$rounds.safetensors" \
         --preset shot --height 64 --width 64 --num_frames 17 --num_inference_steps 10 --guidance_scale 1 \
         --max_sequence_length 32 --device "$device" --dtype float32 "${given[@]}" "${correction[@]}" \
-        --out_dir "$results/correction/$1"
+        --out_dir "$keep/correction/$1"
+}
+
+measure_correction() {
+    "$PYTHON" -m svi_tiny.stills --output_dir "$again/stills" --num_images "$images"
+    at_once correction_of control erft
+    mkdir -p "$results"
+    mv "$keep/correction" "$results"
 }
 
 started=0
@@ -224,11 +260,7 @@ for stage in "$@"; do
         ;;
     loras) make_loras ;;
     drift) step "drift" "$results/drift/drift.json" measure_drift ;;
-    correction)
-        for kind in control erft; do
-            step "correction, $kind" "$results/correction/$kind/correction.png" measure_correction $kind
-        done
-        ;;
+    correction) step "correction" "$results/correction" measure_correction ;;
     esac
 done
 mkdir -p "$results/training"
