@@ -77,6 +77,7 @@ def parse_args() -> argparse.Namespace:
         "--long_clips", type=int, default=1000, help=f"Clips of them, of {', '.join(MAIN)} only. Default: %(default)s."
     )
     parser.add_argument("--compile", action="store_true", help="A quarter faster; takes a C++ compiler.")
+    parser.add_argument("--add_to", type=Path, help="Figures with the same settings: of others than these, they stay.")
     parser.add_argument("--only_runs", action="store_true", help="Train what is missing, and report nothing.")
     parser.add_argument(
         "--quick", action="store_true", help="300 steps, after 100 of the base, one seed, three contestants."
@@ -139,13 +140,17 @@ def measure_slopes(
     return slopes
 
 
+def settings(args: argparse.Namespace) -> dict[str, int]:
+    """What figures depend on, whoever they are of; flags change none."""
+    return {name: value for name, value in vars(args).items() if type(value) is int}
+
+
 def run(name: str, seed: int, world: World, args: argparse.Namespace) -> dict[str, Any]:
     """One training and what it shows; from its file, if it has been made."""
     file = args.output_dir / "runs" / f"{name.replace(' ', '_').replace('%', '')}-{seed}"
-    settings = {name: value for name, value in vars(args).items() if type(value) is int}  # flags change no figure
     contestant = BASE if name == "base" else CONTESTANTS[name]
-    key = json.loads(json.dumps({"seed": seed, "contestant": asdict(contestant), **settings}))
-    figures_file, weights_file = file.with_suffix(".json"), file.with_suffix(".safetensors")
+    key = json.loads(json.dumps({"seed": seed, "contestant": asdict(contestant), **settings(args)}))
+    figures_file, weights_file = (file.parent / f"{file.name}.{kind}" for kind in ("json", "safetensors"))
     if figures_file.exists():
         found = json.loads(figures_file.read_text())
         if found["key"] != key:
@@ -209,7 +214,7 @@ def summarize(trainings: list[dict[str, Any]]) -> dict[str, Any]:
 def check_bars(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """For every seed, at the last clip: does published keep what the control loses, stay near, and move?"""
     bars = []
-    for control, published in zip(runs["control"], runs["published"], strict=True):
+    for control, published in zip(runs.get("control", []), runs.get("published", []), strict=True):
         figures = {
             "identity": published["identity"][-1],
             "control_identity": control["identity"][-1],
@@ -225,6 +230,17 @@ def check_bars(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         rounded = {name: round(value, 4) for name, value in figures.items()}
         bars.append({"seed": control["key"]["seed"], **rounded, "fails": [n for n, held in holds.items() if not held]})
     return bars
+
+
+def add_to(earlier: dict[str, Any], results: dict[str, Any], contestants: list[str]) -> dict[str, Any]:
+    """Results with what the `earlier` ones have of others than these contestants."""
+    found = {**results, "commands": earlier["commands"] + results["commands"]}
+    found["minutes"] = earlier["minutes"] + results["minutes"]
+    for part in ("table", "curves"):
+        rows = {**results[part], **earlier[part], **{name: results[part][name] for name in contestants}}
+        found[part] = {name: rows[name] for name in ("base", *CONTESTANTS) if name in rows}
+    found["bars"] = results["bars"] or earlier["bars"]
+    return found
 
 
 def curves(trainings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -277,6 +293,9 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     world = World()
+    earlier = None if args.add_to is None else json.loads(args.add_to.read_text())
+    if earlier is not None and earlier["settings"] != settings(args):
+        raise SystemExit(f"`--add_to`: {args.add_to} has other settings, {earlier['settings']}.")
     others = [name for name in args.contestants if name not in MAIN]
     wanted = [(name, seed) for seed in args.seeds for name in MAIN if name in ("base", *args.contestants)]
     wanted += [(name, seed) for seed in args.seeds if seed in args.ablation_seeds for name in others]
@@ -287,18 +306,23 @@ def main() -> None:
             runs.setdefault(name, []).append(run(name, seed, world, args))
     if args.only_runs:
         return
+    source = provenance()
     results = {
-        **provenance(),
+        "commands": [source.pop("command")],
+        **source,
         "minutes": round(sum(one["minutes"] for trainings in runs.values() for one in trainings)),
-        "settings": {k: v for k, v in runs["base"][0]["key"].items() if k not in ("seed", "contestant")},
+        "settings": settings(args),
         "table": {name: summarize(trainings) for name, trainings in runs.items()},
         "bars": check_bars(runs),
         "curves": {name: curves(trainings) for name, trainings in runs.items()},
     }
+    results = json.loads(json.dumps(results))  # numbers that are names are text in files
+    if earlier is not None:
+        results = add_to(earlier, results, args.contestants)
     write_json(results, args.output_dir / "recycling.json")
     plot(results["curves"], args.output_dir / "recycling.png")
     for name, row in results["table"].items():
-        last = max(row["distance"])
+        last = max(row["distance"], key=int)
         told = ", ".join(f"{measure} {row[measure][last][0]:.3f}" for measure in MEASURES)
         print(f"{name:20} clip {last}: {told}")
     for bar in results["bars"]:

@@ -137,6 +137,21 @@ def test_bars_tell_what_fails():
     assert second["fails"] == ["identity", "control_identity", "distance_growth", "motion"]
 
 
+def test_contestants_are_added_to_figures_that_are_there():
+    def found(minutes, bars, **values):
+        rows = {name.replace("_", " "): {"seeds": value} for name, value in values.items()}
+        return {"commands": [f"python {minutes}"], "minutes": minutes, "table": rows, "bars": bars, "curves": rows}
+
+    earlier = found(700, [{"seed": 0}], base=5, control=5, published=5, bank_of_8=1)
+    later = found(20, [], base=2, white_noise=2, bank_of_8=2)
+    both = recycling.add_to(earlier, later, ["white noise", "bank of 8"])
+    counts = {name: row["seeds"] for name, row in both["table"].items()}
+    assert counts == {"base": 5, "control": 5, "published": 5, "white noise": 2, "bank of 8": 2}
+    assert list(counts) == ["base", "control", "published", "white noise", "bank of 8"]
+    assert both["curves"] == both["table"] and both["bars"] == [{"seed": 0}]
+    assert both["commands"] == ["python 700", "python 20"] and both["minutes"] == 720
+
+
 def run(monkeypatch, *options: str) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks/recycling.py", *options])
     recycling.main()
@@ -153,7 +168,7 @@ def test_quick_makes_the_figures(monkeypatch, tmp_path, capsys):
     assert set(published["slopes"]["off"]) == {str(size) for size in recycling.SIZES}
     assert "long" not in results["table"]["white noise"]
     assert [bar["seed"] for bar in results["bars"]] == [0]
-    assert results["settings"]["steps"] == 300 and results["command"].endswith(f"--output_dir {tmp_path}")
+    assert results["settings"]["steps"] == 300 and results["commands"][0].endswith(f"--output_dir {tmp_path}")
     figures = json.loads((tmp_path / "runs" / "published-0.json").read_text())
     assert list(figures["watched"]) == ["0", "150", "300"] and len(figures["identity"]) == 6
     assert figures["watched"]["300"]["off"] == figures["slopes"]["off"][recycling.SIZES.index(recycling.WATCHED)]
@@ -164,6 +179,10 @@ def test_quick_makes_the_figures(monkeypatch, tmp_path, capsys):
     assert shown["watched_off"] == [recycling.rounded([one["off"] for one in figures["watched"].values()])]
     assert PIL.Image.open(tmp_path / "recycling.png").size[0] > 1200
     assert "published            clip 6: distance" in capsys.readouterr().out
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**results, "settings": {"steps": 400}}))
+    with pytest.raises(SystemExit, match=r"`--add_to`: .*other\.json has other settings, \{'steps': 400\}"):
+        run(monkeypatch, "--quick", "--output_dir", str(tmp_path), "--add_to", str(other))
     # What is there is not made again, and with other settings it is not taken for theirs.
     (tmp_path / "runs" / "base-0.safetensors").unlink()
     run(monkeypatch, "--quick", "--output_dir", str(tmp_path))
