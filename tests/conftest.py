@@ -144,7 +144,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with them at the end."""
     longest = (
         *("test_train_erft", "test_app", "test_push", "test_docs", "test_svi_tiny", "test_crash", "test_drift"),
-        "test_distributed_bank",
+        *("test_distributed_bank", "test_on_a_card", "test_benchmarks", "test_train_conditions"),
     )
     items.sort(key=lambda item: item.path.stem not in longest)
 

@@ -113,6 +113,8 @@ def failed(model: Path, output_dir: Path, **options) -> str:
 
 def run_forked(arguments: list[str], num_processes: int = 1) -> tuple[int, str]:
     """Exit status and output of the script in processes of its own, which need not import everything once more."""
+    import deepspeed  # noqa: F401 - which accelerate asks for in each of them
+
     with tempfile.TemporaryFile("w+") as output:
         ranks = [
             get_context("fork").Process(target=run_script, args=(arguments, output.fileno(), environment))

@@ -96,7 +96,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True
+        [sys.executable, "-B", "-c", script], cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True
     )
     assert done.returncode == 1 and "File too large" in done.stderr.splitlines()[-1]
     assert (tmp_path / "film.mp4").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
