@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 LORAS := examples/svi_tiny/loras
 OLDEST_DIFFUSERS := $(shell sed -n 's/.*"diffusers>=\([0-9.]*\),.*/\1/p' setup.py).0
 
-# Else every process, where it is set, compiles the thousands of files it imports anew: ten seconds each.
+# Where this is set, every process compiles the thousands of files that it imports anew: ten seconds each.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo app drift test compat fuzz mutants screenshots quality style clean

@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -77,7 +78,7 @@ def parse_args() -> argparse.Namespace:
         "--long_clips", type=int, default=1000, help=f"Clips of them, of {', '.join(MAIN)} only. Default: %(default)s."
     )
     parser.add_argument("--compile", action="store_true", help="A quarter faster; takes a C++ compiler.")
-    parser.add_argument("--add_to", type=Path, help="Figures with the same settings: of others than these, they stay.")
+    parser.add_argument("--add_to", type=Path, help="A recycling.json: what it has of other contestants is kept.")
     parser.add_argument("--only_runs", action="store_true", help="Train what is missing, and report nothing.")
     parser.add_argument(
         "--quick", action="store_true", help="300 steps, after 100 of the base, one seed, three contestants."
@@ -214,7 +215,7 @@ def summarize(trainings: list[dict[str, Any]]) -> dict[str, Any]:
 def check_bars(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """For every seed, at the last clip: does published keep what the control loses, stay near, and move?"""
     bars = []
-    for control, published in zip(runs.get("control", []), runs.get("published", []), strict=True):
+    for control, published in zip(runs["control"], runs["published"], strict=True):
         figures = {
             "identity": published["identity"][-1],
             "control_identity": control["identity"][-1],
@@ -232,12 +233,27 @@ def check_bars(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return bars
 
 
+def check_report(args: argparse.Namespace, seeds: Counter[str], earlier: dict[str, Any] | None) -> None:
+    """Leave the program where no report could come of it; `seeds` counts those of every contestant."""
+    for name in args.contestants:
+        if not seeds[name]:
+            raise SystemExit(f"`--ablation_seeds`: none of the `--seeds` is one of them, and {name} has no other.")
+        if earlier is not None and earlier["table"].get(name, {"seeds": 0})["seeds"] > seeds[name]:
+            raise SystemExit(f"`--add_to`: {args.add_to} has more `--seeds` of {name} than {seeds[name]}.")
+    both = len({"control", "published"} & {*args.contestants})
+    if both == 1 or (both == 0 and earlier is None):
+        raise SystemExit(
+            "`--contestants`: control and published are compared, name both; or neither, with `--add_to`."
+        )
+    if earlier is not None and earlier["settings"] != settings(args):
+        raise SystemExit(f"`--add_to`: {args.add_to} has other settings, {earlier['settings']}.")
+
+
 def add_to(earlier: dict[str, Any], results: dict[str, Any], contestants: list[str]) -> dict[str, Any]:
     """Results with what the `earlier` ones have of others than these contestants."""
-    found = {**results, "commands": earlier["commands"] + results["commands"]}
-    found["minutes"] = earlier["minutes"] + results["minutes"]
+    found = {**results, "made": earlier["made"] + results["made"]}
     for part in ("table", "curves"):
-        rows = {**results[part], **earlier[part], **{name: results[part][name] for name in contestants}}
+        rows = {**earlier[part], **{name: results[part][name] for name in contestants}}
         found[part] = {name: rows[name] for name in ("base", *CONTESTANTS) if name in rows}
     found["bars"] = results["bars"] or earlier["bars"]
     return found
@@ -294,11 +310,11 @@ def main() -> None:
     torch.set_num_threads(1)
     world = World()
     earlier = None if args.add_to is None else json.loads(args.add_to.read_text())
-    if earlier is not None and earlier["settings"] != settings(args):
-        raise SystemExit(f"`--add_to`: {args.add_to} has other settings, {earlier['settings']}.")
     others = [name for name in args.contestants if name not in MAIN]
     wanted = [(name, seed) for seed in args.seeds for name in MAIN if name in ("base", *args.contestants)]
     wanted += [(name, seed) for seed in args.seeds if seed in args.ablation_seeds for name in others]
+    if not args.only_runs:
+        check_report(args, Counter(name for name, _ in wanted), earlier)
     runs: dict[str, list[dict[str, Any]]] = {}
     with tqdm(wanted, desc="Trainings", unit="training") as progress:
         for name, seed in progress:
@@ -306,14 +322,12 @@ def main() -> None:
             runs.setdefault(name, []).append(run(name, seed, world, args))
     if args.only_runs:
         return
-    source = provenance()
+    minutes = round(sum(one["minutes"] for trainings in runs.values() for one in trainings))
     results = {
-        "commands": [source.pop("command")],
-        **source,
-        "minutes": round(sum(one["minutes"] for trainings in runs.values() for one in trainings)),
+        "made": [{**provenance(), "minutes": minutes}],
         "settings": settings(args),
         "table": {name: summarize(trainings) for name, trainings in runs.items()},
-        "bars": check_bars(runs),
+        "bars": check_bars(runs) if "control" in runs else [],
         "curves": {name: curves(trainings) for name, trainings in runs.items()},
     }
     results = json.loads(json.dumps(results))  # numbers that are names are text in files

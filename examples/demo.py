@@ -152,9 +152,7 @@ def talk(args: argparse.Namespace) -> None:
         **clip_options(args),
     )
     frames = np.concatenate([clip.frames for clip in tqdm(clips, "Following a voice", total=args.talk_clips)])
-    pixels = enlarged((frames * 255).round().astype(np.uint8))
-    # Of a film as it was made, `FilmWriter(..., audio=sound)` writes the sound too.
-    save_video(film, pixels, world.FPS, audio=sound)
+    save_video(film, enlarged(frames), world.FPS, audio=sound)
     followed = show_voice(frames, states, picture)
     print(f"Voice:         {film}, {picture}: loudness and size are correlated by {followed:.2f}")
 

@@ -1,4 +1,4 @@
-"""The run that waits for a card: its sizes, what it keeps between parts, and all of it at a tenth of the size."""
+"""The run for a card: its sizes, what it keeps between parts, and all of it at a tenth of the size."""
 
 import json
 import math
@@ -190,6 +190,7 @@ def test_stills(tmp_path):
         ("vae", {"SIZE": "huge"}, "SIZE is card or tenth, got huge."),
         ("vae", {"MINUTES": "nine"}, "MINUTES is a number, got nine."),
         ("vae", {"SHARE": "1.5"}, "SHARE is above 0 and at most 1, got 1.5."),
+        ("vae", {"SHARE": "0.5"}, "SHARE is for SIZE=card, got SIZE=tenth."),
         ("lora", {}, "Stages are vae, transformer, loras, drift and correction, got lora."),
         pytest.param(
             *("vae", {"SIZE": "card"}, "SIZE=card needs a GPU, and PyTorch sees none."),
@@ -216,7 +217,8 @@ def test_what_fails_is_not_gone_on_from(tmp_path):
 
 
 def test_every_round_goes_on_from_the_one_before(tmp_path):
-    """What is called at the size for a card, by a program that writes where it is told to, and fails once."""
+    """What is called at the size for a card, by a program that writes what it is told to, but once fails with one LoRA
+    and is not done in time with the other."""
     program, calls = tmp_path / "trainer", tmp_path / "calls"
     program.write_text(
         """#!/bin/sh
@@ -224,7 +226,9 @@ while [ $# -gt 0 ]; do
     case $1 in --output_dir) to=$2 ;; --init_lora) from=$(basename $2 .safetensors) ;; --max_train_steps) n=$2 ;; esac
     shift
 done
-if [ "$(basename "$to")" = erft-2 ] && [ ! -e "$0.failed" ]; then touch "$0.failed"; exit 3; fi
+[ -n "$to" ] || exit 0
+if [ "$(basename "$to")" = control-2 ] && [ ! -e "$0.failed" ]; then touch "$0.failed"; exit 3; fi
+if [ "$(basename "$to")" = erft-2 ] && [ ! -e "$0.late" ]; then touch "$0.late"; sleep 0.5; exit 124; fi
 mkdir -p "$to"
 touch "$to/pytorch_lora_weights.safetensors"
 [ -z "$n" ] || echo "$from -> $(basename "$to"), $n" >> "$(dirname "$0")/calls"
@@ -235,7 +239,9 @@ touch "$to/pytorch_lora_weights.safetensors"
     failed = call(tmp_path, "loras", **settings)
     assert failed.returncode == 3 and "control and ERFT LoRA, round 2 of 2 failed" in failed.stderr
     loras = tmp_path / "keep" / "loras"
-    assert {path.stem for path in loras.iterdir()} == {"plain", "control-2", "erft-1"}
+    assert {path.stem for path in loras.iterdir()} == {"plain", "control-1", "erft-1"}
+    other = call(tmp_path, "loras", **{**settings, "SHARE": "1"})
+    assert other.stderr.endswith("was begun with SIZE=card SHARE=0.5, not SIZE=card SHARE=1: give another OUT.\n")
     call(tmp_path, "loras", **settings)
     assert {path.stem for path in loras.iterdir()} == {"control-2", "erft-2"}
     assert sorted(calls.read_text().splitlines()) == [

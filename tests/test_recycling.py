@@ -140,7 +140,7 @@ def test_bars_tell_what_fails():
 def test_contestants_are_added_to_figures_that_are_there():
     def found(minutes, bars, **values):
         rows = {name.replace("_", " "): {"seeds": value} for name, value in values.items()}
-        return {"commands": [f"python {minutes}"], "minutes": minutes, "table": rows, "bars": bars, "curves": rows}
+        return {"made": [{"minutes": minutes}], "table": rows, "bars": bars, "curves": rows}
 
     earlier = found(700, [{"seed": 0}], base=5, control=5, published=5, bank_of_8=1)
     later = found(20, [], base=2, white_noise=2, bank_of_8=2)
@@ -149,7 +149,25 @@ def test_contestants_are_added_to_figures_that_are_there():
     assert counts == {"base": 5, "control": 5, "published": 5, "white noise": 2, "bank of 8": 2}
     assert list(counts) == ["base", "control", "published", "white noise", "bank of 8"]
     assert both["curves"] == both["table"] and both["bars"] == [{"seed": 0}]
-    assert both["commands"] == ["python 700", "python 20"] and both["minutes"] == 720
+    assert both["made"] == [{"minutes": 700}, {"minutes": 20}]
+
+
+@pytest.mark.parametrize(
+    ("options", "earlier", "message"),
+    [
+        (["control", "--seeds", "0"], {}, "`--contestants`: control and published are compared, name both"),
+        (["white noise", "--seeds", "0"], None, "`--contestants`: control and published are compared, name both"),
+        (["white noise", "--seeds", "4"], {}, "`--ablation_seeds`: none of the `--seeds` is one of them"),
+        (["white noise", "--seeds", "0"], {"white noise": {"seeds": 2}}, "has more `--seeds` of white noise than 1"),
+    ],
+)
+def test_what_gives_no_report_is_refused_first(monkeypatch, tmp_path, options, earlier, message):
+    file = tmp_path / "earlier.json"
+    file.write_text(json.dumps({"table": earlier}))
+    added = [] if earlier is None else ["--add_to", str(file)]
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, "--output_dir", str(tmp_path), *added, "--contestants", *options)
+    assert not (tmp_path / "runs").exists()
 
 
 def run(monkeypatch, *options: str) -> None:
@@ -168,7 +186,7 @@ def test_quick_makes_the_figures(monkeypatch, tmp_path, capsys):
     assert set(published["slopes"]["off"]) == {str(size) for size in recycling.SIZES}
     assert "long" not in results["table"]["white noise"]
     assert [bar["seed"] for bar in results["bars"]] == [0]
-    assert results["settings"]["steps"] == 300 and results["commands"][0].endswith(f"--output_dir {tmp_path}")
+    assert results["settings"]["steps"] == 300 and results["made"][0]["command"].endswith(f"--output_dir {tmp_path}")
     figures = json.loads((tmp_path / "runs" / "published-0.json").read_text())
     assert list(figures["watched"]) == ["0", "150", "300"] and len(figures["identity"]) == 6
     assert figures["watched"]["300"]["off"] == figures["slopes"]["off"][recycling.SIZES.index(recycling.WATCHED)]
@@ -180,6 +198,12 @@ def test_quick_makes_the_figures(monkeypatch, tmp_path, capsys):
     assert PIL.Image.open(tmp_path / "recycling.png").size[0] > 1200
     assert "published            clip 6: distance" in capsys.readouterr().out
     other = tmp_path / "other.json"
+    other.write_text(json.dumps({**results, "table": {**results["table"], "bank of 8": {**published, "seeds": 3}}}))
+    run(monkeypatch, "--quick", "--output_dir", str(tmp_path), "--add_to", str(other))
+    added = json.loads((tmp_path / "recycling.json").read_text())
+    assert added["table"].pop("bank of 8") == {**published, "seeds": 3}
+    assert added["table"] == results["table"] and added["made"] == results["made"] + added["made"][1:]
+    assert len(added["made"]) == 2 and added["bars"] == results["bars"]
     other.write_text(json.dumps({**results, "settings": {"steps": 400}}))
     with pytest.raises(SystemExit, match=r"`--add_to`: .*other\.json has other settings, \{'steps': 400\}"):
         run(monkeypatch, "--quick", "--output_dir", str(tmp_path), "--add_to", str(other))

@@ -12,7 +12,7 @@
 #                 there it saves time, and a LoRA goes on where it was instead of from its beginning
 #
 # Settings, from the environment: OUT, MINUTES, SIZE (card; or tenth, ten steps of everything on a CPU, to see that it
-# runs), SHARE (of the card's steps, clips, chains and images, 1 for all: a try), PYTHON.
+# runs), SHARE (of the card's steps, clips, chains and images, 1 for all; less is a try, in an OUT of its own), PYTHON.
 set -euo pipefail
 OUT=${OUT:-outputs/card} MINUTES=${MINUTES:-9} SIZE=${SIZE:-card} SHARE=${SHARE:-1} PYTHON=${PYTHON:-python}
 
@@ -20,8 +20,12 @@ if [[ ! $MINUTES =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
     echo "MINUTES is a number, got $MINUTES." >&2
     exit 1
 fi
-if [[ ! $SHARE =~ ^(1|0?\.[0-9]*[1-9][0-9]*)$ ]]; then
+if [[ ! $SHARE =~ ^(1(\.0*)?|0?\.[0-9]*[1-9][0-9]*)$ ]]; then
     echo "SHARE is above 0 and at most 1, got $SHARE." >&2
+    exit 1
+fi
+if [[ $SIZE != card && $SHARE != 1 ]]; then
+    echo "SHARE is for SIZE=card, got SIZE=$SIZE." >&2
     exit 1
 fi
 if (($# == 0)); then set -- vae transformer loras drift correction; fi
@@ -96,14 +100,18 @@ tell_size() {
     if ((bytes > 60000000)); then echo "WARNING: that is more than 60 MB." >&2; fi
 }
 
-at_once() { # COMMAND ARGUMENT...: with each argument, all at the same time; its status is that of one that failed.
-    local command=$1 argument pid running=() status=0
+at_once() { # COMMAND ARGUMENT...: with each argument, all at the same time. What failed is told before what is not done.
+    local command=$1 argument pid one running=() status=0
     shift
     for argument in "$@"; do
         "$command" "$argument" &
         running+=($!)
     done
-    for pid in "${running[@]}"; do wait "$pid" || status=$?; done
+    for pid in "${running[@]}"; do
+        one=0
+        wait "$pid" || one=$?
+        if ((one && (status == 0 || status == 75 || status == 124))); then status=$one; fi
+    done
     return "$status"
 }
 
@@ -181,7 +189,7 @@ train_lora() { # NAME STEPS OPTION...
 
 # Error recycling as published, but with one latent frame of errors, since a clip has five, and a small bank, which does
 # as well. Each round is short enough for one part and begins with an empty bank and optimizer.
-train_next() { # control|erft: the next round of one that has not done `round`.
+train_next() { # control|erft: `round`, unless it is done.
     local kind=$1 from=plain options=(--preset none)
     if [[ -e $keep/loras/$kind-$round.safetensors ]]; then return; fi
     if [[ $kind == erft ]]; then options=(--preset shot --n_img 1 --bank_capacity 8); fi
@@ -189,24 +197,27 @@ train_next() { # control|erft: the next round of one that has not done `round`.
     if ((round == rounds)); then options+=(--lr_scheduler cosine); else options+=(--lr_scheduler constant_with_warmup); fi
     train_lora "$kind-$round" "$round_steps" --init_lora "$keep/loras/$from.safetensors" --learning_rate 6e-4 \
         "${options[@]}"
-    if ((round > 1)); then rm "$keep/loras/$from.safetensors"; fi
 }
 
 train_round() {
     at_once train_next control erft
+    rm -f "$keep/loras/"*-$((round - 1)).safetensors
     touch "$keep/round-$round"
 }
 
 make_loras() {
     local round
-    if [[ -e $keep/round-$rounds ]]; then return; fi
+    if [[ -e $keep/round-$rounds ]]; then
+        rm -f "$keep/loras/plain.safetensors"
+        return
+    fi
     step "videos for the LoRAs" "$again/world" make_videos
     step "plain LoRA" "$keep/loras/plain.safetensors" \
         train_lora plain "$plain_steps" --preset none --learning_rate 1e-3 --lr_scheduler cosine
     for ((round = 1; round <= rounds; round++)); do
         step "control and ERFT LoRA, round $round of $rounds" "$keep/round-$round" train_round
     done
-    rm "$keep/loras/plain.safetensors"
+    rm -f "$keep/loras/plain.safetensors"
 }
 
 # 3. Figures
@@ -223,7 +234,7 @@ drift_alone() { # base|control|erft: its chains are there when all are compared.
 }
 
 measure_drift() {
-    if [[ $device == cuda ]]; then at_once drift_alone base control erft; fi # one would leave most of it idle
+    if [[ $device == cuda ]]; then at_once drift_alone base control erft; fi # one process leaves most of it idle
     drift_of --contestants base --lora "control=$keep/loras/control-$rounds.safetensors" \
         "erft=$keep/loras/erft-$rounds.safetensors"
     mkdir -p "$results/drift"
@@ -251,6 +262,11 @@ measure_correction() {
 
 started=0
 mkdir -p "$keep" "$again"
+if [[ -e $keep/settings && $(<"$keep/settings") != "SIZE=$SIZE SHARE=$SHARE" ]]; then
+    echo "$OUT was begun with $(<"$keep/settings"), not SIZE=$SIZE SHARE=$SHARE: give another OUT." >&2
+    exit 1
+fi
+echo "SIZE=$SIZE SHARE=$SHARE" >"$keep/settings"
 for stage in "$@"; do
     case $stage in
     vae) step "VAE" "$model/vae/diffusion_pytorch_model.safetensors" train vae "${vae[@]}" ;;
