@@ -114,4 +114,7 @@ def test_the_same_frames_are_the_same_bytes(codec):
         encode_frames(content, iter(frames), Fraction(16), codec, options=options)
         return content.getvalue()
 
-    assert len({encoded() for _ in range(5)}) == 1
+    contents = {encoded() for _ in range(5)}
+    assert len(contents) == 1
+    # Where there is AVX-512, x264's tree is not the same in every run.
+    assert codec != "libx264" or b" mbtree=0 " in contents.pop()

@@ -23,8 +23,10 @@ FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 INDEX_FIRST = {".mp4": {"movflags": "faststart"}, ".mkv": {"cues_to_front": "1"}}
 # Frames from one that stands by itself to the next: what a player must read to begin in the middle.
 LONGEST_GROUP = "250"
-# Encoders that have threads of their own, whatever FFmpeg is told.
-ONE_THREAD = {
+# What encoders need to write the same bytes in every run. Some have threads of their own, whatever FFmpeg is told; and
+# where there is AVX-512, what x264's macroblock tree decides depends on where its buffers happen to lie.
+REPRODUCIBLE = {
+    "libx264": {"mbtree": "0"},
     "libx265": {"x265-params": "pools=none:frame-threads=1:log-level=error"},
     "libsvtav1": {"svtav1-params": "lp=1"},
 }
@@ -115,7 +117,7 @@ def encode_frames(
         stream.options = {
             "bf": "0",
             "g": LONGEST_GROUP,
-            **ONE_THREAD.get(codec, {}),
+            **REPRODUCIBLE.get(codec, {}),
             **({} if crf is None else {"crf": str(crf)}),
         }
         stream.codec_context.thread_count = 1
