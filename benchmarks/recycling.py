@@ -146,12 +146,17 @@ def settings(args: argparse.Namespace) -> dict[str, int]:
     return {name: value for name, value in vars(args).items() if type(value) is int}
 
 
+def files_of(folder: Path, name: str, seed: int) -> tuple[Path, Path]:
+    """Figures and weights of a run."""
+    file = f"{name.replace(' ', '_').replace('%', '')}-{seed}"
+    return folder / "runs" / f"{file}.json", folder / "runs" / f"{file}.safetensors"
+
+
 def run(name: str, seed: int, world: World, args: argparse.Namespace) -> dict[str, Any]:
     """One training and what it shows; from its file, if it has been made."""
-    file = args.output_dir / "runs" / f"{name.replace(' ', '_').replace('%', '')}-{seed}"
     contestant = BASE if name == "base" else CONTESTANTS[name]
     key = json.loads(json.dumps({"seed": seed, "contestant": asdict(contestant), **settings(args)}))
-    figures_file, weights_file = (file.parent / f"{file.name}.{kind}" for kind in ("json", "safetensors"))
+    figures_file, weights_file = files_of(args.output_dir, name, seed)
     if figures_file.exists():
         found = json.loads(figures_file.read_text())
         if found["key"] != key:
@@ -171,7 +176,7 @@ def run(name: str, seed: int, world: World, args: argparse.Namespace) -> dict[st
     if name == "base":
         train(model, world, contestant, args.base_steps, args.batch_size, seed)
     else:
-        load_model(model, args.output_dir / "runs" / f"base-{seed}.safetensors")
+        load_model(model, files_of(args.output_dir, "base", seed)[1])
         steps = round(contestant.share * args.steps)
         train(model, world, contestant, steps, args.batch_size, 1000 + seed, look)
         look(steps)

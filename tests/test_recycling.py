@@ -112,6 +112,12 @@ def test_intervals_are_those_of_student():
     assert recycling.interval([2.5]) == [2.5, 0.0]
 
 
+def test_every_run_has_files_of_its_own(tmp_path):
+    files = [file for name in CONTESTANTS for seed in (0, 1) for file in recycling.files_of(tmp_path, name, seed)]
+    assert len(set(files)) == 4 * len(CONTESTANTS)
+    assert recycling.files_of(tmp_path, "p_clean 0.5", 1)[0] == tmp_path / "runs" / "p_clean_0.5-1.json"
+
+
 def test_bars_tell_what_fails():
     def found(identity, distance, motion, seed):
         return {

@@ -222,6 +222,10 @@ make_loras() {
 
 # 3. Figures
 
+finished() { # control|erft: its LoRA, as `drift.py` takes it.
+    echo "$1=$keep/loras/$1-$rounds.safetensors"
+}
+
 drift_of() { # OPTION...: chains that are done stay in its folder.
     within_time "$PYTHON" benchmarks/drift.py --model_dir "$model" --device "$device" --settings consistent \
         "${drift[@]}" --output_dir "$keep/drift" "$@"
@@ -229,14 +233,13 @@ drift_of() { # OPTION...: chains that are done stay in its folder.
 
 drift_alone() { # base|control|erft: its chains are there when all are compared.
     local who=(--contestants)
-    if [[ $1 == base ]]; then who+=(base); else who+=(--lora "$1=$keep/loras/$1-$rounds.safetensors"); fi
+    if [[ $1 == base ]]; then who+=(base); else who+=(--lora "$(finished "$1")"); fi
     drift_of "${who[@]}"
 }
 
 measure_drift() {
     if [[ $device == cuda ]]; then at_once drift_alone base control erft; fi # one process leaves most of it idle
-    drift_of --contestants base --lora "control=$keep/loras/control-$rounds.safetensors" \
-        "erft=$keep/loras/erft-$rounds.safetensors"
+    drift_of --contestants base --lora "$(finished control)" "$(finished erft)"
     mkdir -p "$results/drift"
     mv "$keep/drift/"*.png "$results/drift"
     mv "$keep/drift/drift.json" "$results/drift"
