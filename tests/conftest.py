@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +34,9 @@ from diffusers_svi.cli import main
 # What is computed here is small, and a process that has one thread can be forked.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# In a forked process torch gives up its pool of threads and makes another when it is first asked for: a thread that
+# asks for it just then finds none ("Invalid thread pool!"). Here it is asked for while there is one thread.
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 # Where the tests are run in the background Ctrl-C is ignored, and so it would be by the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

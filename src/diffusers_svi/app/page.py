@@ -46,6 +46,8 @@ assert set(SHAPES.values()) == set(RESIZE_MODES)
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {**QUIET, "queue": False}
 QUEUED: dict[str, Any] = {**QUIET, "concurrency_limit": None}
+# By the browser: an answer of the server's would take away what was chosen while it was on its way.
+TAKE_AWAY: dict[str, Any] = {**QUIET, "js": "() => null"}
 
 
 def theme() -> gr.Theme:
@@ -278,8 +280,8 @@ def _new_film(defaults: Settings, presets: list[str]) -> tuple[list[Any], gr.But
 
     preset.input(published, preset, [preset, followed, frames, steps, guidance, fps], **AT_ONCE)
     checked = followed.upload(check_followed, [followed, preset, fps], None, **QUEUED)
-    checked.failure(lambda: None, None, followed, **AT_ONCE)
-    image.upload(check, image, None, **QUEUED).failure(lambda: None, None, image, **AT_ONCE)
+    checked.failure(None, None, followed, **TAKE_AWAY)
+    image.upload(check, image, None, **QUEUED).failure(None, None, image, **TAKE_AWAY)
     values = [preset, width, height, frames, steps, guidance, fps, seed, shape, colors, negative, endless]
     return [image, followed, title, story, *values], make
 
