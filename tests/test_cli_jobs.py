@@ -1,14 +1,14 @@
 """Many films by one command, dealt out to processes. On the embedded model."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from diffusers_svi.film import read_clips
-from test_cli import environment, generate
+from test_cli import generate
+from test_cli_typed import Terminal
 
 
 QUICK = {"num_frames": 9, "num_inference_steps": 1, "prompt": None, "out": None, "num_clips": None}
@@ -31,12 +31,16 @@ def test_two_processes_make_two_films_and_a_film_that_fails_does_not_stop_the_ot
         {"out": "three.mp4", "prompt": "it flies", "num_frames": 801},
         {"out": "four.mp4", "prompt": "it lands", "vae_tiling": False},
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
-    arguments = [*launch, "diffusers_svi", *map(str, generate(**QUICK, jobs="films.jsonl", device="cpu"))]
-    told = subprocess.run(arguments, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert told.returncode == 1, told.stderr
-    assert "films.jsonl: 3 of 4 films." in told.stdout
-    assert "films.jsonl, line 3: `num_frames` must be at most" in told.stderr
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    arguments = map(str, generate(**QUICK, jobs="films.jsonl", device="cpu"))
+    terminal = Terminal(tmp_path, program=[*launch, "diffusers_svi", *arguments])
+    told = terminal.wait_for(r"Root Cause.*={50}")
+    assert terminal.close() == 1
+    assert "films.jsonl: 3 of 4 films." in told
+    assert "films.jsonl, line 3: `num_frames` must be at most" in told.partition("Error: Not made:")[2]
+    # Each process has its films, tells which, and only one ends with an error.
+    assert told.count("one.mp4, clip 1 of 2: ") == told.count("two.mp4, clip 1 of 2: ") == 1
+    assert told.count("\nError: ") == 1 and "Clips:" not in told
     assert prompts(tmp_path / "one.mp4") == ["a cat wakes", "it jumps"]
     assert prompts(tmp_path / "two.mp4") == ["it sleeps", "it sleeps"]
     assert [clip["made_with"]["seed"] for clip in read_clips(tmp_path / "two.mp4")] == ["5", "47"]

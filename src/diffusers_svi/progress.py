@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from tqdm.auto import tqdm
 from tqdm.autonotebook import tqdm as notebook_tqdm
 from tqdm.std import tqdm as terminal_tqdm
@@ -13,6 +14,8 @@ from tqdm.std import tqdm as terminal_tqdm
 class Progress:
     """Clips of a film, with the time that is left: a bar in a terminal or notebook, else a line a clip on stderr.
 
+    Several processes write lines: their bars would be written over one another.
+
     Args:
         total (`int`, *optional*): Clips of the film, if it is known.
         done (`int`): Those made before.
@@ -20,7 +23,8 @@ class Progress:
     """
 
     def __init__(self, total: int | None, done: int, config: Mapping[str, Any]):
-        watched = notebook_tqdm is not terminal_tqdm or config.get("file", sys.stderr).isatty()
+        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+        watched = alone and (notebook_tqdm is not terminal_tqdm or config.get("file", sys.stderr).isatty())
         self._total, self._first, self._done = total, done, done
         self._told_in_lines = not watched and not config.get("disable", False)
         self._began = time.monotonic()
@@ -37,7 +41,8 @@ class Progress:
             of, left = "", ""
             if self._total is not None:
                 of, left = f" of {self._total}", f", {tqdm.format_interval(each * (self._total - self._done))} left"
-            print(f"Clip {self._done}{of}: {each:.1f} s a clip{left}.", file=sys.stderr, flush=True)
+            clip = f"{self.config['desc']}, clip" if "desc" in self.config else "Clip"
+            print(f"{clip} {self._done}{of}: {each:.1f} s a clip{left}.", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""

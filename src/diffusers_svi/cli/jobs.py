@@ -41,13 +41,19 @@ def make_all(path: Path, command: click.Command, options: Mapping[str, Any], *, 
             problems.append(_told(path, number, error))
     problems = sorted(set(gather_object(problems)))
     if problems:
-        raise click.ClickException("\n".join(problems) if state.is_main_process else "not begun.")
+        return _fail("\n".join(problems), state)
     failed = _make(mine, path, state, dry_run)
     failed = gather_object(failed)
     if state.is_main_process:
         click.echo(f"{path}: {len(films) - len(failed)} of {len(films)} films.")
     if failed:
-        raise click.ClickException("\n".join(["Not made:", *failed]) if state.is_main_process else "see the others.")
+        _fail("\n".join(["Not made:", *failed]), state)
+
+
+def _fail(message: str, state: PartialState) -> None:
+    """By one process: where any ends with an error `torchrun` kills the others, which may have more to tell."""
+    if state.is_main_process:
+        raise click.ClickException(message)
 
 
 def _make(films: list[tuple[int, Order]], path: Path, state: PartialState, dry_run: bool) -> list[str]:
@@ -64,6 +70,9 @@ def _make(films: list[tuple[int, Order]], path: Path, state: PartialState, dry_r
                 gc.collect()
                 device = film.load.keywords["device"] or state.device
                 loaded[known] = film.load(device=device)
+            if state.num_processes > 1:
+                # Which of the films that are made at the same time is told of.
+                loaded[known].set_progress_bar_config(desc=str(film.out))
             return loaded[known]
 
         try:
