@@ -14,9 +14,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from pathlib import Path
 import PIL.Image
 import psutil
 from contestants import SVI_TINY, load_fused
+from tqdm import tqdm
 
 from diffusers_svi import FilmWriter, SVIPipeline, conditioning
 from diffusers_svi.chain import read_notes
@@ -82,6 +85,8 @@ class Maker:
 
 def serve() -> None:
     """For every line of the input, a film in a process of its own: its id, and when it has ended, its exit status."""
+    # tqdm's own is shared by all processes: one that is killed while it has it would leave it taken.
+    tqdm.set_lock(threading.RLock())
     pipe = load_fused(SVI_TINY, None)
     for line in sys.stdin:
         path, by, scheme = json.loads(line)
@@ -171,7 +176,7 @@ def kill_and_go_on(
                 wait_for_writing(path, run, number)
             else:
                 wait_until(run, time.monotonic() + delay)
-            if not run.ended:
+            with suppress(ProcessLookupError):  # it has ended
                 os.kill(run.pid, signal.SIGKILL)
             status = run.wait()
             if status == -signal.SIGKILL:

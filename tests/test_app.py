@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +43,7 @@ START = ROOT / "docs" / "images" / "start.png"
 SMALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 1.0, "fps": 8}
 SETTINGS = Settings.of("none", **SMALL)
 LIMIT = 180  # seconds, after which a test that waits gives up
+expect.set_options(timeout=LIMIT * 1000)
 
 
 def load(preset: str) -> SVIPipeline:
@@ -63,8 +64,8 @@ def load_following(preset: str) -> SVIPipeline:
 class Gate:
     """A pipeline whose steps can be held back, so that a test knows where a film stands."""
 
-    def __init__(self):
-        self._changed, self._left = threading.Condition(), float("inf")
+    def __init__(self, load: Callable[[str], SVIPipeline] = load):
+        self._load, self._changed, self._left = load, threading.Condition(), float("inf")
 
     def let(self, steps: float) -> None:
         """Let so many steps through from now on."""
@@ -73,7 +74,7 @@ class Gate:
             self._changed.notify_all()
 
     def load(self, preset: str) -> SVIPipeline:
-        pipe = load(preset)
+        pipe = self._load(preset)
         pipe.transformer.register_forward_pre_hook(self._pass)
         return pipe
 
@@ -179,10 +180,12 @@ def test_a_film_is_stopped_and_goes_on_as_if_it_had_not_been(studio, gate, image
     assert at_rest(studio, whole.name) == "done"
 
     film = studio.create(image, story, SETTINGS)
+    gate.let(3)
     studio.make(film.name)
     wait_for(lambda: film.num_done == 1)
     studio.stop(film.name)
-    assert at_rest(studio, film.name) == "stopped" and film.num_done < 4
+    gate.let(float("inf"))
+    assert at_rest(studio, film.name) == "stopped" and film.num_done == 1
     # What was dropped can be changed again.
     assert film.num_fixed == film.num_done
     studio.make(film.name)
@@ -353,7 +356,8 @@ def test_a_film_is_as_long_as_its_speech_which_it_has_and_goes_on_with(tmp_path,
     """Its folder has the speech: the bytes are those of a film that was never stopped. Clips may be cut out."""
     speech_file = write(tmp_path / "My Speech.WAV", speech(3.125), 16000)
     settings = Settings.of("talk", **{**SMALL, "audio_guidance_scale": 1.0})
-    studio = Studio(tmp_path / "films", load_following)
+    gate = Gate(load_following)
+    studio = Studio(tmp_path / "films", gate.load)
     whole, film, shorter = (studio.create(image, ["a cat sits", "it jumps"], settings, "", speech_file) for _ in "123")
     speech_file.unlink()
     assert [clip.prompt for clip in film.clips] == ["a cat sits", "it jumps", ""]
@@ -375,8 +379,10 @@ def test_a_film_is_as_long_as_its_speech_which_it_has_and_goes_on_with(tmp_path,
     shorter.remove(shorter.clips[-1].number)
     studio.make(shorter.name)
     assert at_rest(studio, shorter.name) == "done" and num_frames(shorter.path) == 17
+    gate.let(3)
     studio.make(film.name)
     wait_for(lambda: film.num_done == 1)
+    threading.Timer(0.2, lambda: gate.let(float("inf"))).start()
     studio.close()
     again = Studio(tmp_path / "films", load_following)
     film = again.film(film.name)
@@ -389,14 +395,8 @@ def test_a_film_is_as_long_as_its_speech_which_it_has_and_goes_on_with(tmp_path,
 
 def test_a_clip_that_is_cut_out_while_the_last_one_is_made_is_not_made(tmp_path, image):
     """The pipeline, which knows how many clips there are to be, would let the last prompt hold."""
-    gate = Gate()
-
-    def held(preset: str) -> SVIPipeline:
-        pipe = load_following(preset)
-        pipe.transformer.register_forward_pre_hook(gate._pass)
-        return pipe
-
-    studio = Studio(tmp_path / "films", held)
+    gate = Gate(load_following)
+    studio = Studio(tmp_path / "films", gate.load)
     settings = Settings.of("talk", **{**SMALL, "audio_guidance_scale": 1.0})
     film = studio.create(image, ["a cat sits"], settings, "", write(tmp_path / "a.wav", speech(3.125), 16000))
     gate.let(3)
@@ -663,7 +663,7 @@ def begin_talk(page: Page, server: Server, folder: Path) -> None:
     numbers = {"Frames a clip": (81, 17), "Steps a clip": (50, 2), "Guidance": (2, 1), "Frames a second": (25, 16)}
     for name, (published, _) in numbers.items():
         # What is filled in before would be written over.
-        expect(page.get_by_label(name)).to_have_value(str(published), timeout=LIMIT * 1000)
+        expect(page.get_by_label(name)).to_have_value(str(published))
     for name, (_, value) in numbers.items():
         page.get_by_label(name).fill(str(value))
     page.wait_for_function(f"({NAMELESS})().length === 0")
@@ -713,7 +713,7 @@ def test_films_are_made_changed_stopped_killed_continued_and_downloaded(page, br
     page.goto(f"{server.url}?film={name}")
     assert "The server was stopped after clip" in state_of(page).inner_text()
     go_on.click()
-    expect(state_of(page)).to_have_text("Done: 6 clips, 12.1 seconds.", timeout=LIMIT * 1000)
+    expect(state_of(page)).to_have_text("Done: 6 clips, 12.1 seconds.")
     file = server.folder.parent / "downloaded.mp4"
     assert download(page, file) == f"{name}.mp4"
     assert num_frames(file) == 6 * 16 + 1
@@ -727,7 +727,7 @@ def test_films_are_made_changed_stopped_killed_continued_and_downloaded(page, br
     talk.reload()
     if "Done" not in state_of(talk).inner_text():
         talk.get_by_role("button", name="Continue").click()
-    expect(state_of(talk)).to_have_text("Done: 3 clips, 3.1 seconds.", timeout=LIMIT * 1000)
+    expect(state_of(talk)).to_have_text("Done: 3 clips, 3.1 seconds.")
     download(talk, file)
     assert num_frames(file) == 49 and read_recipe(file).film["settings"]["audio"].startswith("49 frames ")
     with av.open(str(file)) as film:
@@ -741,11 +741,12 @@ def test_films_are_made_changed_stopped_killed_continued_and_downloaded(page, br
 def test_two_tabs_have_a_film_each(page, browser, server):
     one = begin(page, server, STORY[:2])
     other = browser.new_page()
+    other.set_default_timeout(LIMIT * 1000)
     two = begin(other, server, STORY[2:3], "The other")
     assert one != two
     told = state_of(other)
     expect(told).to_have_text(re.compile("Waiting: 1 other film|Getting the model|Making clip 1 of 1|Done"))
-    expect(told).to_have_text("Done: 1 clip, 2.1 seconds.", timeout=LIMIT * 1000)
+    expect(told).to_have_text("Done: 1 clip, 2.1 seconds.")
     expect(state_of(page)).to_have_text("Done: 2 clips, 4.1 seconds.")
     # Each sees the films of both, and opens one by a link.
     page.get_by_role("link", name="The other").click()
@@ -754,7 +755,7 @@ def test_two_tabs_have_a_film_each(page, browser, server):
     # A finished film is made longer.
     other.get_by_label("More clips").fill(STORY[3])
     other.get_by_role("button", name="Extend the film").click()
-    expect(told).to_have_text("Done: 2 clips, 4.1 seconds.", timeout=LIMIT * 1000)
+    expect(told).to_have_text("Done: 2 clips, 4.1 seconds.")
     other.close()
 
 

@@ -82,7 +82,7 @@ def test_prompts_are_typed_into_a_terminal_and_a_line_that_is_being_typed_stays(
 
 
 def test_lines_typed_ahead_wait_for_their_clips_and_are_told_when_they_are_not_used(tmp_path):
-    terminal = Terminal(tmp_path, *generate(**QUICK))
+    terminal = Terminal(tmp_path, *generate(**QUICK | {"num_inference_steps": 20}))
     terminal.wait_for(re.escape(ASKED))
     terminal.type("one\ntwo\nthree\nfour\n")
     terminal.wait_for("Clip 2 is done: two")

@@ -2,11 +2,9 @@
 
 import gc
 import itertools
-import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -18,8 +16,11 @@ from diffusers_svi import LatentMotion, PixelMotion, SVIPipeline
 
 
 SCRIPT = """
+import os
+import signal
 import sys
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import PIL.Image
@@ -43,23 +44,18 @@ for clip in clips:
     np.save(folder / f"{clip.index}.npy", clip.frames)
     clip.state.save(saved)
     print(clip.index, flush=True)
+    if clip.index + 1 == int(sys.argv[4]):  # somewhere in the next one
+        Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
 """
 
 
-def run(model: Path, folder: Path, conditioning, kill_after: int | None = None) -> list[int]:
-    """Run the script; with `kill_after`, kill it when that many clips are finished, somewhere in the next one."""
+def run(model: Path, folder: Path, conditioning, kill_after: int = 0) -> list[int]:
+    """Run the script; with `kill_after`, it kills itself when that many clips are finished."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", SCRIPT, str(model), str(folder), repr(conditioning)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finished = []
-    for line in process.stdout:
-        finished.append(int(line))
-        if len(finished) == kill_after:
-            time.sleep(0.05)
-            os.kill(process.pid, signal.SIGKILL)
-    error = process.stderr.read()
-    assert process.wait() == (0 if kill_after is None else -signal.SIGKILL), error
-    return finished
+    command = [sys.executable, "-c", SCRIPT, str(model), str(folder), repr(conditioning), str(kill_after)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == (-signal.SIGKILL if kill_after else 0), process.stderr
+    return [int(line) for line in process.stdout.split()]
 
 
 @pytest.mark.parametrize("conditioning", [PixelMotion(5), LatentMotion(1)], ids=str)
