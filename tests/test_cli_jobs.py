@@ -32,20 +32,26 @@ def test_two_processes_make_two_films_and_a_film_that_fails_does_not_stop_the_ot
         {"out": "four.mp4", "prompt": "it lands", "vae_tiling": False},
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    arguments = map(str, generate(**QUICK, jobs="films.jsonl", device="cpu"))
-    terminal = Terminal(tmp_path, program=[*launch, "diffusers_svi", *arguments])
+    program = [*launch, "diffusers_svi", *map(str, generate(**QUICK, jobs="films.jsonl", device="cpu"))]
+    terminal = Terminal(tmp_path, program=program)
     told = terminal.wait_for(r"Root Cause.*={50}")
     assert terminal.close() == 1
     assert "films.jsonl: 3 of 4 films." in told
     assert "films.jsonl, line 3: `num_frames` must be at most" in told.partition("Error: Not made:")[2]
     # Each process has its films, tells which, and only one ends with an error.
     assert told.count("one.mp4, clip 1 of 2: ") == told.count("two.mp4, clip 1 of 2: ") == 1
-    assert told.count("\nError: ") == 1 and "Clips:" not in told
+    assert told.count("\nError: ") == 1
     assert prompts(tmp_path / "one.mp4") == ["a cat wakes", "it jumps"]
     assert prompts(tmp_path / "two.mp4") == ["it sleeps", "it sleeps"]
     assert [clip["made_with"]["seed"] for clip in read_clips(tmp_path / "two.mp4")] == ["5", "47"]
     assert prompts(tmp_path / "four.mp4") == ["it lands"]
     assert not (tmp_path / "three.mp4").exists()
+
+    jobs = (tmp_path / "films.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "films.jsonl").write_text("".join(jobs[:2] + jobs[3:]))
+    terminal = Terminal(tmp_path, program=program)
+    assert "one.mp4 has 2 clips already" in terminal.wait_for("films.jsonl: 3 of 3 films.")
+    assert terminal.close() == 0
 
 
 def test_a_process_by_itself_loads_a_model_once_and_leaves_out_what_is_done(run_command, tmp_path):

@@ -45,7 +45,7 @@ class Terminal:
 
     def wait_for(self, pattern: str) -> str:
         """What is shown from now on until the pattern comes."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while (found := re.search(pattern, self.shown, re.DOTALL)) is None:
             ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
             try:

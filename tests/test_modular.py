@@ -195,6 +195,14 @@ def test_every_clip_is_handed_over_when_it_is_made(image):
         assert clip.state.made_with == of_pipeline.state.made_with
 
 
+def test_what_is_told_of_a_film_is_as_of_the_pipeline(image, capsys):
+    for pipe in (SVIPipeline(**make_components("i2v")), modular(make_components("i2v"))):
+        pipe.set_progress_bar_config(desc="cats.mp4", leave=True)
+        film(pipe, image=image, **SHORT)
+        lines = [line for line in capsys.readouterr().err.splitlines() if " s a clip" in line]
+        assert [line.partition(":")[0] for line in lines] == ["cats.mp4, clip 1 of 2", "cats.mp4, clip 2 of 2"]
+
+
 # Going on
 
 

@@ -121,7 +121,7 @@ def test_a_film_that_is_killed_again_and_again_ends_with_the_same_bytes(suffix, 
     while True:
         process = get_context("fork").Process(target=write_what_is_missing, args=arguments)
         process.start()
-        process.join(0.02 * kills)
+        process.join(0.02 * (1 + kills))
         process.kill()
         process.join()
         if process.exitcode == 0:

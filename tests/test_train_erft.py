@@ -232,7 +232,7 @@ def test_a_killed_run_goes_on_bit_for_bit(models, tmp_path, bank):
     while not list(killed.glob("checkpoint-[36]")) and time.time() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     # It may have come further before the signal reached it: what counts is a checkpoint on the way to step 9.
     for folder in killed.glob("checkpoint-*"):
         if int(re.search(r"\d+", folder.name).group()) > 6:

@@ -41,8 +41,8 @@ class Progress:
             of, left = "", ""
             if self._total is not None:
                 of, left = f" of {self._total}", f", {tqdm.format_interval(each * (self._total - self._done))} left"
-            clip = f"{self.config['desc']}, clip" if "desc" in self.config else "Clip"
-            print(f"{clip} {self._done}{of}: {each:.1f} s a clip{left}.", file=sys.stderr, flush=True)
+            clip = f"{self.config['desc']}, clip" if self.config.get("desc") else "Clip"
+            tqdm.write(f"{clip} {self._done}{of}: {each:.1f} s a clip{left}.", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""

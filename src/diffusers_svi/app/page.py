@@ -46,7 +46,7 @@ assert set(SHAPES.values()) == set(RESIZE_MODES)
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {**QUIET, "queue": False}
 QUEUED: dict[str, Any] = {**QUIET, "concurrency_limit": None}
-# By the browser: an answer of the server's would take away what was chosen while it was on its way.
+# By the browser: what is chosen while an answer of the server's is on its way would go too.
 TAKE_AWAY: dict[str, Any] = {**QUIET, "js": "() => null"}
 
 

@@ -40,20 +40,16 @@ def make_all(path: Path, command: click.Command, options: Mapping[str, Any], *, 
         except (click.ClickException, ValueError, OSError) as error:
             problems.append(_told(path, number, error))
     problems = sorted(set(gather_object(problems)))
+    failed = [] if problems else gather_object(_make(mine, path, state, dry_run))
+    state.destroy_process_group()
+    # Where one process ends with an error `torchrun` kills the others of the machine, which may have more to tell.
+    if not state.is_local_main_process:
+        return
     if problems:
-        return _fail("\n".join(problems), state)
-    failed = _make(mine, path, state, dry_run)
-    failed = gather_object(failed)
-    if state.is_main_process:
-        click.echo(f"{path}: {len(films) - len(failed)} of {len(films)} films.")
+        raise click.ClickException("\n".join(problems))
+    click.echo(f"{path}: {len(films) - len(failed)} of {len(films)} films.")
     if failed:
-        _fail("\n".join(["Not made:", *failed]), state)
-
-
-def _fail(message: str, state: PartialState) -> None:
-    """By one process: where any ends with an error `torchrun` kills the others, which may have more to tell."""
-    if state.is_main_process:
-        raise click.ClickException(message)
+        raise click.ClickException("\n".join(["Not made:", *failed]))
 
 
 def _make(films: list[tuple[int, Order]], path: Path, state: PartialState, dry_run: bool) -> list[str]:
@@ -90,7 +86,7 @@ def _read(path: Path, command: click.Command, options: Mapping[str, Any]) -> tup
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"`--jobs` {str(path)!r} cannot be read: {error}") from error
+        return [], [f"`--jobs` {str(path)!r} cannot be read: {error}"]
     films: list[tuple[int, Order]] = []
     problems, outs = [], set()
     for number, line in enumerate(lines, start=1):
@@ -108,7 +104,7 @@ def _read(path: Path, command: click.Command, options: Mapping[str, Any]) -> tup
         except (click.ClickException, ValueError, OSError) as error:
             problems.append(_told(path, number, error))
     if not films and not problems:
-        raise ValueError(f"`--jobs` {str(path)!r} holds no films: there must be one a line.")
+        problems.append(f"`--jobs` {str(path)!r} holds no films: there must be one a line.")
     return films, problems
 
 

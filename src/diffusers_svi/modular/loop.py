@@ -123,7 +123,7 @@ class SVIClipLoop(LoopSequentialPipelineBlocks):
                         last=picture_of(pipe, "last_image", direction.spec, film),
                         encode=encode,
                     )
-                    self._tell(desc=f"Clip {chain.num_clips + 1}", leave=False, **progress.config)
+                    self._tell(**{"desc": f"Clip {chain.num_clips + 1}", "leave": False, **progress.config})
                     of_clip = PipelineState(
                         {**state.values, "clip": clip},
                         {kind: list(names) for kind, names in state.kwargs_mapping.items()},
