@@ -469,7 +469,8 @@ def under_deepspeed(stage: int, model: Path, folder: Path, **options) -> LoraFil
     settings = (f"--config_file={config}", "--num_processes=1", "--mixed_precision=no", "--main_process_port=0")
     options |= {"launcher": ("-m", "accelerate.commands.launch", *settings), "use_cpu": False}
     options |= {"latent_cache_dir": folder / "cache", "checkpointing_steps": 1, "max_train_steps": 2}
-    train(model, folder / "straight", **options)
+    told = train(model, folder / "straight", **options)
+    assert f"'zero_optimization': {{'stage': {stage}," in told
     shutil.copytree(folder / "straight/checkpoint-1", folder / "again/checkpoint-1")
     train(model, folder / "again", resume_from_checkpoint="latest", **options)
     assert_same(folder / "straight" / LORA, folder / "again" / LORA)
