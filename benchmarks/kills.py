@@ -176,9 +176,8 @@ def kill_and_go_on(
                 wait_for_writing(path, run, number)
             else:
                 wait_until(run, time.monotonic() + delay)
-            with suppress(ProcessLookupError):  # it has just ended
-                if not run.ended:
-                    os.kill(run.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(run.pid, signal.SIGKILL)
             status = run.wait()
             if status == -signal.SIGKILL:
                 hit.append(found(path))

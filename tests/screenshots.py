@@ -8,7 +8,7 @@ from pathlib import Path
 import PIL.Image
 from playwright.sync_api import Page, sync_playwright
 
-from test_app import LIMIT, ROOT, STORY, Server, begin, state_of
+from test_app import ROOT, STORY, Server, begin, new_tab, state_of
 
 
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
@@ -42,8 +42,7 @@ def main() -> None:
         server = Server(Path(folder) / "films")
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         try:
-            page = browser.new_page(viewport=WIDE)
-            page.set_default_timeout(LIMIT * 1000)
+            page = new_tab(browser, viewport=WIDE)
             page.goto(server.url)
             page.get_by_role("button", name="Make the film").wait_for()
             shoot(page, "empty", WIDE)

@@ -14,12 +14,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import PIL.Image
 import pytest
-from playwright.sync_api import Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 from safetensors.torch import load_file, save_file
 
 from conftest import make_components, quiet
@@ -621,11 +622,16 @@ def browser():
         browser.close()
 
 
+def new_tab(browser: Browser, **options: Any) -> Page:
+    tab = browser.new_page(**options)
+    tab.set_default_timeout(LIMIT * 1000)
+    return tab
+
+
 @pytest.fixture
 def page(browser, server):
     """A tab of its own, which asks nobody but the server for anything, and has no error of its own to tell."""
-    tab = browser.new_page(viewport={"width": 1280, "height": 900})
-    tab.set_default_timeout(LIMIT * 1000)
+    tab = new_tab(browser, viewport={"width": 1280, "height": 900})
     asked, errors = [], []
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("pageerror", lambda error: errors.append(str(error)))
@@ -714,8 +720,7 @@ def test_films_are_made_changed_stopped_killed_continued_and_downloaded(page, br
     expect(page.get_by_label("Clip 5", exact=True)).to_have_value("a large red circle stays still, it turns blue")
     assert re.search(r"Stopped after clip \d of 6", state_of(page).inner_text())
 
-    talk = browser.new_page()
-    talk.set_default_timeout(LIMIT * 1000)
+    talk = new_tab(browser)
     begin_talk(talk, server, tmp_path)
     talk.get_by_label("Clip 1 · done").wait_for()
     go_on.click()
@@ -753,8 +758,7 @@ def test_films_are_made_changed_stopped_killed_continued_and_downloaded(page, br
 
 def test_two_tabs_have_a_film_each(page, browser, server):
     one = begin(page, server, STORY[:2])
-    other = browser.new_page()
-    other.set_default_timeout(LIMIT * 1000)
+    other = new_tab(browser)
     two = begin(other, server, STORY[2:3], "The other")
     assert one != two
     told = state_of(other)
